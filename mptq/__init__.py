@@ -1,0 +1,38 @@
+"""mptq: quantize Megatron distributed checkpoints to FP8, one layer at a time.
+
+The public functions are what the command line calls. Importing the package imports neither torch nor Megatron.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mptq.inspection import inspect as inspect
+    from mptq.pipeline import Options as Options
+    from mptq.pipeline import run as run
+    from mptq.plan import make_plan as make_plan
+    from mptq.recipe import load_recipe as load_recipe
+    from mptq.verify import verify as verify
+
+__version__ = version("mptq")
+__all__ = ["Options", "inspect", "load_recipe", "make_plan", "run", "verify"]
+
+_HOMES = {
+    "Options": "mptq.pipeline",
+    "inspect": "mptq.inspection",
+    "load_recipe": "mptq.recipe",
+    "make_plan": "mptq.plan",
+    "run": "mptq.pipeline",
+    "verify": "mptq.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public function when it is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mptq' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,52 @@
+"""Where things are printed: results on stdout, everything for people on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from typing import Any
+
+from rich.console import Console
+
+debug = False
+"""Whether errors show their traceback (set by `mptq --debug`)."""
+
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False)
+
+
+def result(text: str) -> None:
+    """A line of the result, as it is."""
+    sys.stdout.write(text + "\n")
+
+
+def document(content: dict[str, Any]) -> None:
+    """The result as one JSON document."""
+    result(json.dumps(content, indent=1))
+
+
+def fail(error: BaseException, message: str, code: int) -> int:
+    """Print one line saying what is wrong (and the traceback under --debug); return the exit code."""
+    if debug:
+        traceback.print_exception(error)
+    err.print(f"mptq: {' '.join(message.split())}", markup=False)
+    return code
+
+
+def size(count: float) -> str:
+    """A number of bytes for people: decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def number(count: float) -> str:
+    """A number of parameters for people."""
+    for unit in ("", " K", " M", " B"):
+        if count < 1000:
+            return f"{count:.0f}" if not unit else f"{count:.2f}{unit}"
+        count /= 1000
+    return f"{count:.2f} T"

@@ -1,0 +1,47 @@
+"""Progress on stderr: one live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Self
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mptq.cli import console
+from mptq.cli.tables import tensor_line
+
+
+class LiveProgress:
+    """Shows the step a run is at; with `verbose`, also a line for every tensor."""
+
+    def __init__(self, verbose: bool) -> None:
+        self.verbose = verbose
+        columns = (
+            TextColumn("{task.description:<12}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, console=console.err, transient=True, disable=not console.err.is_terminal)
+        self._task = self._bar.add_task("starting", total=None)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def stage(self, done: int, total: int, doing: str) -> None:
+        """Move the bar, or print a line about every tenth of the way."""
+        self._bar.update(self._task, completed=done, total=total, description=doing)
+        tenth = max(1, total // 10)
+        if not console.err.is_terminal and (done % tenth == 0 or done == total):
+            console.err.print(f"{done}/{total} {doing}", markup=False)
+
+    def tensor(self, row: dict[str, Any]) -> None:
+        """Print the tensor's row when asked for."""
+        if self.verbose:
+            console.err.print(tensor_line(row), markup=False)

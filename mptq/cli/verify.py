@@ -1,0 +1,33 @@
+"""`mptq verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mptq.cli import console
+from mptq.errors import VerificationError
+
+
+def verify(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="An output of mptq.")],
+    against: Annotated[Path | None, typer.Option(metavar="CKPT", help="Compare every number with this checkpoint too.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Re-read an output: hashes, names, shapes, scales, and every number against its source. Exit code 3 if it fails."""
+    from mptq.verify import verify as check
+
+    found = check(output, against)
+    if as_json:
+        console.document(found.document)
+    else:
+        compared = f", {found.compared} compared with the source" if against else ""
+        console.result(f"{found.files} files hashed, {found.tensors} tensors checked{compared}")
+    if found.failures:
+        for line in found.failures[:20]:
+            console.err.print(line, markup=False)
+        raise VerificationError(f"{output} failed {len(found.failures)} checks, the first: {found.failures[0]}")
+    if not as_json:
+        console.result("ok")

@@ -1,0 +1,29 @@
+"""The errors that a user can mend: each message is one line saying what is wrong, where, and what to do."""
+
+
+class MptqError(Exception):
+    """Something in the input, the options or the machine stops the run; the command line exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class CheckpointError(MptqError):
+    """The input is no checkpoint that mptq reads, or it is damaged."""
+
+
+class UnsupportedModelError(MptqError):
+    """The checkpoint holds a model with a feature that mptq does not quantize."""
+
+
+class RecipeError(MptqError):
+    """The recipe does not exist, is malformed, or cannot be applied to this model."""
+
+
+class OutputError(MptqError):
+    """The output cannot be written where it was asked for."""
+
+
+class VerificationError(MptqError):
+    """A written output is not what its manifest or its source says."""
+
+    exit_code = 3

@@ -1,0 +1,31 @@
+"""From a quantized fused matrix of Megatron to the quantized logical projections that Hugging Face stores."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mptq.quantize.modelopt import quantize_weight
+from mptq.types import Fp8Weight
+
+if TYPE_CHECKING:
+    import torch
+
+    from mptq.arch.naming import Linear
+    from mptq.recipe import Recipe
+
+
+def to_members(fused: Fp8Weight, source: torch.Tensor, linear: Linear, recipe: Recipe, name: str) -> list[Fp8Weight]:
+    """The projections of `linear`, quantized: the same bytes where the grid allows, quantized anew where it crosses.
+
+    `source` is the float32 weight that `fused` was made from.
+    """
+    if linear.crosses(recipe.block):
+        parts = linear.fusion.split(source)
+        return [
+            quantize_weight(part, recipe, f"{name} ({member})") for part, (member, _) in zip(parts, linear.members, strict=True)
+        ]
+    data = linear.fusion.split(fused.data)
+    if recipe.block is None:
+        return [Fp8Weight(part, fused.scale) for part in data]
+    scales = linear.fusion.coarsen(recipe.block).split(fused.scale)
+    return [Fp8Weight(part, scale) for part, scale in zip(data, scales, strict=True)]

@@ -1,0 +1,86 @@
+"""Values that cross the borders between stages. No torch at run time: planning and `inspect` never load it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPE_BYTES = {
+    "float64": 8,
+    "int64": 8,
+    "float32": 4,
+    "int32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "int16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "float8_e8m0fnu": 1,
+    "uint8": 1,
+    "int8": 1,
+    "bool": 1,
+}
+"""Bytes of one element, by torch's name of the dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, dtype (torch's name, as in "bfloat16") and shape of a tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes, stored densely."""
+        return self.numel * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Weight:
+    """A quantized weight: the original is close to `data * scale`, the scale broadcast over its block.
+
+    `data` is float8_e4m3fn [out, in]. `scale` is float32 and multiplies (amax / 448): [] for one scale a tensor,
+    [ceil(out / 128), ceil(in / 128)] for blocks.
+    """
+
+    data: torch.Tensor
+    scale: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class WeightError:
+    """How far a quantized weight is from its source, in float32.
+
+    `relative` is the Frobenius norm of the difference over that of the source; `sqnr_db` is the same in decibels
+    (-20 log10), None for no error at all; `norm` is the Frobenius norm of the source and `amax` its largest magnitude.
+    """
+
+    relative: float
+    sqnr_db: float | None
+    max_abs: float
+    norm: float
+    amax: float
+
+
+@dataclass(slots=True)
+class LayerOutput:
+    """What the writers get of one layer, or of the tensors outside the layers: one group of tensors for each format.
+
+    `tensors` maps a format ("hf", "megatron") to output names and tensors in CPU memory. `blobs` are the byte items of
+    the Megatron form (ModelOpt's quantizer state of a linear), by name.
+    """
+
+    index: int
+    tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    blobs: dict[str, bytes] = field(default_factory=dict)

@@ -1,0 +1,66 @@
+"""The manifest: every file of an output with its hash, and every tensor of the source with what became of it. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from mptq.errors import OutputError
+
+NAME = "manifest.json"
+SCHEMA = 1
+
+
+class FileHashes:
+    """SHA-256 of files as they are finished, computed beside the run by one thread."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._pool = ThreadPoolExecutor(1)
+        self._hashes: dict[Path, Future[str]] = {}
+
+    def add(self, files: Iterable[Path]) -> None:
+        """Hash these files."""
+        for file in files:
+            self._hashes[file] = self._pool.submit(sha256, file)
+
+    def collect(self) -> dict[str, dict[str, Any]]:
+        """Name relative to the root -> bytes and sha256, of every file added."""
+        rows = {
+            file.relative_to(self.root).as_posix(): {"bytes": file.stat().st_size, "sha256": hashed.result()}
+            for file, hashed in self._hashes.items()
+        }
+        return dict(sorted(rows.items()))
+
+    def close(self) -> None:
+        """Stop the thread; what is not hashed yet is dropped."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal; reads it in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(root: Path, content: dict[str, Any]) -> None:
+    """Write the manifest of the output at `root`: the last of its files."""
+    (root / NAME).write_text(json.dumps({"schema": SCHEMA, **content}, indent=1) + "\n")
+
+
+def read_manifest(root: Path) -> dict[str, Any]:
+    """The manifest of the mptq output at `root`; raises OutputError where there is none that this version reads."""
+    path = root / NAME
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise OutputError(f"{root} has no {NAME}: it is not an output of mptq") from error
+    except (ValueError, UnicodeDecodeError) as error:
+        raise OutputError(f"{path} is damaged ({error})") from error
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        raise OutputError(f"{path} is not a manifest of schema {SCHEMA}, which this version of mptq reads")
+    return manifest

@@ -1,0 +1,84 @@
+"""Write safetensors files tensor by tensor, in any order, without holding a file in memory.
+
+Format: 8 bytes of little-endian header length, a JSON header padded with spaces to a multiple of 8, then the tensors
+without gaps. Order within a file: by dtype (widest first), then name, which is what the safetensors library writes, and
+keeps every tensor aligned. Source: https://github.com/huggingface/safetensors (README, "Format").
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mptq.types import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float8_e4m3fn": "F8_E4M3", "uint8": "U8"}
+_ALIGNMENT = ("float32", "bfloat16", "float16", "float8_e4m3fn", "uint8")
+"""Dtypes in the order of the library's: by size, then by its own enumeration."""
+
+
+class ShardFile:
+    """One safetensors file, its header written first and its tensors at their places as they come."""
+
+    def __init__(self, path: Path, specs: Iterable[TensorSpec]) -> None:
+        ordered = sorted(specs, key=lambda spec: (_ALIGNMENT.index(spec.dtype), spec.name))
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        self._specs: dict[str, tuple[TensorSpec, int]] = {}
+        end = 0
+        for spec in ordered:
+            self._specs[spec.name] = (spec, end)
+            end += spec.nbytes
+            header[spec.name] = {
+                "dtype": _CODES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [end - spec.nbytes, end],
+            }
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self._start = 8 + len(encoded)
+        self._missing = set(self._specs)
+        self._file = path.open("wb")
+        self._file.write(len(encoded).to_bytes(8, "little") + encoded)
+        self._file.flush()
+        os.truncate(self._file.fileno(), self._start + end)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every tensor of the header has been written."""
+        return not self._missing
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write `tensor` at its place; dtype and shape must be those that were announced."""
+        import torch
+
+        spec, offset = self._specs[name]
+        assert (str(tensor.dtype), tuple(tensor.shape)) == (f"torch.{spec.dtype}", spec.shape), f"{name}: not {spec}"
+        self._missing.remove(name)
+        view = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        written, position = 0, self._start + offset
+        while written < len(view):
+            written += os.pwrite(self._file.fileno(), view[written:], position + written)
+
+    def close(self) -> None:
+        """Flush the file to the disk and close it."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def assign_shards(specs: Sequence[TensorSpec], max_bytes: int) -> list[list[TensorSpec]]:
+    """Tensors in the order they come, in files of at most `max_bytes` each (a larger tensor has a file of its own)."""
+    shards: list[list[TensorSpec]] = [[]]
+    filled = 0
+    for spec in specs:
+        if shards[-1] and filled + spec.nbytes > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(spec)
+        filled += spec.nbytes
+    return shards

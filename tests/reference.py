@@ -1,0 +1,25 @@
+"""FP8 quantization in a few lines that share nothing with mptq: what the outputs must equal bit for bit."""
+
+import torch
+
+
+def block(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(bytes, scales) of a float32 matrix in 128x128 blocks: one block at a time."""
+    rows, columns = weight.shape
+    data = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(-(-rows // 128), -(-columns // 128))
+    for i in range(0, rows, 128):
+        for j in range(0, columns, 128):
+            tile = weight[i : i + 128, j : j + 128]
+            amax = tile.abs().max()
+            scale = amax / 448 if amax > 0 else torch.tensor(1.0)
+            scales[i // 128, j // 128] = scale
+            data[i : i + 128, j : j + 128] = (tile / scale).to(torch.float8_e4m3fn)
+    return data.view(torch.uint8), scales
+
+
+def tensor(weight: torch.Tensor, amax: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(bytes, scale) of a float32 matrix with one scale, of `amax` (a fused group's) or its own."""
+    amax = weight.abs().max() if amax is None else amax
+    scale = amax / 448 if amax > 0 else torch.tensor(1.0)
+    return (weight / scale).to(torch.float8_e4m3fn).view(torch.uint8), scale

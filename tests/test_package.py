@@ -1,0 +1,35 @@
+"""The wheel: what it holds, and that installing it leaves the user's torch alone."""
+
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from tests.conftest import ROOT, run
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", folder, ROOT)
+    run(*pip)
+    return next(folder.glob("mptq-*.whl"))
+
+
+def test_recipes_and_types_are_in_the_wheel(wheel, tmp_path):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "mptq/py.typed" in names
+    assert {f"mptq/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")} <= set(names)
+    assert not [name for name in names if name.startswith(("tests", "scripts"))]
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    done = subprocess.run([sys.executable, "-m", "mptq", "recipes"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "fp8-blockwise" in done.stdout
+
+
+def test_installing_replaces_nothing(wheel):
+    """Every requirement is loose enough for what is installed, so pip would install mptq alone."""
+    done = run(sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--force-reinstall", "--no-deps", wheel)
+    assert "Would install mptq" in done.stdout
+    done = run(sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--upgrade", wheel)
+    assert "torch" not in done.stdout.partition("Would install")[2]

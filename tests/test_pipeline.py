@@ -1,0 +1,266 @@
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mptq import Options, make_plan, run
+from mptq.checkpoint.index import open_checkpoint
+from mptq.checkpoint.reader import Reader
+from mptq.errors import CheckpointError, OutputError
+from tests import reference
+from tests.conftest import files, make_checkpoint, read_json
+
+
+def megatron_tensors(out):
+    """Every tensor of a Megatron output, gated fc1 put together again."""
+    checkpoint = open_checkpoint(out)
+    reader = Reader(checkpoint)
+    found = {
+        name: reader.read(name, torch.empty(tensor.spec.shape, dtype=getattr(torch, tensor.spec.dtype)))
+        for name, tensor in checkpoint.tensors.items()
+    }
+    for name in [name for name in found if name.endswith("weight_w")]:
+        gate, up = found.pop(name), found.pop(name.removesuffix("w") + "v")
+        found[name.removesuffix("_w")] = torch.cat([gate.view(torch.uint8), up.view(torch.uint8)]).view(gate.dtype)
+    return found
+
+
+def hf_weights(folder):
+    return {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
+
+
+PROJECTIONS = {
+    "self_attention.linear_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attention.linear_proj": ("self_attn.o_proj",),
+    "mlp.linear_fc1": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.linear_fc2": ("mlp.down_proj",),
+}
+
+
+def bits(tensor):
+    return tensor.reshape(-1, *tensor.shape[1:]).contiguous().view(torch.uint8)
+
+
+def test_hf_blocks_equal_the_reference(quantized, aligned_hf):
+    source, found = (
+        hf_weights(aligned_hf),
+        load_file(quantized["aligned", "fp8-blockwise"] / "hf" / "model.safetensors"),
+    )
+    quantized_names = [name for name in found if found[name].dtype == torch.float8_e4m3fn]
+    assert len(quantized_names) == 4 * 7
+    for name in quantized_names:
+        data, scale = reference.block(source[name])
+        assert torch.equal(bits(found[name]), data)
+        assert torch.equal(found[name.replace(".weight", ".weight_scale_inv")], scale)
+
+
+def test_hf_groups_share_one_scale_and_equal_the_reference(quantized, aligned_hf, crossing_hf):
+    for model, hf, layers in (("aligned", aligned_hf, 4), ("crossing", crossing_hf, 2)):
+        source = hf_weights(hf)
+        found = load_file(quantized[model, "fp8-per-tensor"] / "hf" / "model.safetensors")
+        for layer in range(layers):
+            for members in PROJECTIONS.values():
+                names = [f"model.layers.{layer}.{member}" for member in members]
+                amax = max(source[f"{name}.weight"].abs().max() for name in names)
+                for name in names:
+                    data, scale = reference.tensor(source[f"{name}.weight"], amax)
+                    assert torch.equal(bits(found[f"{name}.weight"]), data)
+                    assert torch.equal(found[f"{name}.weight_scale"], scale.expand(len(data), 1))
+
+
+def fused(source, layer, linear, heads, groups):
+    """Megatron's fused matrix, put together by hand: the test's own words for the layout."""
+    parts = [source[f"model.layers.{layer}.{member}.weight"] for member in PROJECTIONS[linear]]
+    if linear != "self_attention.linear_qkv":
+        return torch.cat(parts)
+    query, key, value = parts
+    rows = []
+    for group in range(groups):
+        for part, count in ((query, heads // groups), (key, 1), (value, 1)):
+            dim = len(key) // groups
+            rows.append(part[group * count * dim : (group + 1) * count * dim])
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("recipe", ["fp8-blockwise", "fp8-per-tensor"])
+@pytest.mark.parametrize("model", ["aligned", "crossing"])
+def test_megatron_output_equals_the_reference_on_ceil_grids(quantized, model, recipe, request):
+    source = hf_weights(request.getfixturevalue(f"{model}_hf"))
+    found = megatron_tensors(quantized[model, recipe] / "megatron")
+    quantize = reference.block if recipe == "fp8-blockwise" else reference.tensor
+    for layer in range(4 if model == "aligned" else 2):
+        for linear in PROJECTIONS:
+            name = f"decoder.layers.{layer}.{linear}"
+            data, scale = quantize(fused(source, layer, linear, heads=4, groups=2))
+            assert torch.equal(bits(found[f"{name}.weight"]), data), name
+            assert torch.equal(found[f"{name}.weight_quantizer._scale"], scale), name
+            amax = torch.where(scale == 1, 448.0, found[f"{name}.weight_quantizer._amax"].reshape(scale.shape))
+            assert torch.equal(amax / 448, scale)
+
+
+def test_both_outputs_hold_the_same_bytes_where_the_grid_allows(quantized):
+    for model, recipe in quantized:
+        out = quantized[model, recipe]
+        hf, megatron = load_file(out / "hf" / "model.safetensors"), megatron_tensors(out / "megatron")
+        document = read_json(out / "report.json")
+        expected = set()
+        for layer in range(document["model"]["num_layers"]):
+            for linear, members in PROJECTIONS.items():
+                source = {
+                    f"model.layers.{layer}.{member}.weight": hf[f"model.layers.{layer}.{member}.weight"] for member in members
+                }
+                inner = f"decoder.layers.{layer}.{linear}.weight"
+                if any(tensor.dtype != torch.float8_e4m3fn for tensor in source.values()):
+                    expected.add(inner)
+                    continue
+                rebuilt = fused({name: bits(tensor) for name, tensor in source.items()}, layer, linear, 4, 2)
+                if not torch.equal(rebuilt, bits(megatron[inner])):
+                    expected.add(inner)
+        assert expected == set(document["differing"])
+        crossing = model == "crossing" and recipe == "fp8-blockwise"
+        assert len(document["differing"]) == (6 if crossing else 0)
+
+
+def test_ragged_groups_stay_as_they_were_in_hf(quantized, crossing_hf):
+    out = quantized["crossing", "fp8-blockwise"] / "hf"
+    found, source = load_file(out / "model.safetensors"), load_file(crossing_hf / "model.safetensors")
+    kept = [f"model.layers.{layer}.mlp.{name}_proj" for layer in range(2) for name in ("gate", "up", "down")]
+    for name in kept:
+        assert torch.equal(bits(found[f"{name}.weight"]), bits(source[f"{name}.weight"]))
+    config = read_json(out / "config.json")
+    assert config["quantization_config"]["modules_to_not_convert"] == ["lm_head", *kept]
+    assert "lm_head.weight" not in found  # tied
+    for name in ("q", "k", "v", "o"):
+        assert found[f"model.layers.0.self_attn.{name}_proj.weight"].dtype == torch.float8_e4m3fn
+
+
+def test_padding_of_the_vocabulary_is_cut_in_hf_only(quantized, aligned_hf):
+    out = quantized["aligned", "fp8-blockwise"]
+    found, source = load_file(out / "hf" / "model.safetensors"), load_file(aligned_hf / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
+        assert torch.equal(bits(found[name]), bits(source[name]))
+    assert megatron_tensors(out / "megatron")["embedding.word_embeddings.weight"].shape == (512, 256)
+
+
+def test_input_is_untouched_and_output_is_the_same_every_time(aligned, quantized, tmp_path):
+    before = files(aligned)
+    run(make_plan(aligned, "fp8-blockwise", ("hf", "megatron")), tmp_path / "again", Options(device="cpu"))
+    assert files(aligned) == before
+    first, second = files(quantized["aligned", "fp8-blockwise"]), files(tmp_path / "again")
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == ["report.json"]  # it has times
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "processes"),
+    [(["--tp", 2], 2), (["--pp", 2], 2), (["--per-layer"], 1)],
+    ids=["tp2", "pp2", "per-layer"],
+)
+def test_same_bytes_however_it_was_saved(aligned_hf, quantized, tmp_path, options, processes):
+    checkpoint = make_checkpoint(aligned_hf, tmp_path / "ckpt", *options, processes=processes)
+    for recipe in ("fp8-blockwise", "fp8-per-tensor"):
+        out = tmp_path / recipe
+        run(make_plan(checkpoint, recipe, ("hf", "megatron")), out, Options(device="cpu"))
+        first, second = files(quantized["aligned", recipe]), files(out)
+        # The last file holds the training run's arguments, which say how it was saved, and the metadata its length.
+        apart = {
+            "report.json",
+            "manifest.json",
+            "megatron/iter_0000100/__5_0.distcp",
+            "megatron/iter_0000100/.metadata",
+        }
+        assert first.keys() == second.keys()
+        assert {name for name in first if first[name] != second[name]} <= apart
+        left = megatron_tensors(quantized["aligned", recipe] / "megatron")
+        right = megatron_tensors(out / "megatron")
+        assert left.keys() == right.keys()
+        assert all(torch.equal(bits(left[name]), bits(right[name])) for name in left)
+
+
+def test_shards(aligned, quantized, tmp_path):
+    out = tmp_path / "out"
+    run(make_plan(aligned, "fp8-blockwise"), out, Options(device="cpu", max_shard_bytes=1_000_000))
+    index = read_json(out / "model.safetensors.index.json")
+    shards = sorted(path.name for path in out.glob("*.safetensors"))
+    assert len(shards) > 2
+    assert set(index["weight_map"].values()) == set(shards)
+    whole = load_file(quantized["aligned", "fp8-blockwise"] / "hf" / "model.safetensors")
+    parts = {name: tensor for shard in shards for name, tensor in load_file(out / shard).items()}
+    assert parts.keys() == whole.keys() == index["weight_map"].keys()
+    assert all(torch.equal(bits(parts[name]), bits(whole[name])) for name in whole)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
+
+
+def test_report(quantized):
+    document = read_json(quantized["aligned", "fp8-blockwise"] / "report.json")
+    assert document["schema"] == 1
+    assert len(document["tensors"]) == 4 * (7 + 4)
+    assert all(0.01 < row["relative_error"] < 0.04 for row in document["tensors"])
+    assert len(document["layers"]) == 4
+    assert document["bytes"]["hf"] < document["bytes"]["in"]
+    assert {"read", "quantize", "write", "total"} <= document["seconds"].keys()
+    assert document["peak_rss_bytes"] > 0
+    assert document["versions"]["nvidia-modelopt"]
+    assert document["dropped"]["common_state/shard_0_1"].startswith("training arguments")
+
+
+def spoil_a_weight(root, name, value):
+    """Overwrite one BF16 value of a tensor in its shard."""
+    checkpoint = open_checkpoint(root)
+    record = checkpoint.tensors[name].chunks[0].record
+    path = checkpoint.directory / record.file
+    raw = bytearray(path.read_bytes())
+    part = raw[record.offset : record.offset + record.length]
+    weight = torch.load(__import__("io").BytesIO(part), weights_only=True)
+    place = part.find(bits(weight.flatten()[:64]).numpy().tobytes())
+    assert place > 0
+    raw[record.offset + place : record.offset + place + 2] = bits(torch.tensor([value], dtype=torch.bfloat16)).numpy().tobytes()
+    path.write_bytes(raw)
+
+
+def test_nan_stops_the_run_and_leaves_nothing(aligned, tmp_path):
+    root = shutil.copytree(aligned, tmp_path / "ckpt")
+    spoil_a_weight(root, "decoder.layers.mlp.linear_fc2.weight", float("nan"))
+    with pytest.raises(CheckpointError, match=r"decoder\.layers\.0\.mlp\.linear_fc2\.weight .* NaN or infinite"):
+        run(make_plan(root, "fp8-blockwise"), tmp_path / "out", Options(device="cpu"))
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
+
+
+def test_output_is_refused_before_anything_is_read(aligned, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x").touch()
+    with pytest.raises(OutputError, match="exists"):
+        run(make_plan(aligned, "fp8-blockwise"), tmp_path / "out", Options(device="cpu"))
+
+
+@pytest.mark.slow
+def test_interrupt_leaves_no_output(aligned, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "mptq",
+        "quantize",
+        aligned,
+        "--recipe",
+        "fp8-blockwise",
+        "-o",
+        tmp_path / "out",
+        "-v",
+    ]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "linear_fc1" in line or "gate_proj" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert process.returncode == 130
+    assert "interrupted" in process.stderr.read()
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,87 @@
+import fcntl
+import shutil
+
+import pytest
+
+from mptq.errors import OutputError
+from mptq.writers.output import OutputDirectory, check_output
+
+
+def test_complete_or_absent(tmp_path):
+    out = tmp_path / "out"
+    with OutputDirectory(out) as target:
+        (target.partial / "a").write_text("1")
+        assert not out.exists()
+    assert [path.name for path in out.iterdir()] == ["a"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_nothing_is_left_of_a_run_that_failed(tmp_path, error):
+    with pytest.raises(error), OutputDirectory(tmp_path / "out") as target:
+        (target.partial / "a").write_text("1")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path):
+    stale = tmp_path / ".out.partial" / "hf"
+    stale.mkdir(parents=True)
+    (stale / "half").write_text("x")
+    with OutputDirectory(tmp_path / "out") as target:
+        assert [path.name for path in target.partial.iterdir()] == [".lock"]
+
+
+def test_existing_output_is_replaced_only_at_the_end(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+    with OutputDirectory(out) as target:
+        (target.partial / "new").touch()
+        assert (out / "old").exists()
+    assert [path.name for path in out.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_runs_on_one_output(tmp_path):
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    with (partial / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(OutputError, match="is being written by another run"), OutputDirectory(tmp_path / "out"):
+            pass
+
+
+def test_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(OutputError, match="cannot be written: Not a directory"),
+        OutputDirectory(tmp_path / "file" / "out"),
+    ):
+        pass
+    with pytest.raises(OutputError, match="is a file"):
+        check_output(tmp_path / "file" / "out", tmp_path / "src", 0, overwrite=False)
+
+
+def test_checks(tmp_path, monkeypatch):
+    source = tmp_path / "src"
+    source.mkdir()
+    out = tmp_path / "out"
+    check_output(out, source, 0, overwrite=False)
+    for inside in (source, source / "out"):
+        with pytest.raises(OutputError, match="is inside the checkpoint"):
+            check_output(inside, source, 0, overwrite=True)
+    with pytest.raises(OutputError, match="contains the checkpoint"):
+        check_output(tmp_path, source, 0, overwrite=True)
+    out.mkdir()
+    check_output(out, source, 0, overwrite=False)  # an empty directory is nobody's
+    (out / "thesis.tex").touch()
+    with pytest.raises(OutputError, match="exists: choose another -o, or pass --overwrite"):
+        check_output(out, source, 0, overwrite=False)
+    with pytest.raises(OutputError, match="is not an output of mptq"):
+        check_output(out, source, 0, overwrite=True)
+    (out / "manifest.json").touch()
+    check_output(out, source, 0, overwrite=True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10, 9, 1_000_000))
+    with pytest.raises(OutputError, match=r"has 0\.00 GB free, and the output needs 2\.00 GB"):
+        check_output(tmp_path / "new", source, 2_000_000_000, overwrite=False)
