@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mptq.pipeline import run as run
     from mptq.plan import make_plan as make_plan
     from mptq.recipe import load_recipe as load_recipe
-    from mptq.verify import verify as verify
+    from mptq.verification import verify as verify
 
 __version__ = version("mptq")
 __all__ = ["Options", "inspect", "load_recipe", "make_plan", "run", "verify"]
@@ -25,7 +25,7 @@ _HOMES = {
     "load_recipe": "mptq.recipe",
     "make_plan": "mptq.plan",
     "run": "mptq.pipeline",
-    "verify": "mptq.verify",
+    "verify": "mptq.verification",
 }
 
 

@@ -104,7 +104,7 @@ def _megatron(checkpoint: Checkpoint) -> dict[str, Any]:
         "source": checkpoint.args_source,
         "saved at": f"TP={args.get('tensor_model_parallel_size', '?')} PP={args.get('pipeline_model_parallel_size', '?')}",
         "tokenizer": args.get("tokenizer_model"),
-        "dropped": len(naming.dropped([*checkpoint.tensors, *checkpoint.blobs])),
+        "left out": f"{len(naming.dropped([*checkpoint.tensors, *checkpoint.blobs]))} items of training state",
     }
     return _document(checkpoint.directory, "Megatron checkpoint", facts, checkpoint.specs.values())
 

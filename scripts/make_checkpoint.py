@@ -1,8 +1,7 @@
-"""Write a Megatron-LM checkpoint with Megatron's own code, from a Hugging Face Llama directory or from random weights.
+"""Write a Megatron-LM checkpoint with Megatron's own code, from a Hugging Face Llama directory.
 
     python scripts/make_checkpoint.py --hf smollm2-768 --out ckpt
     torchrun --nproc-per-node 2 scripts/make_checkpoint.py --hf smollm2-768 --out ckpt-tp2 --tp 2
-    python scripts/make_checkpoint.py --random 8 --out ckpt-7b        # 8 layers of Llama-7B's size
 
 The arguments are parsed and validated by `megatron.training.arguments`, the model is megatron-core's `GPTModel` with its
 local layer spec, and the file format is whatever `megatron.training.checkpointing.save_checkpoint` writes. It runs
@@ -24,17 +23,6 @@ from typing import Any
 import torch
 
 ITERATION = 100
-LLAMA_7B = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "vocab_size": 4096,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-}
 
 
 def without_cuda() -> None:
@@ -80,7 +68,7 @@ def megatron_argv(config: dict[str, Any], options: argparse.Namespace) -> list[s
     }
     if groups != heads:
         argv["num-query-groups"] = groups
-    if options.hf:
+    if (options.hf / "tokenizer.json").is_file():
         argv |= {"tokenizer-type": "HuggingFaceTokenizer", "tokenizer-model": options.hf.resolve()}
     else:
         argv["tokenizer-type"] = "NullTokenizer"
@@ -88,6 +76,7 @@ def megatron_argv(config: dict[str, Any], options: argparse.Namespace) -> list[s
         "bf16", "swiglu", "disable-bias-linear", "use-cpu-initialization", "no-save-optim", "no-save-rng", "no-rope-fusion",
         "no-bias-swiglu-fusion", "no-bias-dropout-fusion", "no-masked-softmax-fusion", "no-persist-layer-norm",
         "no-gradient-accumulation-fusion",
+        "no-initialization",
     ]  # fmt: skip
     if groups != heads:
         flags.append("group-query-attention")
@@ -205,14 +194,21 @@ def save(model: Any, per_layer: bool = False) -> None:
         checkpointing.save_checkpoint(ITERATION, [model], None, None, 0)
 
 
-def load_hf(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Config and weights of a Hugging Face Llama directory."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def load_config(folder: Path) -> dict[str, Any]:
+    """Config of a Hugging Face Llama directory."""
+    from transformers import LlamaConfig
 
     config = LlamaConfig.from_pretrained(folder)
-    fields = config.to_dict()
+    fields: dict[str, Any] = config.to_dict()
     fields["rope_theta"] = fields.get("rope_theta") or config.rope_parameters["rope_theta"]
-    return fields, LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
+    return fields
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights of a Hugging Face Llama directory, mapped from its files."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def stand_alone() -> None:
@@ -225,9 +221,7 @@ def stand_alone() -> None:
 def main() -> None:
     """Parse, build, fill and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--hf", type=Path, help="Hugging Face Llama directory")
-    source.add_argument("--random", type=int, metavar="LAYERS", help="this many layers of Llama-7B's size, random weights")
+    parser.add_argument("--hf", type=Path, required=True, help="Hugging Face Llama directory")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint root to write")
     parser.add_argument("--tp", type=int, default=1, help="tensor parallel size (with torchrun)")
     parser.add_argument("--pp", type=int, default=1, help="pipeline parallel size (with torchrun)")
@@ -237,13 +231,10 @@ def main() -> None:
 
     without_cuda()
     stand_alone()
-    config, weights = load_hf(options.hf) if options.hf else (LLAMA_7B | {"num_hidden_layers": options.random}, None)
-    args = parse(megatron_argv(config, options))
+    args = parse(megatron_argv(load_config(options.hf), options))
     initialize(args)
-    torch.manual_seed(args.seed)
     model = build(args)
-    if weights is not None:
-        fill(model, weights, args)
+    fill(model, load_weights(options.hf), args)
     save(model, options.per_layer)
     torch.distributed.destroy_process_group()
 

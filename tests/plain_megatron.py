@@ -114,7 +114,7 @@ def main():
 
     make_checkpoint.without_cuda()
     make_checkpoint.stand_alone()
-    config, weights = make_checkpoint.load_hf(options.hf)
+    config, weights = make_checkpoint.load_config(options.hf), make_checkpoint.load_weights(options.hf)
     settings = argparse.Namespace(hf=options.hf, out=Path("unused"), tp=1, pp=1, vocab_divisor=128)
     args = make_checkpoint.parse(make_checkpoint.megatron_argv(config, settings))
     make_checkpoint.initialize(args)

@@ -20,10 +20,10 @@ ALLOWED = {
     "report": SHARED | {"plan"},
     "pipeline": SHARED | STAGES | {"plan", "report"},
     "inspection": SHARED | {"checkpoint", "writers"},
-    "verify": SHARED | STAGES | {"plan", "report", "inspection"},
-    "cli": {"errors", "recipe", "plan", "pipeline", "report", "inspection", "verify"},
+    "verification": SHARED | STAGES | {"plan", "report", "inspection"},
+    "cli": {"errors", "recipe", "plan", "pipeline", "report", "inspection", "verification"},
     "__main__": {"cli"},
-    "__init__": {"inspection", "pipeline", "plan", "recipe", "verify"},
+    "__init__": {"inspection", "pipeline", "plan", "recipe", "verification"},
 }
 
 

@@ -13,7 +13,7 @@ debug = False
 """Whether errors show their traceback (set by `mptq --debug`)."""
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
-out = Console(highlight=False)
+out = Console(highlight=False, soft_wrap=True)
 
 
 def result(text: str) -> None:

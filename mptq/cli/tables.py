@@ -73,10 +73,10 @@ def summary(document: Mapping[str, Any]) -> RenderableType:
     """What a run did."""
     forms = document["formats"]
     worst = sorted(document["layers"], key=lambda row: -max(row.get(form) or 0 for form in forms))[:3]
-    table = _grid("layer", *(f"weight error ({_FORM[form]})" for form in forms))
+    table = _grid("worst layers", *(f"weight error ({_FORM[form]})" for form in forms))
     for row in worst:
         table.add_row(str(row["layer"]), *(_percent(row.get(form)) for form in forms))
-    table.add_row("all", *(_percent(document["relative_error"][form]) for form in forms), style="bold")
+    table.add_row("all layers", *(_percent(document["relative_error"][form]) for form in forms), style="bold")
     times = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in document["seconds"].items())
     lines: list[RenderableType] = [
         f"[bold]{document['recipe']['name']}[/]  {escape(document['recipe']['description'])}",
@@ -84,8 +84,8 @@ def summary(document: Mapping[str, Any]) -> RenderableType:
         "",
         table,
         "",
-        f"excluded    {_shortened(document['excluded'])}",
-        f"differing   {_shortened(document['differing'])}",
+        *([f"excluded    {_shortened(document['excluded'])}"] if "hf" in forms else []),
+        *([f"differing   {_shortened(document['differing'])}"] if len(forms) > 1 else []),
         f"time        {times}",
         f"peak memory {size(document['peak_rss_bytes'])}",
     ]

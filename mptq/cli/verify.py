@@ -17,7 +17,7 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Re-read an output: hashes, names, shapes, scales, and every number against its source. Exit code 3 if it fails."""
-    from mptq.verify import verify as check
+    from mptq.verification import verify as check
 
     found = check(output, against)
     if as_json:

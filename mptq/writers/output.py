@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 from pathlib import Path
 from types import TracebackType
@@ -25,16 +26,22 @@ def check_output(out: Path, source_root: Path, needed_bytes: int, overwrite: boo
     if out in source_root.parents:
         raise OutputError(f"{out} contains the checkpoint {source_root}: choose another -o")
     if out.exists() and not _is_empty(out):
-        if not overwrite:
-            raise OutputError(f"{out} exists: choose another -o, or pass --overwrite")
-        if not (out / manifest.NAME).is_file():
-            raise OutputError(f"{out} is not an output of mptq, so --overwrite leaves it alone: choose another -o")
+        _check_replaceable(out, overwrite)
     ancestor = next(parent for parent in out.parents if parent.exists())
     if not ancestor.is_dir():
         raise OutputError(f"{out} cannot be made: {ancestor} is a file")
+    if not os.access(ancestor, os.W_OK | os.X_OK):
+        raise OutputError(f"{out} cannot be made: {ancestor} is not writable")
     free = shutil.disk_usage(ancestor).free
     if free < needed_bytes:
         raise OutputError(f"{ancestor} has {free / 1e9:.2f} GB free, and the output needs {needed_bytes / 1e9:.2f} GB")
+
+
+def _check_replaceable(out: Path, overwrite: bool) -> None:
+    if not overwrite:
+        raise OutputError(f"{out} exists: choose another -o, or pass --overwrite")
+    if not (out / manifest.NAME).is_file():
+        raise OutputError(f"{out} is not an output of mptq, so --overwrite leaves it alone: choose another -o")
 
 
 def _is_empty(path: Path) -> bool:

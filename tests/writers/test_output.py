@@ -1,4 +1,5 @@
 import fcntl
+import os
 import shutil
 
 import pytest
@@ -61,6 +62,20 @@ def test_place_that_cannot_be_written(tmp_path):
         pass
     with pytest.raises(OutputError, match="is a file"):
         check_output(tmp_path / "file" / "out", tmp_path / "src", 0, overwrite=False)
+
+
+def test_place_without_permission(tmp_path, monkeypatch):
+    """Root may write anywhere, so the system's answers are played."""
+    monkeypatch.setattr(os, "access", lambda _path, _mode: False)
+    with pytest.raises(OutputError, match="is not writable"):
+        check_output(tmp_path / "out", tmp_path / "src", 0, overwrite=False)
+
+    def denied(path, *_args, **_kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.mkdir", denied)
+    with pytest.raises(OutputError, match="cannot be written: Permission denied"), OutputDirectory(tmp_path / "out"):
+        pass
 
 
 def test_checks(tmp_path, monkeypatch):

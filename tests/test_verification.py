@@ -5,7 +5,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mptq.errors import CheckpointError, OutputError
-from mptq.verify import verify
+from mptq.verification import verify
 from mptq.writers.manifest import sha256
 
 
