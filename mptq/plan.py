@@ -154,11 +154,13 @@ class Plan:
     def peak_memory(self) -> int:
         """Predicted peak resident memory, in bytes: imports, one layer compressed, one linear in ModelOpt or one copy.
 
-        ModelOpt holds the float32 weight, its quotient by the scale, the expanded scale and one copy more.
+        A compressed linear is in the layer and in the output at 1 byte each; ModelOpt holds the largest in float32, its
+        quotient by the scale, the scale of every element, and the result: 13 bytes a parameter.
         """
         outer = max(self.copy_spec("megatron", copy).nbytes for copy in naming.outer_copies(self.model))
         numels = [TensorSpec("", "uint8", linear.shape).numel for linear in self.linears]
-        return IMPORTS_BYTES + max(2 * outer, 2 * sum(numels) + 16 * max(numels))
+        largest = max(numels)
+        return IMPORTS_BYTES + max(2 * outer, 2 * (sum(numels) - largest) + 13 * largest)
 
     @property
     def warnings(self) -> list[str]:
@@ -170,6 +172,11 @@ class Plan:
             found.append(
                 f"{names}: not multiples of {self.recipe.block}, so they stay {self.model.dtype} in the hf output (engines "
                 "read a ragged grid of scales wrongly)"
+            )
+        if not self.source.checkpoint.args.get("vocab_size") and "hf" in self.formats:
+            found.append(
+                "the checkpoint does not say the size of its vocabulary: the hf output keeps all "
+                f"{self.model.vocab_size} rows, padding included"
             )
         if len(self.formats) > 1 and self.differing:
             found.append(f"{len(self.differing)} weights cannot hold the same numbers in both outputs: see the report")

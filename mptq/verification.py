@@ -262,12 +262,8 @@ class _Comparison:
         """An inner tensor of the source, in its own dtype."""
         import torch
 
-        tensor = torch.empty(shape, dtype=getattr(torch, self.plan.source.dtype(inner)))
-        row = 0
-        for part in self.plan.source.places[inner]:
-            self.reader.read(part.key, tensor[row : row + part.shape[0]], part.layer)
-            row += part.shape[0]
-        return tensor
+        out = torch.empty(shape, dtype=getattr(torch, self.plan.source.dtype(inner)))
+        return self.reader.read_parts(self.plan.source.places[inner], out)
 
     def copied(self, output: Output, inner: str, spec: TensorSpec, shape: tuple[int, ...]) -> list[str]:
         """A copy equals its source bit for bit."""

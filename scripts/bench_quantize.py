@@ -68,14 +68,17 @@ def contenders(hf: Path, checkpoint: Path, out: Path, llmcompressor: str | None)
     return commands
 
 
-def bench(work: Path, layers: int, runs: int, llmcompressor: str | None) -> dict[str, tuple[float, float]]:
+def bench(layers: int, options: argparse.Namespace) -> dict[str, tuple[float, float]]:
     """Median seconds and largest peak RSS of every contender, run in turn."""
+    work = options.work
     hf, checkpoint = make_inputs(work, layers)
     out = work / "out"
     found: dict[str, list[tuple[float, float]]] = {}
     subprocess.run(f"cat {checkpoint}/*/* {hf}/* > /dev/null", shell=True, check=True)
-    for _ in range(runs):
-        for name, command in contenders(hf, checkpoint, out, llmcompressor).items():
+    for _ in range(options.runs):
+        for name, command in contenders(hf, checkpoint, out, options.llmcompressor).items():
+            if options.only not in name:
+                continue
             shutil.rmtree(out, ignore_errors=True)
             os.sync()
             found.setdefault(name, []).append(measure(command, work / "log.txt"))
@@ -92,12 +95,13 @@ def main() -> None:
     parser.add_argument("--llmcompressor", help="Python interpreter that has llmcompressor")
     parser.add_argument("--layers", type=int, nargs="+", default=[8], help="layers of the checkpoints")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--only", default="", help="run the contenders that have this in their name")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     packages = ("mptq", "torch", "megatron-core", "nvidia-modelopt")
     print(f"{platform.platform()}, {os.cpu_count()} cores; {', '.join(f'{name} {version(name)}' for name in packages)}")
     for layers in options.layers:
-        rows = bench(options.work, layers, options.runs, options.llmcompressor)
+        rows = bench(layers, options)
         first = next(iter(rows.values()))[0]
         print(f"\n| {layers} layers, median of {options.runs} | seconds | to mptq | peak RSS, GB |\n|---|---|---|---|")
         for name, (seconds, peak) in rows.items():

@@ -36,11 +36,12 @@ def restored(model, options):
 
 
 def _layers(options):
-    from mptq.pipeline import Options, Record, Silent, _Stages
     from mptq.plan import make_plan
+    from mptq.record import Record, Silent
+    from mptq.stream import LayerStream
 
     plan = make_plan(options.checkpoint, options.recipe, ("megatron",))
-    stages = _Stages(plan, Options(device="cpu").device, Record(), Silent())
+    stages = LayerStream(plan, torch.device("cpu"), Record(), Silent())
     for index in range(plan.model.num_layers):
         yield index, stages.layer(index)[0]
 

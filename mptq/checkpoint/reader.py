@@ -25,7 +25,9 @@ from mptq.errors import CheckpointError
 
 if TYPE_CHECKING:
     import io
+    from collections.abc import Sequence
 
+    from mptq.arch.naming import Part
     from mptq.checkpoint.index import Checkpoint, Tensor
 
 
@@ -93,6 +95,14 @@ class Reader:
             files = sorted({chunk.record.file for chunk in self.checkpoint.tensors[name].chunks})
             reason = str(error).partition("\n")[0]
             raise CheckpointError(f"{name} in {self.checkpoint.directory} ({', '.join(files[:3])}): {reason}") from error
+        return out
+
+    def read_parts(self, parts: Sequence[Part], out: torch.Tensor) -> torch.Tensor:
+        """Fill `out` with `parts`, one above the other by rows."""
+        row = 0
+        for part in parts:
+            self.read(part.key, out[row : row + part.shape[0]], part.layer)
+            row += part.shape[0]
         return out
 
 

@@ -47,6 +47,7 @@ def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
     """Quantize a Megatron checkpoint to FP8 and write a model that engines load."""
     from mptq import pipeline, report
     from mptq.plan import make_plan
+    from mptq.record import Silent
 
     max_bytes = parse_size(max_shard_size)
     plan = make_plan(checkpoint, recipe, tuple(formats.split(",")))
@@ -61,7 +62,7 @@ def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
             console.out.print(tables.plan(document))
         return
     try:
-        with LiveProgress(verbose) if not quiet else nullcontext(pipeline.Silent()) as progress:
+        with LiveProgress(verbose) if not quiet else nullcontext(Silent()) as progress:
             document = pipeline.run(plan, out, options, progress)
     except KeyboardInterrupt as error:
         raise typer.Exit(console.fail(error, "interrupted: nothing was written", 130)) from error

@@ -1,0 +1,47 @@
+"""What a run tells while it goes, and what it keeps for its report."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+class Progress(Protocol):
+    """What a caller can follow; `row` is a row of the report's `tensors`."""
+
+    def stage(self, done: int, total: int, doing: str) -> None:
+        """`done` of `total` steps (embedding, layers, head) are over, and `doing` is next."""
+
+    def tensor(self, row: dict[str, Any]) -> None:
+        """A tensor is quantized."""
+
+
+class Silent:
+    """Progress for nobody."""
+
+    def stage(self, done: int, total: int, doing: str) -> None:
+        """Say nothing."""
+
+    def tensor(self, row: dict[str, Any]) -> None:
+        """Say nothing."""
+
+
+@dataclass
+class Record:
+    """What a run leaves for the report: a row a tensor, and seconds by stage."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time of the block to `stage`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - start
