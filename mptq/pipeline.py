@@ -99,10 +99,13 @@ def check(plan: Plan, out: Path, options: Options) -> tuple[Path | None, list[st
             )
         return options.tokenizer, notes
     named = plan.model.tokenizer
-    if named and tokenizer_files(Path(named)):
-        return Path(named), notes
-    where = f"{named!r}, which the checkpoint names, is not on this machine" if named else "the checkpoint names none"
-    return None, [*notes, f"no tokenizer in the output ({where}): pass --tokenizer DIR"]
+    if named is None:
+        return None, [*notes, "no tokenizer in the output (the checkpoint names none): pass --tokenizer DIR"]
+    directory = Path(named).parent if Path(named).is_file() else Path(named)
+    if tokenizer_files(directory):
+        return directory, notes
+    reason = f"{named!r}, which the checkpoint names, is not on this machine"
+    return None, [*notes, f"no tokenizer in the output ({reason}): pass --tokenizer DIR"]
 
 
 def _writers(plan: Plan, directory: Path, options: Options) -> list[HfWriter | MegatronWriter]:

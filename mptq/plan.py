@@ -110,11 +110,13 @@ class Plan:
             yield TensorSpec(f"{name}.{dialect.scale_name}", "float32", dialect.scale_shape(*shape))
 
     def megatron_linear_specs(self, layer: int, linear: Linear) -> Iterator[TensorSpec]:
-        """Output tensors of one linear in the Megatron form (its gated fc1 whole; byte items not counted)."""
+        """Output tensors of one linear in the Megatron form (its byte items not counted)."""
         name = naming.megatron_layer(layer) + linear.megatron
         block = self.recipe.block
-        grid = (1,) if block is None else tuple(-(-size // block) for size in linear.shape)
-        yield TensorSpec(f"{name}.weight", "float8_e4m3fn", linear.shape)
+        rows, columns = linear.shape
+        grid = (1,) if block is None else (-(-rows // block), -(-columns // block))
+        for key in linear.keys:
+            yield TensorSpec(f"{name}.{key}", "float8_e4m3fn", (rows // len(linear.keys), columns))
         yield TensorSpec(f"{name}.weight_quantizer._amax", "float32", grid)
         yield TensorSpec(f"{name}.weight_quantizer._scale", "float32", () if block is None else grid)
 
@@ -209,6 +211,26 @@ class Plan:
             for spec in self.specs(form):
                 table[_component(spec.name)][form] += spec.nbytes
         return {name: dict(row) for name, row in table.items()}
+
+    def actions(self) -> dict[str, str]:
+        """What happens to each component, in words."""
+        scheme = (
+            "FP8, one scale a fused group"
+            if self.recipe.block is None
+            else f"FP8, {self.recipe.block}x{self.recipe.block} blocks"
+        )
+        words = {}
+        for name in self.components():
+            linears = [linear for linear in self.linears if _component(linear.megatron) == name]
+            kept = [] if "hf" not in self.formats else [linear for linear in linears if not self.in_hf(linear)]
+            if not linears or (kept == linears and self.formats == ("hf",)):
+                words[name] = "copied"
+            elif kept:
+                members = ", ".join(member.rpartition(".")[2] for linear in kept for member in linear.hf)
+                words[name] = f"{scheme}; {members} copied in hf"
+            else:
+                words[name] = scheme
+        return words
 
 
 _COMPONENTS = (

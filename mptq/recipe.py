@@ -88,15 +88,16 @@ def load_recipe(name: str) -> Recipe:
         raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(fields, dict):
         raise RecipeError(f"{path} does not hold a recipe: it must be a mapping with description, weights and hf")
-    return _validate(path, fields)
+    return recipe_from(fields | {"name": path.stem}, str(path))
 
 
-def _validate(path: Path, fields: dict[str, Any]) -> Recipe:
+def recipe_from(fields: dict[str, Any], where: str) -> Recipe:
+    """The recipe with these fields; raises RecipeError with every mistake in them, naming `where` they stand."""
     try:
-        return Recipe(**(fields | {"name": path.stem}))
+        return Recipe(**fields)
     except ValidationError as error:
         problems = []
         for item in error.errors():
             place = ".".join(map(str, item["loc"]))
             problems.append(f"{place}: {item['msg']}" if place else item["msg"])
-        raise RecipeError(f"{path}: {'; '.join(problems)}") from error
+        raise RecipeError(f"{where}: {'; '.join(problems)}") from error

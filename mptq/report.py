@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mptq.arch import naming
-from mptq.errors import OutputError
+from mptq.writers.manifest import read_document
 
 if TYPE_CHECKING:
     from mptq.plan import Plan
@@ -80,6 +80,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "formats": list(plan.formats),
         "bytes": {"in": plan.bytes_in} | {form: plan.bytes_out(form) for form in plan.formats},
         "components": plan.components(),
+        "actions": plan.actions(),
         "quantized_linears": [linear.megatron for linear in quantized],
         "excluded": plan.excluded if "hf" in plan.formats else [],
         "differing": plan.differing if len(plan.formats) > 1 else [],
@@ -175,13 +176,4 @@ def write(root: Path, document: dict[str, Any]) -> None:
 
 def read(root: Path) -> dict[str, Any]:
     """The report of the mptq output at `root`; raises OutputError where there is none that this version reads."""
-    path = root / NAME
-    try:
-        document: dict[str, Any] = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise OutputError(f"{root} has no {NAME}: it is not an output of mptq") from error
-    except (ValueError, UnicodeDecodeError) as error:
-        raise OutputError(f"{path} is damaged ({error})") from error
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        raise OutputError(f"{path} is not a report of schema {SCHEMA}, which this version of mptq reads")
-    return document
+    return read_document(root / NAME, SCHEMA)

@@ -19,7 +19,6 @@ from mptq.quantize.fp8 import weight_error
 from mptq.quantize.logical import to_members
 from mptq.quantize.modelopt import compress_linear, megatron_state
 from mptq.types import LayerOutput
-from mptq.writers.megatron import split_gate_up
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -105,19 +104,16 @@ class LayerStream:
         with self.record.timed("quantize"):
             fused = compress_linear(target, source, self.plan.recipe, name)
         if "megatron" in self.plan.formats:
-            self._megatron(target, name, fused, source, output)
+            self._row("megatron", name, fused, source, name)
+            self._megatron(linear, index, fused, target, output)
         if "hf" in self.plan.formats:
             self._hf(linear, index, fused, source, output)
 
-    def _megatron(
-        self, target: torch.nn.Module, name: str, fused: Fp8Weight, source: torch.Tensor, output: LayerOutput
-    ) -> None:
-        self._row("megatron", name, fused, source, name)
-        owner = name.removesuffix("weight")
-        tensors, blob = megatron_state(target)
-        found = split_gate_up(name, fused.data) | {owner + key: tensor for key, tensor in tensors.items()}
-        output.tensors["megatron"] |= {key: tensor.cpu() for key, tensor in found.items()}
-        output.blobs[f"{owner}_extra_state/shard_0_1"] = blob
+    def _megatron(self, linear: Linear, index: int, fused: Fp8Weight, target: torch.nn.Module, output: LayerOutput) -> None:
+        owner = f"{naming.megatron_layer(index)}{linear.megatron}."
+        tensors, output.blobs[f"{owner}_extra_state/shard_0_1"] = megatron_state(target)
+        tensors |= zip(linear.keys, fused.data.chunk(len(linear.keys)), strict=True)
+        output.tensors["megatron"] |= {owner + key: tensor.cpu() for key, tensor in tensors.items()}
 
     def _hf(self, linear: Linear, index: int, fused: Fp8Weight, source: torch.Tensor, output: LayerOutput) -> None:
         inner = f"{naming.megatron_layer(index)}{linear.megatron}.weight"

@@ -1,4 +1,4 @@
-"""Re-read an output: files and hashes, names and shapes, scales, and every number against the source."""
+"""Re-read an output: files and hashes, names and shapes, scales, configs; then, in comparison.py, every number."""
 
 from __future__ import annotations
 
@@ -8,21 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mptq import report
-from mptq.arch import naming
 from mptq.checkpoint.index import open_checkpoint
-from mptq.errors import CheckpointError, MptqError
 from mptq.inspection import read_headers
-from mptq.plan import Plan, open_source
-from mptq.recipe import Recipe
-from mptq.types import Fp8Weight, TensorSpec
+from mptq.recipe import Recipe, recipe_from
+from mptq.types import TensorSpec
 from mptq.writers import manifest
 from mptq.writers.dialects import DIALECTS
 
 if TYPE_CHECKING:
     import torch
-
-    from mptq.arch.naming import Linear
 
 Load = Callable[[str], "torch.Tensor"]
 
@@ -79,7 +73,10 @@ def verify(path: Path, against: Path | None = None) -> Verification:
         if output.form == "hf":
             found.failures += check_config(output, made)
     if against is not None and not found.failures:
-        _against(found, outputs, made, against)
+        from mptq.comparison import compare
+
+        found.compared, failures = compare(outputs, made, against)
+        found.failures += failures
     return found
 
 
@@ -131,21 +128,9 @@ def _hf_loader(directory: Path) -> Load:
 
 
 def expected(output: Output, made: dict[str, Any]) -> dict[str, TensorSpec]:
-    """The tensors that the manifest says this form holds, as the files spell them."""
-    specs = {}
-    for entry in made["tensors"].values():
-        for item in entry.get(output.form, []):
-            for name, rows in _spelled(output.form, item["name"], item["shape"]):
-                specs[name] = TensorSpec(name, item["dtype"], rows)
-    return specs
-
-
-def _spelled(form: str, name: str, shape: list[int]) -> list[tuple[str, tuple[int, ...]]]:
-    """A gated fc1 is two tensors in the Megatron form."""
-    if form == "megatron" and name.endswith("mlp.linear_fc1.weight"):
-        half = (shape[0] // 2, *shape[1:])
-        return [(f"{name}_w", half), (f"{name}_v", half)]
-    return [(name, tuple(shape))]
+    """The tensors that the manifest says this form holds."""
+    items = [item for entry in made["tensors"].values() for item in entry.get(output.form, [])]
+    return {item["name"]: TensorSpec(item["name"], item["dtype"], tuple(item["shape"])) for item in items}
 
 
 def check_names(output: Output, made: dict[str, Any]) -> Iterator[str]:
@@ -168,11 +153,10 @@ def check_scales(output: Output, made: dict[str, Any]) -> Iterator[str]:
     """Every FP8 weight has a scale of the shape that the recipe implies, positive and finite throughout."""
     import torch
 
-    recipe = Recipe(**made["recipe"])
+    recipe = recipe_from(made["recipe"], manifest.NAME)
     for inner, entry in made["tensors"].items():
-        items = entry.get(output.form, [])
-        for weight in [item for item in items if item["dtype"] == "float8_e4m3fn"]:
-            name, shape = _scale_of(output.form, weight["name"], tuple(weight["shape"]), recipe)
+        weights = [item for item in entry.get(output.form, []) if item["dtype"] == "float8_e4m3fn"]
+        for name, shape in _scales_of(output.form, inner, weights, recipe):
             if name not in output.specs or output.specs[name].shape != shape:
                 yield f"{name} of {inner} is not there with shape {list(shape)}"
                 continue
@@ -181,13 +165,16 @@ def check_scales(output: Output, made: dict[str, Any]) -> Iterator[str]:
                 yield f"{name} has scales that are not positive and finite"
 
 
-def _scale_of(form: str, weight: str, shape: tuple[int, ...], recipe: Recipe) -> tuple[str, tuple[int, ...]]:
-    owner = weight.removesuffix("weight")
+def _scales_of(form: str, inner: str, weights: list[dict[str, Any]], recipe: Recipe) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of the scales of one linear's quantized weights: one each, or one for all in the Megatron form."""
     if form == "hf":
         dialect = DIALECTS[recipe.hf]
-        return owner + dialect.scale_name, dialect.scale_shape(shape[0], shape[1])
-    grid = () if recipe.block is None else tuple(-(-size // recipe.block) for size in shape)
-    return f"{owner}weight_quantizer._scale", grid
+        for weight in weights:
+            yield weight["name"].removesuffix("weight") + dialect.scale_name, dialect.scale_shape(*weight["shape"])
+    elif weights:
+        shape = sum(weight["shape"][0] for weight in weights), weights[0]["shape"][1]
+        grid = () if recipe.block is None else tuple(-(-size // recipe.block) for size in shape)
+        yield f"{inner.removesuffix('weight')}weight_quantizer._scale", grid
 
 
 def check_config(output: Output, made: dict[str, Any]) -> Iterator[str]:
@@ -207,111 +194,3 @@ def check_config(output: Output, made: dict[str, Any]) -> Iterator[str]:
     index = output.directory / "model.safetensors.index.json"
     if index.is_file() and set(json.loads(index.read_text())["weight_map"]) != set(output.specs):
         yield "model.safetensors.index.json does not list the tensors of the files"
-
-
-def _against(found: Verification, outputs: list[Output], made: dict[str, Any], path: Path) -> None:
-    source = open_source(path)
-    if source.checkpoint.fingerprint != made["source"]["metadata_sha256"]:
-        raise CheckpointError(f"{source.checkpoint.directory} is not the checkpoint that this output was made from")
-    plan = Plan(source, Recipe(**made["recipe"]), tuple(made["formats"]))
-    missing = sorted(set(report.tensor_account(plan)) ^ set(made["tensors"]))
-    found.failures += [f"{name} of the source is not accounted for" for name in missing]
-    unaccounted = _keys_without_account(plan, made)
-    found.failures += [f"{key} of the source is neither in the output nor listed as dropped" for key in unaccounted]
-    comparison = _Comparison(plan)
-    for inner, check in comparison.checks(outputs):
-        found.compared += 1
-        try:
-            found.failures += check()
-        except MptqError as error:
-            found.failures.append(f"{inner}: {error}")
-
-
-def _keys_without_account(plan: Plan, made: dict[str, Any]) -> list[str]:
-    used = {part["key"] for entry in made["tensors"].values() for part in entry["from"]}
-    every = {*plan.source.checkpoint.tensors, *plan.source.checkpoint.blobs}
-    return sorted(every - used - set(made["dropped"]))
-
-
-class _Comparison:
-    """Numbers of outputs against the source, one inner tensor at a time."""
-
-    def __init__(self, plan: Plan) -> None:
-        from mptq.checkpoint.reader import Reader
-
-        self.plan = plan
-        self.reader = Reader(plan.source.checkpoint)
-
-    def checks(self, outputs: list[Output]) -> Iterator[tuple[str, Callable[[], list[str]]]]:
-        """An inner name and its check, for every inner tensor and output."""
-        plan = self.plan
-        layers = range(plan.model.num_layers)
-        for output in outputs:
-            copies = [(copy, None) for copy in naming.outer_copies(plan.model)]
-            inside = [(copy, layer) for layer in layers for copy in naming.layer_copies(plan.model)]
-            for copy, layer in [*copies, *inside]:
-                inner = copy.megatron if layer is None else naming.megatron_layer(layer) + copy.megatron
-                spec = plan.copy_spec(output.form, copy, layer)
-                yield inner, lambda o=output, i=inner, s=spec, c=copy: self.copied(o, i, s, c.shape)  # type: ignore[misc]
-            for layer in layers:
-                for linear in plan.linears:
-                    inner = f"{naming.megatron_layer(layer)}{linear.megatron}.weight"
-                    yield inner, lambda o=output, i=inner, n=layer, m=linear: self.linear(o, i, n, m)  # type: ignore[misc]
-
-    def source(self, inner: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """An inner tensor of the source, in its own dtype."""
-        import torch
-
-        out = torch.empty(shape, dtype=getattr(torch, self.plan.source.dtype(inner)))
-        return self.reader.read_parts(self.plan.source.places[inner], out)
-
-    def copied(self, output: Output, inner: str, spec: TensorSpec, shape: tuple[int, ...]) -> list[str]:
-        """A copy equals its source bit for bit."""
-        import torch
-
-        kept = self.source(inner, shape)[: spec.shape[0]]
-        same = torch.equal(_bits(output.load(spec.name)), _bits(kept))
-        return [] if same else [f"{spec.name} is not the same as {inner} of the source"]
-
-    def linear(self, output: Output, inner: str, layer: int, linear: Linear) -> list[str]:
-        """A quantized linear has the scales of its source, and every element within half a step of E4M3."""
-        import torch
-
-        source = self.source(inner, linear.shape)
-        block = self.plan.recipe.block
-        if output.form == "megatron":
-            names = [name for name, _ in _spelled("megatron", inner, list(linear.shape))]
-            data = torch.cat([output.load(name).view(torch.uint8) for name in names]).view(torch.float8_e4m3fn)
-            scale = output.load(f"{inner.removesuffix('weight')}weight_quantizer._scale")
-            return quantized_failures(inner, source, Fp8Weight(data, scale), block, source)
-        failures = []
-        specs = list(self.plan.hf_linear_specs(layer, linear))
-        parts = linear.fusion.split(source)
-        if not self.plan.in_hf(linear):
-            pairs = zip(specs, parts, strict=True)
-            wrong = [spec.name for spec, part in pairs if not torch.equal(_bits(output.load(spec.name)), _bits(part))]
-            return [f"{name} is not the same as {inner} of the source" for name in wrong]
-        for weight, scale_spec, part in zip(specs[::2], specs[1::2], parts, strict=True):
-            found = Fp8Weight(output.load(weight.name), output.load(scale_spec.name))
-            # One scale a tensor is shared by the group; blocks are the projection's own.
-            failures += quantized_failures(weight.name, part, found, block, source if block is None else part)
-        return failures
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    return tensor.contiguous().view(torch.uint8)
-
-
-def quantized_failures(name: str, source: torch.Tensor, weight: Fp8Weight, block: int | None, group: torch.Tensor) -> list[str]:
-    """What is wrong with one quantized weight; its scale belongs to `group`, which contains `source`."""
-    import torch
-
-    from mptq.quantize.fp8 import first_out_of_bound, reference_scale
-
-    scale = reference_scale(group, block)
-    if not torch.equal(weight.scale, scale.expand(weight.scale.shape)):
-        return [f"{name}: its scales are not amax / 448 of the source"]
-    place = first_out_of_bound(source, weight, block)
-    return [] if place is None else [f"{name}: element {list(place)} is further from the source than E4M3 rounds"]

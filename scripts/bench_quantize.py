@@ -1,6 +1,6 @@
 """Time and memory of whole processes, in turn, on a checkpoint of Llama-7B-sized layers that it makes.
 
-    python scripts/bench_quantize.py --work DIR [--llmcompressor PYTHON] [--layers 8 16] [--runs 3]
+    python scripts/bench_quantize.py --work DIR [--llmcompressor PYTHON] [--layers 8 16 | --inputs HF CKPT] [--runs 3]
 
 Contenders: mptq; megatron-core + ModelOpt on the whole model; llm-compressor's model_free_ptq (from a Python that has it);
 `cp -r` of the input and `sync`. Every input is read once before the runs, so all find it in the page cache as far as it
@@ -68,10 +68,9 @@ def contenders(hf: Path, checkpoint: Path, out: Path, llmcompressor: str | None)
     return commands
 
 
-def bench(layers: int, options: argparse.Namespace) -> dict[str, tuple[float, float]]:
+def bench(hf: Path, checkpoint: Path, options: argparse.Namespace) -> dict[str, tuple[float, float]]:
     """Median seconds and largest peak RSS of every contender, run in turn."""
     work = options.work
-    hf, checkpoint = make_inputs(work, layers)
     out = work / "out"
     found: dict[str, list[tuple[float, float]]] = {}
     subprocess.run(f"cat {checkpoint}/*/* {hf}/* > /dev/null", shell=True, check=True)
@@ -93,17 +92,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="directory with 30 GB of room")
     parser.add_argument("--llmcompressor", help="Python interpreter that has llmcompressor")
-    parser.add_argument("--layers", type=int, nargs="+", default=[8], help="layers of the checkpoints")
+    parser.add_argument("--layers", type=int, nargs="+", default=[8], help="layers of the checkpoints that are made")
+    parser.add_argument("--inputs", type=Path, nargs=2, metavar=("HF", "CKPT"), help="a model that is there, in both forms")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--only", default="", help="run the contenders that have this in their name")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     packages = ("mptq", "torch", "megatron-core", "nvidia-modelopt")
     print(f"{platform.platform()}, {os.cpu_count()} cores; {', '.join(f'{name} {version(name)}' for name in packages)}")
-    for layers in options.layers:
-        rows = bench(layers, options)
+    if options.inputs:
+        inputs = {options.inputs[1].name: options.inputs}
+    else:
+        inputs = {f"{layers} layers": make_inputs(options.work, layers) for layers in options.layers}
+    for title, (hf, checkpoint) in inputs.items():
+        rows = bench(hf, checkpoint, options)
         first = next(iter(rows.values()))[0]
-        print(f"\n| {layers} layers, median of {options.runs} | seconds | to mptq | peak RSS, GB |\n|---|---|---|---|")
+        print(f"\n| {title}, median of {options.runs} | seconds | to mptq | peak RSS, GB |\n|---|---|---|---|")
         for name, (seconds, peak) in rows.items():
             print(f"| {name} | {seconds:.1f} | {seconds / first:.2f} | {peak:.2f} |", flush=True)
 

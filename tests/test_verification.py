@@ -132,5 +132,18 @@ def test_no_output(tmp_path):
     with pytest.raises(OutputError, match="is damaged"):
         verify(tmp_path)
     (tmp_path / "manifest.json").write_text('{"schema": 99}')
-    with pytest.raises(OutputError, match="not a manifest of schema 1"):
+    with pytest.raises(OutputError, match="is not of schema 1"):
         verify(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"schema": 1, "recipe": {}}')
+    with pytest.raises(OutputError, match="lacks mptq, source"):
+        verify(tmp_path)
+
+
+def test_forged_account(out, aligned):
+    """A manifest that leaves a tensor of the source out, with the files to match, does not pass for complete."""
+    manifest = json.loads((out / "manifest.json").read_text())
+    gone = manifest["tensors"].pop("decoder.final_layernorm.weight")
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    edit_hf(out, lambda tensors: tensors.pop(gone["hf"][0]["name"]))
+    lines = verify(out, aligned).failures
+    assert any("decoder.final_layernorm.weight" in line for line in lines)

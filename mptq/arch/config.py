@@ -95,7 +95,9 @@ def from_args(args: Mapping[str, Any], source: str, tensors: Mapping[str, Tensor
 def _llama(args: Mapping[str, Any], source: str, tensors: Mapping[str, TensorSpec]) -> ModelConfig:
     heads = int(args["num_attention_heads"])
     hidden = int(args["hidden_size"])
-    embedding = next((spec for name, spec in tensors.items() if name.endswith("word_embeddings.weight")), None)
+    # The optimizer has a copy of every parameter under its own prefix.
+    tables = [name for name in tensors if name.endswith("word_embeddings.weight") and not name.startswith("optimizer.")]
+    embedding = tensors[tables[0]] if tables else None
     padded = embedding.shape[0] if embedding else int(args["padded_vocab_size"])
     epsilon = args.get("norm_epsilon") or args.get("layernorm_epsilon")
     if epsilon is None:

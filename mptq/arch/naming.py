@@ -18,12 +18,16 @@ from mptq.types import TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """One linear of a layer: its Megatron module, its Hugging Face modules, and how its rows belong to them."""
+    """One linear of a layer: its Megatron module, its Hugging Face modules, and how its rows belong to them.
+
+    `keys` are the tensors, equal parts of its rows, in which a Megatron model that ModelOpt compressed stores the weight.
+    """
 
     megatron: str
     hf: tuple[str, ...]
     fusion: Fusion
     in_features: int
+    keys: tuple[str, ...] = ("weight",)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -110,7 +114,13 @@ def layer_linears(config: ModelConfig) -> tuple[Linear, ...]:
             config.hidden_size,
         ),
         Linear("self_attention.linear_proj", ("self_attn.o_proj",), plain, config.num_attention_heads * config.head_dim),
-        Linear("mlp.linear_fc1", ("mlp.gate_proj", "mlp.up_proj"), gate_up, config.hidden_size),
+        Linear(
+            "mlp.linear_fc1",
+            ("mlp.gate_proj", "mlp.up_proj"),
+            gate_up,
+            config.hidden_size,
+            ("weight_w", "weight_v"),
+        ),
         Linear("mlp.linear_fc2", ("mlp.down_proj",), plain, config.ffn_hidden_size),
     )
 

@@ -52,8 +52,6 @@ for command in (quantize, inspect, verify, recipes, report):
 
 def main() -> None:
     """Run the command line; every MptqError is one line on stderr and its exit code."""
-    # Interpreters started by torch must not spend time, or print, on what mptq does not use.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app(standalone_mode=True)
     except MptqError as error:

@@ -21,16 +21,18 @@ def _grid(*columns: str) -> Table:
     return table
 
 
-def components(rows: Mapping[str, Mapping[str, int]], forms: list[str]) -> Table:
-    """Parameters and bytes by component, with a total."""
-    table = _grid("component", "parameters", "in", *(f"out ({_FORM[form]})" for form in forms))
+def components(document: Mapping[str, Any]) -> Table:
+    """What happens to each component, its parameters and bytes, with a total."""
+    rows, forms = document["components"], document["formats"]
+    table = _grid("component", "parameters", "in", *(f"out ({_FORM[form]})" for form in forms), "")
+    table.columns[-1].justify = "left"
     total: dict[str, int] = {}
     for name, row in rows.items():
         for key, value in row.items():
             total[key] = total.get(key, 0) + value
-        table.add_row(*_component_cells(name, row, forms))
+        table.add_row(*_component_cells(name, row, forms), document["actions"][name])
     table.add_section()
-    table.add_row(*_component_cells("total", total, forms), style="bold")
+    table.add_row(*_component_cells("total", total, forms), "", style="bold")
     return table
 
 
@@ -43,7 +45,7 @@ def plan(document: Mapping[str, Any]) -> RenderableType:
     forms = document["formats"]
     lines: list[RenderableType] = [
         f"{escape(document['source']['path'])}  [bold]{document['recipe']['name']}[/] to {' and '.join(forms)}",
-        components(document["components"], forms),
+        components(document),
         f"quantized   {', '.join(document['quantized_linears'])} of {document['model']['num_layers']} layers",
         f"excluded    {_shortened(document['excluded'])}",
         f"dropped     {_reasons(document['dropped'])}",
@@ -80,7 +82,7 @@ def summary(document: Mapping[str, Any]) -> RenderableType:
     times = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in document["seconds"].items())
     lines: list[RenderableType] = [
         f"[bold]{document['recipe']['name']}[/]  {escape(document['recipe']['description'])}",
-        components(document["components"], forms),
+        components(document),
         "",
         table,
         "",

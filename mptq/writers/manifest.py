@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from mptq.errors import OutputError
 
 NAME = "manifest.json"
+_KEYS = ("mptq", "recipe", "source", "formats", "tensors", "dropped", "files")
 SCHEMA = 1
 
 
@@ -54,13 +55,20 @@ def write_manifest(root: Path, content: dict[str, Any]) -> None:
 
 def read_manifest(root: Path) -> dict[str, Any]:
     """The manifest of the mptq output at `root`; raises OutputError where there is none that this version reads."""
-    path = root / NAME
+    return read_document(root / NAME, SCHEMA, _KEYS)
+
+
+def read_document(path: Path, schema: int, keys: Sequence[str] = ()) -> dict[str, Any]:
+    """A JSON document of an mptq output; raises OutputError when it is missing, damaged, of another schema, or lacks `keys`."""
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
+        document: dict[str, Any] = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise OutputError(f"{root} has no {NAME}: it is not an output of mptq") from error
+        raise OutputError(f"{path.parent} has no {path.name}: it is not an output of mptq") from error
     except (ValueError, UnicodeDecodeError) as error:
         raise OutputError(f"{path} is damaged ({error})") from error
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        raise OutputError(f"{path} is not a manifest of schema {SCHEMA}, which this version of mptq reads")
-    return manifest
+    if not isinstance(document, dict) or document.get("schema") != schema:
+        raise OutputError(f"{path} is not of schema {schema}, which this version of mptq reads")
+    missing = [key for key in keys if key not in document]
+    if missing:
+        raise OutputError(f"{path} is damaged: it lacks {', '.join(missing)}")
+    return document

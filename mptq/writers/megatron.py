@@ -13,7 +13,6 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import _StoragePrefix
@@ -92,11 +91,3 @@ class MegatronWriter:
 
     def abort(self) -> None:
         """Nothing stays open between calls."""
-
-
-def split_gate_up(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A gated fc1 weight under the two keys that ModelOpt's models load it from; any other tensor under its own."""
-    if not name.endswith("mlp.linear_fc1.weight"):
-        return {name: tensor}
-    gate, up = tensor.chunk(2)
-    return {f"{name}_w": gate, f"{name}_v": up}

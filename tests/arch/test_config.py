@@ -50,6 +50,12 @@ def test_unknown_vocabulary_keeps_the_padding():
     assert from_args(ARGS | {"vocab_size": None}, "args", TENSORS).vocab_size == 128
 
 
+def test_the_optimizers_copy_of_the_embedding_says_nothing():
+    name = "optimizer.state.exp_avg.embedding.word_embeddings.weight"
+    config = from_args(ARGS, "args", {name: TensorSpec(name, "float32", (128 * 64,))} | TENSORS)
+    assert (config.dtype, config.padded_vocab_size) == ("bfloat16", 128)
+
+
 @pytest.mark.parametrize("name", sorted(FEATURES))
 def test_every_feature_that_is_not_quantized_is_named(name):
     with pytest.raises(UnsupportedModelError, match=rf"\({name}=surprise\)"):

@@ -1,0 +1,128 @@
+"""Every number of an output against the checkpoint that it was made from, one tensor of the source at a time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mptq import report
+from mptq.arch import naming
+from mptq.checkpoint.reader import Reader
+from mptq.errors import CheckpointError
+from mptq.plan import Plan, open_source
+from mptq.quantize.fp8 import first_out_of_bound, reference_scale
+from mptq.recipe import recipe_from
+from mptq.types import Fp8Weight
+from mptq.writers import manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from mptq.arch.naming import Copy, Linear
+    from mptq.verification import Output
+
+
+def compare(outputs: list[Output], made: dict[str, Any], path: Path) -> tuple[int, list[str]]:
+    """Compare `outputs`, whose manifest is `made`, with the checkpoint at `path`: tensors compared, and failures.
+
+    Raises CheckpointError when `path` is another checkpoint than the manifest's. Memory: one linear of the source and of the
+    output, and its scales.
+    """
+    source = open_source(path)
+    if source.checkpoint.fingerprint != made["source"]["metadata_sha256"]:
+        raise CheckpointError(f"{source.checkpoint.directory} is not the checkpoint that this output was made from")
+    plan = Plan(source, recipe_from(made["recipe"], manifest.NAME), tuple(made["formats"]))
+    failures = list(_check_account(plan, made))
+    if failures:
+        return 0, failures
+    comparison = _Comparison(plan)
+    compared = 0
+    for output in outputs:
+        for copy, layer in _copies(plan):
+            failures += comparison.copied(output, copy, layer)
+            compared += 1
+        for layer in range(plan.model.num_layers):
+            for linear in plan.linears:
+                failures += comparison.linear(output, linear, layer)
+                compared += 1
+    return compared, failures
+
+
+def _check_account(plan: Plan, made: dict[str, Any]) -> Iterator[str]:
+    """The manifest says of every tensor of the source what the recipe implies, and leaves none out."""
+    account = report.tensor_account(plan)
+    for name in sorted(account.keys() | made["tensors"].keys()):
+        if account.get(name) != made["tensors"].get(name):
+            yield f"{name} of the source is not in the output as the recipe implies"
+    used = {part["key"] for entry in account.values() for part in entry["from"]}
+    for key in sorted({*plan.source.checkpoint.tensors, *plan.source.checkpoint.blobs} - used - set(made["dropped"])):
+        yield f"{key} of the source is neither in the output nor listed as dropped"
+
+
+def _copies(plan: Plan) -> Iterator[tuple[Copy, int | None]]:
+    for copy in naming.outer_copies(plan.model):
+        yield copy, None
+    for layer in range(plan.model.num_layers):
+        for copy in naming.layer_copies(plan.model):
+            yield copy, layer
+
+
+class _Comparison:
+    """One tensor of the source against what an output has of it; every method returns failures as lines."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.reader = Reader(plan.source.checkpoint)
+
+    def source(self, inner: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """An inner tensor of the source, in its own dtype."""
+        out = torch.empty(shape, dtype=getattr(torch, self.plan.source.dtype(inner)))
+        return self.reader.read_parts(self.plan.source.places[inner], out)
+
+    def copied(self, output: Output, copy: Copy, layer: int | None) -> list[str]:
+        """A copy equals its source bit for bit."""
+        inner = copy.megatron if layer is None else naming.megatron_layer(layer) + copy.megatron
+        spec = self.plan.copy_spec(output.form, copy, layer)
+        kept = self.source(inner, copy.shape)[: spec.shape[0]]
+        return _same(spec.name, output.load(spec.name), kept, inner)
+
+    def linear(self, output: Output, linear: Linear, layer: int) -> list[str]:
+        """A linear has the scales of its source and every element within half a step of E4M3, or is a copy."""
+        inner = f"{naming.megatron_layer(layer)}{linear.megatron}.weight"
+        source = self.source(inner, linear.shape)
+        if output.form == "megatron":
+            return self._fused(output, linear, inner, source)
+        specs = list(self.plan.hf_linear_specs(layer, linear))
+        parts = linear.fusion.split(source)
+        if not self.plan.in_hf(linear):
+            pairs = zip(specs, parts, strict=True)
+            return [line for spec, part in pairs for line in _same(spec.name, output.load(spec.name), part, inner)]
+        failures = []
+        block = self.plan.recipe.block
+        for weight, scale, part in zip(specs[::2], specs[1::2], parts, strict=True):
+            found = Fp8Weight(output.load(weight.name), output.load(scale.name))
+            # One scale a tensor is shared by the group; blocks are the projection's own.
+            failures += quantized_failures(weight.name, part, found, block, source if block is None else part)
+        return failures
+
+    def _fused(self, output: Output, linear: Linear, inner: str, source: torch.Tensor) -> list[str]:
+        owner = inner.removesuffix("weight")
+        data = torch.cat([output.load(owner + key).view(torch.uint8) for key in linear.keys]).view(torch.float8_e4m3fn)
+        weight = Fp8Weight(data, output.load(f"{owner}weight_quantizer._scale"))
+        return quantized_failures(inner, source, weight, self.plan.recipe.block, source)
+
+
+def _same(name: str, found: torch.Tensor, source: torch.Tensor, inner: str) -> list[str]:
+    same = torch.equal(found.contiguous().view(torch.uint8), source.contiguous().view(torch.uint8))
+    return [] if same else [f"{name} is not the same as {inner} of the source"]
+
+
+def quantized_failures(name: str, source: torch.Tensor, weight: Fp8Weight, block: int | None, group: torch.Tensor) -> list[str]:
+    """What is wrong with one quantized weight; its scale belongs to `group`, which contains `source`."""
+    scale = reference_scale(group, block)
+    if not torch.equal(weight.scale, scale.expand(weight.scale.shape)):
+        return [f"{name}: its scales are not amax / 448 of the source"]
+    place = first_out_of_bound(source, weight, block)
+    return [] if place is None else [f"{name}: element {list(place)} is further from the source than E4M3 rounds"]
