@@ -15,7 +15,7 @@ from mptq.arch import naming
 from mptq.arch.layer import build_layer
 from mptq.checkpoint.index import read_blob
 from mptq.checkpoint.reader import Reader
-from mptq.quantize.fp8 import weight_error
+from mptq.quantize.fp8 import require_finite, weight_error
 from mptq.quantize.logical import to_members
 from mptq.quantize.modelopt import compress_linear, megatron_state
 from mptq.types import LayerOutput
@@ -76,6 +76,7 @@ class LayerStream:
         output = LayerOutput(index, {form: {} for form in self.plan.formats})
         for copy in copies:
             tensor = self.read(copy.megatron, copy.shape)
+            require_finite(tensor, copy.megatron)
             for form in self.plan.formats:
                 kept = tensor if form == "megatron" else tensor[: copy.hf_rows]
                 output.tensors[form][self.plan.copy_spec(form, copy).name] = kept
@@ -88,6 +89,7 @@ class LayerStream:
         prefix = naming.megatron_layer(index)
         for copy in naming.layer_copies(self.plan.model):
             tensor = self.read(prefix + copy.megatron, copy.shape)
+            require_finite(tensor, prefix + copy.megatron)
             owner, _, attribute = copy.megatron.rpartition(".")
             setattr(module.get_submodule(owner), attribute, torch.nn.Parameter(tensor.to(self.device), requires_grad=False))
             for form in self.plan.formats:

@@ -11,8 +11,8 @@ def block(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     for i in range(0, rows, 128):
         for j in range(0, columns, 128):
             tile = weight[i : i + 128, j : j + 128]
-            amax = tile.abs().max()
-            scale = amax / 448 if amax > 0 else torch.tensor(1.0)
+            scale = tile.abs().max() / 448
+            scale = scale if scale > 0 else torch.tensor(1.0)
             scales[i // 128, j // 128] = scale
             data[i : i + 128, j : j + 128] = (tile / scale).to(torch.float8_e4m3fn)
     return data.view(torch.uint8), scales
@@ -21,5 +21,5 @@ def block(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def tensor(weight: torch.Tensor, amax: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """(bytes, scale) of a float32 matrix with one scale, of `amax` (a fused group's) or its own."""
     amax = weight.abs().max() if amax is None else amax
-    scale = amax / 448 if amax > 0 else torch.tensor(1.0)
+    scale = amax / 448 if amax / 448 > 0 else torch.tensor(1.0)
     return (weight / scale).to(torch.float8_e4m3fn).view(torch.uint8), scale

@@ -1,3 +1,4 @@
+import re
 import shutil
 import signal
 import subprocess
@@ -224,10 +225,18 @@ def spoil_a_weight(root, name, value):
     path.write_bytes(raw)
 
 
-def test_nan_stops_the_run_and_leaves_nothing(aligned, tmp_path):
+@pytest.mark.parametrize(
+    ("key", "inner"),
+    [
+        ("decoder.layers.mlp.linear_fc2.weight", "decoder.layers.0.mlp.linear_fc2.weight"),
+        ("embedding.word_embeddings.weight", "embedding.word_embeddings.weight"),
+        ("decoder.layers.mlp.linear_fc1.layer_norm_weight", "decoder.layers.0.pre_mlp_layernorm.weight"),
+    ],
+)
+def test_nan_stops_the_run_and_leaves_nothing(aligned, tmp_path, key, inner):
     root = shutil.copytree(aligned, tmp_path / "ckpt")
-    spoil_a_weight(root, "decoder.layers.mlp.linear_fc2.weight", float("nan"))
-    with pytest.raises(CheckpointError, match=r"decoder\.layers\.0\.mlp\.linear_fc2\.weight .* NaN or infinite"):
+    spoil_a_weight(root, key, float("nan"))
+    with pytest.raises(CheckpointError, match=rf"{re.escape(inner)} .* NaN or infinite"):
         run(make_plan(root, "fp8-blockwise"), tmp_path / "out", Options(device="cpu"))
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
+from mptq.errors import CheckpointError
 from mptq.types import Fp8Weight, WeightError
 
 E4M3_MAX = 448.0
@@ -62,8 +63,18 @@ def _largest(tensor: torch.Tensor) -> float:
     return max(-float(low), float(high))
 
 
+def require_finite(weight: torch.Tensor, name: str) -> None:
+    """Raise CheckpointError naming `name` and the first place when `weight` holds NaN or infinity. No temporaries."""
+    low, high = torch.aminmax(weight)
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        bad = torch.nonzero(~torch.isfinite(weight))
+        raise CheckpointError(
+            f"{name} {list(weight.shape)} has {len(bad)} values that are NaN or infinite, the first at {bad[0].tolist()}"
+        )
+
+
 def reference_scale(weight: torch.Tensor, block: int | None) -> torch.Tensor:
-    """The float32 scale that `weight` [out, in] must have: amax / 448 of each block or of the whole, 1 where amax is 0."""
+    """The float32 scale that `weight` [out, in] must have: amax / 448 of each block or of the whole, 1 where that is 0."""
     weight = weight.float()
     if block is None:
         amax = torch.linalg.vector_norm(weight, math.inf)
@@ -73,7 +84,8 @@ def reference_scale(weight: torch.Tensor, block: int | None) -> torch.Tensor:
             columns = torch.nn.functional.pad(strip, (0, -strip.shape[1] % block)).unflatten(1, (-1, block))
             rows.append(torch.linalg.vector_norm(columns, math.inf, dim=(0, 2)))
         amax = torch.stack(rows)
-    return torch.where(amax == 0, 1.0, amax / E4M3_MAX)
+    scale = amax / E4M3_MAX
+    return torch.where(scale == 0, 1.0, scale)
 
 
 def first_out_of_bound(source: torch.Tensor, weight: Fp8Weight, block: int | None) -> tuple[int, int] | None:

@@ -26,8 +26,7 @@ with warnings.catch_warnings():
     from modelopt.torch.quantization.plugins.megatron import quant_module_get_extra_state
     from modelopt.torch.utils.serialization import safe_save
 
-from mptq.errors import CheckpointError
-from mptq.quantize.fp8 import E4M3_MAX
+from mptq.quantize.fp8 import E4M3_MAX, require_finite
 from mptq.recipe import Recipe
 from mptq.types import Fp8Weight
 
@@ -63,12 +62,12 @@ def _convert(linear: Any, recipe: Recipe, name: str) -> torch.nn.ModuleDict:
     holder = torch.nn.ModuleDict({"linear": linear})
     dtype = linear.weight.dtype
     assert dtype == torch.float32, f"{name} must be cast to float32 first, not {dtype}"
-    _require_finite(linear.weight, name)
+    require_finite(linear.weight.detach(), name)
     with _quiet():
         mtq.quantize(holder, quant_config(recipe))
-        # An all-zero block has no scale of its own: 448 / 448 = 1 instead of 0 / 0.
+        # An all-zero block (or one so small that its scale is) has no scale of its own: 448 / 448 = 1 instead of 0 / 0.
         amax = linear.weight_quantizer._amax
-        empty = amax == 0
+        empty = amax / E4M3_MAX == 0
         amax.masked_fill_(empty, E4M3_MAX)
         mtq.compress(holder)
     if empty.numel() == 1 and empty.all():
@@ -76,16 +75,6 @@ def _convert(linear: Any, recipe: Recipe, name: str) -> torch.nn.ModuleDict:
         linear.weight_quantizer._scale.fill_(1.0)
         linear.weight.data.view(torch.uint8).zero_()
     return holder
-
-
-def _require_finite(weight: torch.Tensor, name: str) -> None:
-    low, high = torch.aminmax(weight.detach())
-    if not (torch.isfinite(low) and torch.isfinite(high)):
-        bad = torch.nonzero(~torch.isfinite(weight.detach()))
-        place = bad[0].tolist()
-        raise CheckpointError(
-            f"{name} {list(weight.shape)} has {len(bad)} values that are NaN or infinite, the first at {place}"
-        )
 
 
 def compress_linear(linear: Any, weight: torch.Tensor, recipe: Recipe, name: str) -> Fp8Weight:

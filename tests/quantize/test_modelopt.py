@@ -70,6 +70,18 @@ def test_all_zero_weight_has_scale_one(recipe):
     assert (found.data.float() == 0).all()
 
 
+@pytest.mark.parametrize(("recipe", "quantize"), [(BLOCK, reference.block), (TENSOR, reference.tensor)])
+@pytest.mark.parametrize("amax", [1e-44, 2**-133, 2**-126, 3e38])
+def test_the_ends_of_float32(recipe, quantize, amax):
+    """Scales that would be zero, subnormal weights, and the largest ones."""
+    weight = torch.linspace(-1, 1, 260 * 130).reshape(260, 130) * amax
+    found = quantize_weight(weight.clone(), recipe, "w")
+    data, scale = quantize(weight)
+    assert torch.equal(found.scale, scale)
+    assert torch.equal(found.data.view(torch.uint8), data)
+    assert torch.isfinite(found.data.float()).all()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("recipe", [BLOCK, TENSOR])
 def test_values_that_are_not_finite_stop_the_run_by_name(recipe, value):
