@@ -7,13 +7,18 @@ import sys
 import traceback
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 debug = False
 """Whether errors show their traceback (set by `mptq --debug`)."""
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 out = Console(highlight=False, soft_wrap=True)
+
+
+def show(content: RenderableType, console: Console = out) -> None:
+    """Print tables whole: on a narrow terminal lines wrap, and nothing is cut."""
+    console.print(content, width=max(console.width, 160))
 
 
 def result(text: str) -> None:

@@ -25,4 +25,4 @@ def inspect(
     for index, model in enumerate(models):
         if index:
             console.result("")
-        console.out.print(tables.inspection(model))
+        console.show(tables.inspection(model))

@@ -59,7 +59,7 @@ def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
         if as_json:
             console.document(document)
         elif not quiet:
-            console.out.print(tables.plan(document))
+            console.show(tables.plan(document))
         return
     try:
         with LiveProgress(verbose) if not quiet else nullcontext(Silent()) as progress:
@@ -67,7 +67,7 @@ def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
     except KeyboardInterrupt as error:
         raise typer.Exit(console.fail(error, "interrupted: nothing was written", 130)) from error
     if not quiet:
-        console.err.print(tables.summary(document))
+        console.show(tables.summary(document), console.err)
         console.err.print(f"written to  {out}", markup=False)
     if as_json:
         console.document(document)

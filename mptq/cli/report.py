@@ -25,4 +25,4 @@ def report(
     if verbose:
         for row in document["tensors"]:
             console.result(tables.tensor_line(row))
-    console.out.print(tables.summary(document))
+    console.show(tables.summary(document))

@@ -60,9 +60,9 @@ def _quiet() -> Iterator[None]:
 def _convert(linear: Any, recipe: Recipe, name: str) -> torch.nn.ModuleDict:
     """Quantize and compress `linear` in place; return the holder, which has ModelOpt's record of the conversion."""
     holder = torch.nn.ModuleDict({"linear": linear})
-    dtype = linear.weight.dtype
-    assert dtype == torch.float32, f"{name} must be cast to float32 first, not {dtype}"
-    require_finite(linear.weight.detach(), name)
+    source = linear.weight.detach()
+    assert source.dtype == torch.float32, f"{name} must be cast to float32 first, not {source.dtype}"
+    require_finite(source, name)
     with _quiet():
         mtq.quantize(holder, quant_config(recipe))
         # An all-zero block (or one so small that its scale is) has no scale of its own: 448 / 448 = 1 instead of 0 / 0.
@@ -73,7 +73,7 @@ def _convert(linear: Any, recipe: Recipe, name: str) -> torch.nn.ModuleDict:
     if empty.numel() == 1 and empty.all():
         # ModelOpt computes the amax of a single block again, whatever it has been given.
         linear.weight_quantizer._scale.fill_(1.0)
-        linear.weight.data.view(torch.uint8).zero_()
+        linear.weight.data.copy_(source)
     return holder
 
 
