@@ -66,7 +66,6 @@ def layer_errors(rows: Iterable[Mapping[str, Any]], layers: int) -> list[dict[st
 def describe(plan: Plan) -> dict[str, Any]:
     """The plan as plain data: what `--dry-run` prints, and the first part of the report."""
     checkpoint = plan.source.checkpoint
-    quantized = [linear for linear in plan.linears if plan.in_hf(linear)] if "hf" in plan.formats else plan.linears
     return {
         "schema": SCHEMA,
         "recipe": plan.recipe.model_dump(),
@@ -81,7 +80,9 @@ def describe(plan: Plan) -> dict[str, Any]:
         "bytes": {"in": plan.bytes_in} | {form: plan.bytes_out(form) for form in plan.formats},
         "components": plan.components(),
         "actions": plan.actions(),
-        "quantized_linears": [linear.megatron for linear in quantized],
+        "quantized_linears": {
+            form: [linear.megatron for linear in plan.linears if form != "hf" or plan.in_hf(linear)] for form in plan.formats
+        },
         "excluded": plan.excluded if "hf" in plan.formats else [],
         "differing": plan.differing if len(plan.formats) > 1 else [],
         "dropped": plan.source.dropped,

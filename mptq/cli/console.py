@@ -18,7 +18,7 @@ out = Console(highlight=False, soft_wrap=True)
 
 def show(content: RenderableType, console: Console = out) -> None:
     """Print tables whole: on a narrow terminal lines wrap, and nothing is cut."""
-    console.print(content, width=max(console.width, 160))
+    Console(file=console.file, highlight=False, soft_wrap=True, width=max(console.width, 160)).print(content)
 
 
 def result(text: str) -> None:

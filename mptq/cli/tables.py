@@ -46,7 +46,6 @@ def plan(document: Mapping[str, Any]) -> RenderableType:
     lines: list[RenderableType] = [
         f"{escape(document['source']['path'])}  [bold]{document['recipe']['name']}[/] to {' and '.join(forms)}",
         components(document),
-        f"quantized   {', '.join(document['quantized_linears'])} of {document['model']['num_layers']} layers",
         f"excluded    {_shortened(document['excluded'])}",
         f"dropped     {_reasons(document['dropped'])}",
         f"peak memory about {size(document['predicted_peak_bytes'])}",
