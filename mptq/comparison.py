@@ -12,7 +12,7 @@ from mptq.checkpoint.reader import Reader
 from mptq.errors import CheckpointError
 from mptq.plan import Plan, open_source
 from mptq.quantize.fp8 import first_out_of_bound, reference_scale
-from mptq.recipe import recipe_from
+from mptq.recipe import Recipe, recipe_from
 from mptq.types import Fp8Weight
 from mptq.writers import manifest
 
@@ -100,18 +100,19 @@ class _Comparison:
             pairs = zip(specs, parts, strict=True)
             return [line for spec, part in pairs for line in _same(spec.name, output.load(spec.name), part, inner)]
         failures = []
-        block = self.plan.recipe.block
+        recipe = self.plan.recipe
         for weight, scale, part in zip(specs[::2], specs[1::2], parts, strict=True):
             found = Fp8Weight(output.load(weight.name), output.load(scale.name))
-            # One scale a tensor is shared by the group; blocks are the projection's own.
-            failures += quantized_failures(weight.name, part, found, block, source if block is None else part)
+            # One scale a tensor is shared by the group; blocks and rows are the projection's own.
+            group = source if recipe.weights.scale == "tensor" else part
+            failures += quantized_failures(weight.name, part, found, recipe, group)
         return failures
 
     def _fused(self, output: Output, linear: Linear, inner: str, source: torch.Tensor) -> list[str]:
         owner = inner.removesuffix("weight")
         data = torch.cat([output.load(owner + key).view(torch.uint8) for key in linear.keys]).view(torch.float8_e4m3fn)
         weight = Fp8Weight(data, output.load(f"{owner}weight_quantizer._scale"))
-        return quantized_failures(inner, source, weight, self.plan.recipe.block, source)
+        return quantized_failures(inner, source, weight, self.plan.recipe, source)
 
 
 def _same(name: str, found: torch.Tensor, source: torch.Tensor, inner: str) -> list[str]:
@@ -119,10 +120,10 @@ def _same(name: str, found: torch.Tensor, source: torch.Tensor, inner: str) -> l
     return [] if same else [f"{name} is not the same as {inner} of the source"]
 
 
-def quantized_failures(name: str, source: torch.Tensor, weight: Fp8Weight, block: int | None, group: torch.Tensor) -> list[str]:
+def quantized_failures(name: str, source: torch.Tensor, weight: Fp8Weight, recipe: Recipe, group: torch.Tensor) -> list[str]:
     """What is wrong with one quantized weight; its scale belongs to `group`, which contains `source`."""
-    scale = reference_scale(group, block)
+    scale = reference_scale(group, recipe)
     if not torch.equal(weight.scale, scale.expand(weight.scale.shape)):
         return [f"{name}: its scales are not amax / 448 of the source"]
-    place = first_out_of_bound(source, weight, block)
+    place = first_out_of_bound(source, weight, recipe.block)
     return [] if place is None else [f"{name}: element {list(place)} is further from the source than E4M3 rounds"]

@@ -112,13 +112,12 @@ class Plan:
     def megatron_linear_specs(self, layer: int, linear: Linear) -> Iterator[TensorSpec]:
         """Output tensors of one linear in the Megatron form (its byte items not counted)."""
         name = naming.megatron_layer(layer) + linear.megatron
-        block = self.recipe.block
         rows, columns = linear.shape
-        grid = (1,) if block is None else (-(-rows // block), -(-columns // block))
+        grid = self.recipe.grid(rows, columns)
         for key in linear.keys:
             yield TensorSpec(f"{name}.{key}", "float8_e4m3fn", (rows // len(linear.keys), columns))
-        yield TensorSpec(f"{name}.weight_quantizer._amax", "float32", grid)
-        yield TensorSpec(f"{name}.weight_quantizer._scale", "float32", () if block is None else grid)
+        yield TensorSpec(f"{name}.weight_quantizer._amax", "float32", grid or (1,))
+        yield TensorSpec(f"{name}.weight_quantizer._scale", "float32", grid)
 
     def copy_spec(self, form: str, copy: Copy, layer: int | None = None) -> TensorSpec:
         """The output tensor of a copied one."""
@@ -214,11 +213,13 @@ class Plan:
 
     def actions(self) -> dict[str, str]:
         """What happens to each component, in words."""
-        scheme = (
-            "FP8, one scale a fused group"
-            if self.recipe.block is None
-            else f"FP8, {self.recipe.block}x{self.recipe.block} blocks"
-        )
+        block = self.recipe.block
+        schemes = {
+            "block": f"FP8, {block}x{block} blocks",
+            "row": "FP8, one scale a row",
+            "tensor": "FP8, one scale a fused group",
+        }
+        scheme = schemes[self.recipe.weights.scale]
         words = {}
         for name in self.components():
             linears = [linear for linear in self.linears if _component(linear.megatron) == name]

@@ -15,11 +15,11 @@ from mptq.errors import RecipeError
 
 
 class Weights(BaseModel):
-    """How the weights of the layers' linears are quantized: E4M3, scale = amax / 448 over a block or a fused group."""
+    """How the weights of the layers' linears are quantized: E4M3, scale = amax / 448 over a block, a row or a fused group."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    scale: Literal["block", "tensor"]
+    scale: Literal["block", "row", "tensor"]
     block_size: Literal[128] | None = None
 
     @model_validator(mode="after")
@@ -41,15 +41,21 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _dialect_carries_scales(self) -> Self:
-        carried = {"deepseek-fp8": "block", "compressed-tensors": "tensor"}
-        if carried[self.hf] != self.weights.scale:
-            raise ValueError(f"`hf: {self.hf}` carries `scale: {carried[self.hf]}` weights, not {self.weights.scale}")
+        carried = {"deepseek-fp8": ("block",), "compressed-tensors": ("tensor", "row")}[self.hf]
+        if self.weights.scale not in carried:
+            raise ValueError(f"`hf: {self.hf}` carries `scale: {' or '.join(carried)}` weights, not {self.weights.scale}")
         return self
 
     @property
     def block(self) -> int | None:
-        """Rows and columns of a block, or None for one scale a fused group."""
+        """Rows and columns of a block, or None for scales that are not of blocks."""
         return self.weights.block_size
+
+    def grid(self, rows: int, columns: int) -> tuple[int, ...]:
+        """Shape of the scales of a weight [rows, columns]: ceil-divided blocks, [rows, 1], or [] for one scale."""
+        if self.block is not None:
+            return -(-rows // self.block), -(-columns // self.block)
+        return (rows, 1) if self.weights.scale == "row" else ()
 
     @property
     def fingerprint(self) -> str:

@@ -172,8 +172,7 @@ def _scales_of(form: str, inner: str, weights: list[dict[str, Any]], recipe: Rec
         for weight in weights:
             yield weight["name"].removesuffix("weight") + dialect.scale_name, dialect.scale_shape(*weight["shape"])
     elif weights:
-        shape = sum(weight["shape"][0] for weight in weights), weights[0]["shape"][1]
-        grid = () if recipe.block is None else tuple(-(-size // recipe.block) for size in shape)
+        grid = recipe.grid(sum(weight["shape"][0] for weight in weights), weights[0]["shape"][1])
         yield f"{inner.removesuffix('weight')}weight_quantizer._scale", grid
 
 

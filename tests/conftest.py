@@ -97,7 +97,7 @@ def quantized(aligned, crossing, tmp_path_factory) -> dict[tuple[str, str], Path
 
     made = {}
     for name, checkpoint in (("aligned", aligned), ("crossing", crossing)):
-        for recipe in ("fp8-blockwise", "fp8-per-tensor"):
+        for recipe in ("fp8-blockwise", "fp8-per-channel", "fp8-per-tensor"):
             out = tmp_path_factory.mktemp("out") / f"{name}-{recipe}"
             run(make_plan(checkpoint, recipe, ("hf", "megatron")), out, Options(device="cpu"))
             made[name, recipe] = out

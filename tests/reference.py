@@ -18,6 +18,12 @@ def block(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return data.view(torch.uint8), scales
 
 
+def row(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(bytes, scales [rows, 1]) of a float32 matrix with one scale a row: one row at a time."""
+    pairs = [tensor(line[None]) for line in weight]
+    return torch.cat([data for data, _ in pairs]), torch.stack([scale for _, scale in pairs])[:, None]
+
+
 def tensor(weight: torch.Tensor, amax: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """(bytes, scale) of a float32 matrix with one scale, of `amax` (a fused group's) or its own."""
     amax = weight.abs().max() if amax is None else amax

@@ -11,7 +11,7 @@ from mptq.quantize.fp8 import dequantize
 from mptq.types import Fp8Weight
 from tests.conftest import ROOT, run
 
-RECIPES = ("fp8-blockwise", "fp8-per-tensor")
+RECIPES = ("fp8-blockwise", "fp8-per-channel", "fp8-per-tensor")
 
 
 def plain(modes, tmp_path, hf, checkpoint, recipe="fp8-blockwise"):

@@ -1,3 +1,4 @@
+import functools
 import re
 import shutil
 import signal
@@ -88,12 +89,24 @@ def fused(source, layer, linear, heads, groups):
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("recipe", ["fp8-blockwise", "fp8-per-tensor"])
+def test_hf_rows_equal_the_reference(quantized, crossing_hf):
+    source, found = hf_weights(crossing_hf), load_file(quantized["crossing", "fp8-per-channel"] / "hf" / "model.safetensors")
+    names = [name for name in found if found[name].dtype == torch.float8_e4m3fn]
+    assert len(names) == 2 * 7
+    for name in names:
+        data, scale = reference.row(source[name])
+        assert torch.equal(bits(found[name]), data)
+        assert torch.equal(found[f"{name}_scale"], scale)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "quantize"),
+    [("fp8-blockwise", reference.block), ("fp8-per-channel", reference.row), ("fp8-per-tensor", reference.tensor)],
+)
 @pytest.mark.parametrize("model", ["aligned", "crossing"])
-def test_megatron_output_equals_the_reference_on_ceil_grids(quantized, model, recipe, request):
+def test_megatron_output_equals_the_reference_on_ceil_grids(quantized, model, recipe, quantize, request):
     source = hf_weights(request.getfixturevalue(f"{model}_hf"))
     found = megatron_tensors(quantized[model, recipe] / "megatron")
-    quantize = reference.block if recipe == "fp8-blockwise" else reference.tensor
     for layer in range(4 if model == "aligned" else 2):
         for linear in PROJECTIONS:
             name = f"decoder.layers.{layer}.{linear}"
@@ -262,7 +275,9 @@ def test_interrupt_leaves_no_output(aligned, tmp_path):
         tmp_path / "out",
         "-v",
     ]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    # A test run that a shell put in the background ignores SIGINT, and its children would too.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     for line in process.stderr:
         if "linear_fc1" in line or "gate_proj" in line:
             break

@@ -99,12 +99,13 @@ def test_actions_say_what_happens_to_each_component():
     both = plan_source(ragged, BLOCK, ("hf", "megatron")).actions()
     assert both["mlp"] == "FP8, 128x128 blocks; gate_proj, up_proj, down_proj copied in hf"
     assert plan_source(ragged, BLOCK, ("megatron",)).actions()["mlp"] == "FP8, 128x128 blocks"
+    assert plan_source(ragged, load_recipe("fp8-per-channel"), ("hf",)).actions()["mlp"] == "FP8, one scale a row"
     assert plan_source(ragged, TENSOR, ("hf",)).actions()["mlp"] == "FP8, one scale a fused group"
 
 
 def test_nothing_to_quantize_in_hf_suggests_what_works():
     small = source(576, 1536, 9, 3, 64)
-    message = r"no linear .* multiples of 128 \(sizes 192, 576, 1536\).* use --recipe fp8-per-tensor, or --format megatron"
+    message = r"no linear .* multiples of 128 \(sizes 192, 576, 1536\).* use --recipe fp8-per-channel or fp8-per-tensor, or"
     with pytest.raises(RecipeError, match=message):
         plan_source(small, BLOCK, ("hf", "megatron"))
     plan_source(small, BLOCK, ("megatron",))

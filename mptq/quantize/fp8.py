@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from mptq.errors import CheckpointError
+from mptq.recipe import Recipe
 from mptq.types import Fp8Weight, WeightError
 
 E4M3_MAX = 448.0
@@ -73,10 +74,13 @@ def require_finite(weight: torch.Tensor, name: str) -> None:
         )
 
 
-def reference_scale(weight: torch.Tensor, block: int | None) -> torch.Tensor:
-    """The float32 scale that `weight` [out, in] must have: amax / 448 of each block or of the whole, 1 where that is 0."""
+def reference_scale(weight: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    """The float32 scale that `weight` [out, in] must have: amax / 448 of each block or row, or of all, 1 where that is 0."""
     weight = weight.float()
-    if block is None:
+    block = recipe.block
+    if recipe.weights.scale == "row":
+        amax = torch.linalg.vector_norm(weight, math.inf, dim=1, keepdim=True)
+    elif block is None:
         amax = torch.linalg.vector_norm(weight, math.inf)
     else:
         rows = []

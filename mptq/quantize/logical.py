@@ -25,7 +25,8 @@ def to_members(fused: Fp8Weight, source: torch.Tensor, linear: Linear, recipe: R
             quantize_weight(part, recipe, f"{name} ({member})") for part, (member, _) in zip(parts, linear.members, strict=True)
         ]
     data = linear.fusion.split(fused.data)
-    if recipe.block is None:
+    if recipe.weights.scale == "tensor":
         return [Fp8Weight(part, fused.scale) for part in data]
-    scales = linear.fusion.coarsen(recipe.block).split(fused.scale)
+    fusion = linear.fusion if recipe.block is None else linear.fusion.coarsen(recipe.block)
+    scales = fusion.split(fused.scale)
     return [Fp8Weight(part, scale) for part, scale in zip(data, scales, strict=True)]

@@ -36,7 +36,7 @@ QuantModuleRegistry.register({Linear: "mptq.Linear"})(_QuantLinear)
 
 def quant_config(recipe: Recipe) -> dict[str, Any]:
     """The recipe as a ModelOpt quantization config: weights only, the output layer left alone."""
-    weight: dict[str, Any] = {"num_bits": (4, 3), "axis": None}
+    weight: dict[str, Any] = {"num_bits": (4, 3), "axis": 0 if recipe.weights.scale == "row" else None}
     if recipe.block is not None:
         weight["block_sizes"] = {-1: recipe.block, -2: recipe.block}
     return {
@@ -91,7 +91,8 @@ def compress_linear(linear: Any, weight: torch.Tensor, recipe: Recipe, name: str
     linear.weight.metadata["dtype"] = dtype
     for parameter in linear.parameters():
         parameter.requires_grad_(False)
-    return Fp8Weight(linear.weight.data, linear.weight_quantizer._scale)
+    # ModelOpt gives a weight of a single row a scale without dimensions.
+    return Fp8Weight(linear.weight.data, linear.weight_quantizer._scale.reshape(recipe.grid(*weight.shape)))
 
 
 def quantize_weight(weight: torch.Tensor, recipe: Recipe, name: str) -> Fp8Weight:
@@ -105,11 +106,15 @@ def megatron_state(linear: Any) -> tuple[dict[str, torch.Tensor], bytes]:
     """What a compressed linear adds to a Megatron checkpoint: quantizer tensors by name, and its `_extra_state`.
 
     Shapes and the encoding are those of modelopt/torch/quantization/plugins/megatron.py and opt/plugins/megatron.py:
-    amax of blocks without its unit axes, a single amax as [1], and the state as torch.save of a list of one byte tensor.
+    amax of blocks without its unit axes, of rows as [rows, 1], a single one as [1], and the state as torch.save of a list of
+    one byte tensor.
     """
     quantizer = linear.weight_quantizer
     amax = quantizer._amax
-    amax = amax.squeeze(1).squeeze(-1) if amax.dim() == 4 else amax.reshape(-1)
+    if amax.dim() == 4:
+        amax = amax.squeeze(1).squeeze(-1)
+    else:
+        amax = amax.reshape(-1) if amax.numel() == 1 else amax.reshape(linear.weight.shape[0], -1)
     tensors = {"weight_quantizer._amax": amax, "weight_quantizer._scale": quantizer._scale}
     # megatron-core stores the objects of a key as a list.
     return tensors, _saved([_as_bytes(quant_module_get_extra_state(linear))])

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mptq.quantize import fp8
+from mptq.recipe import load_recipe
 from mptq.types import Fp8Weight
 from tests import reference
 
@@ -48,7 +49,9 @@ def test_error_of_an_exact_weight():
 @given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([128, None]), st.integers(0, 99))
 def test_reference_scale_and_bound_accept_right_weights(rows, columns, block, seed):
     weight, found = make(rows, columns, block, seed)
-    assert torch.equal(fp8.reference_scale(weight, block), found.scale)
+    recipe = load_recipe("fp8-blockwise" if block else "fp8-per-tensor")
+    assert torch.equal(fp8.reference_scale(weight, recipe), found.scale)
+    assert torch.equal(fp8.reference_scale(weight, load_recipe("fp8-per-channel")), reference.row(weight)[1])
     assert fp8.first_out_of_bound(weight, found, block) is None
 
 

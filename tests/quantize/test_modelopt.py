@@ -9,7 +9,7 @@ from mptq.quantize.modelopt import modelopt_state, quant_config, quantize_weight
 from mptq.recipe import load_recipe
 from tests import reference
 
-BLOCK, TENSOR = load_recipe("fp8-blockwise"), load_recipe("fp8-per-tensor")
+BLOCK, TENSOR, ROW = (load_recipe(name) for name in ("fp8-blockwise", "fp8-per-tensor", "fp8-per-channel"))
 
 
 @st.composite
@@ -51,6 +51,15 @@ def test_one_scale_equals_the_reference(weight):
 
 @settings(max_examples=30, deadline=None)
 @given(weights())
+def test_rows_equal_the_reference(weight):
+    found = quantize_weight(weight.clone(), ROW, "w")
+    data, scales = reference.row(weight)
+    assert torch.equal(found.scale, scales)
+    assert torch.equal(found.data.view(torch.uint8), data)
+
+
+@settings(max_examples=30, deadline=None)
+@given(weights())
 def test_equals_modelopts_fp8_tensor_on_float32(weight):
     weight = weight + (weight == 0) * 2.0**-100  # without all-zero blocks, where ModelOpt divides 0 by 0
     theirs, scale = FP8QTensor.quantize(weight, block_sizes={-1: 128, -2: 128})
@@ -61,16 +70,21 @@ def test_equals_modelopts_fp8_tensor_on_float32(weight):
     ours = quantize_weight(weight.clone(), TENSOR, "w")
     assert torch.equal(ours.scale, scale.squeeze())
     assert torch.equal(ours.data.view(torch.uint8), theirs._quantized_data.view(torch.uint8))
+    weight = weight + (weight.abs().amax(1, keepdim=True) == 0) * 2.0**-100
+    theirs, scale = FP8QTensor.quantize(weight, axis=0)
+    ours = quantize_weight(weight.clone(), ROW, "w")
+    assert torch.equal(ours.scale, scale.reshape(-1, 1))
+    assert torch.equal(ours.data.view(torch.uint8), theirs._quantized_data.view(torch.uint8))
 
 
-@pytest.mark.parametrize("recipe", [BLOCK, TENSOR])
+@pytest.mark.parametrize("recipe", [BLOCK, TENSOR, ROW])
 def test_all_zero_weight_has_scale_one(recipe):
     found = quantize_weight(torch.zeros(130, 200), recipe, "w")
     assert (found.scale == 1).all()
     assert (found.data.float() == 0).all()
 
 
-@pytest.mark.parametrize(("recipe", "quantize"), [(BLOCK, reference.block), (TENSOR, reference.tensor)])
+@pytest.mark.parametrize(("recipe", "quantize"), [(BLOCK, reference.block), (TENSOR, reference.tensor), (ROW, reference.row)])
 @pytest.mark.parametrize("amax", [1e-44, 2**-133, 2**-126, 3e38])
 def test_the_ends_of_float32(recipe, quantize, amax):
     """Scales that would be zero, subnormal weights, and the largest ones."""
@@ -83,7 +97,7 @@ def test_the_ends_of_float32(recipe, quantize, amax):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("recipe", [BLOCK, TENSOR])
+@pytest.mark.parametrize("recipe", [BLOCK, TENSOR, ROW])
 def test_values_that_are_not_finite_stop_the_run_by_name(recipe, value):
     weight = torch.randn(200, 130)
     weight[150, 7] = value
@@ -112,7 +126,7 @@ def test_state_does_not_depend_on_the_hash_seed():
 
 
 def test_configs_are_weight_only_and_leave_the_output_layer_alone():
-    for recipe in (BLOCK, TENSOR):
+    for recipe in (BLOCK, TENSOR, ROW):
         rules = quant_config(recipe)["quant_cfg"]
         assert rules[0] == {"quantizer_name": "*", "enable": False}
         assert rules[-1] == {"quantizer_name": "*output_layer*", "enable": False}
