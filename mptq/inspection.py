@@ -133,7 +133,8 @@ def _architecture(checkpoint: Checkpoint) -> str:
 
 def _huggingface(path: Path) -> dict[str, Any]:
     config = _json(path / "config.json")
-    quantization = config.get("quantization_config") or {}
+    quantization = config.get("quantization_config")
+    quantization = quantization if isinstance(quantization, dict) else {}
     excluded = quantization.get("modules_to_not_convert") or quantization.get("ignore") or []
     facts = {
         "format": "safetensors (Hugging Face)",

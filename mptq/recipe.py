@@ -100,7 +100,7 @@ def load_recipe(name: str) -> Recipe:
 def recipe_from(fields: dict[str, Any], where: str) -> Recipe:
     """The recipe with these fields; raises RecipeError with every mistake in them, naming `where` they stand."""
     try:
-        return Recipe(**fields)
+        return Recipe.model_validate(fields)
     except ValidationError as error:
         problems = []
         for item in error.errors():

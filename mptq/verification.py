@@ -180,10 +180,10 @@ def check_config(output: Output, made: dict[str, Any]) -> Iterator[str]:
     """The exclude list of config.json is exactly the linears that are not in FP8, and the index covers every tensor."""
     try:
         config = json.loads((output.directory / "config.json").read_text())["quantization_config"]
-    except (OSError, ValueError, KeyError, TypeError):
-        yield "config.json has no quantization_config"
+        listed = set(config.get("modules_to_not_convert") or config.get("ignore") or [])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        yield "config.json has no quantization_config that engines read"
         return
-    listed = set(config.get("modules_to_not_convert") or config.get("ignore") or [])
     plain = {"lm_head"}
     for items in (entry.get("hf", []) for entry in made["tensors"].values()):
         modules = [item["name"].removesuffix(".weight") for item in items if item["dtype"] != "float8_e4m3fn"]

@@ -44,6 +44,13 @@ def test_model_of_others(aligned_hf):
     assert "written by" not in document["facts"]
 
 
+def test_config_of_another_form(aligned_hf, tmp_path):
+    (tmp_path / "model.safetensors").symlink_to(aligned_hf / "model.safetensors")
+    for text in ("[1]", '{"quantization_config": [1]}', '{"quantization_config": {"ignore": null}}'):
+        (tmp_path / "config.json").write_text(text)
+        assert inspect(tmp_path)[0]["facts"]["quantization"] == "none"
+
+
 def test_nothing(tmp_path):
     with pytest.raises(CheckpointError, match="has no .metadata"):
         inspect(tmp_path)

@@ -45,6 +45,7 @@ def test_unknown_name_lists_all():
         (GOOD.replace("128", "64"), r"weights\.block_size"),
         ("- a\n", "does not hold a recipe"),
         ("a: [", "is not YAML"),
+        ("1: 2\n", "Keys should be strings"),
     ],
 )
 def test_every_mistake_in_a_file_is_said(tmp_path, text, message):
