@@ -19,11 +19,21 @@ class RecipeError(MptqError):
     """The recipe does not exist, is malformed, or cannot be applied to this model."""
 
 
+class DataError(MptqError):
+    """The calibration data or its tokenizer does not exist, is malformed, too little, or made for another vocabulary."""
+
+
 class OutputError(MptqError):
     """The output cannot be written where it was asked for."""
 
 
 class VerificationError(MptqError):
     """A written output is not what its manifest or its source says."""
+
+    exit_code = 3
+
+
+class GateError(MptqError):
+    """The output is written, and less faithful than the user's limits allow."""
 
     exit_code = 3

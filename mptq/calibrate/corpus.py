@@ -1,0 +1,100 @@
+"""Documents as sequences: packing, what is held out, sharing between datasets, and the hash of it all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+
+def pieces(documents: Iterable[np.ndarray], length: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Documents with their numbers. A document alone is cut into stretches of `length` tokens, so that it can be split."""
+    filled = enumerate(document for document in documents if len(document))
+    first, second = next(filled, None), next(filled, None)
+    if first is not None and second is None:
+        yield from ((0, first[1][start : start + length]) for start in range(0, len(first[1]), length))
+    yield from (piece for piece in (first, second) if piece is not None and second is not None)
+    yield from filled
+
+
+class Supply:
+    """The sequences of one dataset, taken off its documents (int64 [n] each).
+
+    Whatever a call of `take` leaves of a document is dropped: no document is in the sequences of two calls. `apart` is
+    shared by all datasets of a run: the hashes of what is held out, of which no copy is calibrated on either.
+    """
+
+    def __init__(self, documents: Iterable[np.ndarray], length: int, packed: bool, apart: set[bytes]) -> None:
+        self._pieces = pieces(documents, length)
+        self._length, self._packed, self._apart = length, packed, apart
+        self._used: set[int] = set()
+
+    @property
+    def documents(self) -> int:
+        """How many documents were used so far."""
+        return len(self._used)
+
+    def take(self, count: int, hold_out: bool) -> list[np.ndarray]:
+        """The next `count` sequences, or as many as there are."""
+        if not count:
+            return []
+        return self._pack(count, hold_out) if self._packed else self._cut(count, hold_out)
+
+    def _pack(self, count: int, hold_out: bool) -> list[np.ndarray]:
+        """Documents end to end, in full sequences."""
+        parts, missing = [np.zeros(0, np.int64)], count * self._length
+        for number, ids in self._next(hold_out):
+            parts.append(ids[:missing])
+            self._used.add(number)
+            missing -= len(parts[-1])
+            if not missing:
+                break
+        tokens = np.concatenate(parts)
+        full = len(tokens) // self._length
+        return list(tokens[: full * self._length].reshape(full, self._length))
+
+    def _cut(self, count: int, hold_out: bool) -> list[np.ndarray]:
+        """A document a sequence; one token predicts nothing."""
+        sequences: list[np.ndarray] = []
+        for number, ids in self._next(hold_out):
+            if len(ids) >= 2:
+                sequences.append(ids)
+                self._used.add(number)
+            if len(sequences) == count:
+                break
+        return sequences
+
+    def _next(self, hold_out: bool) -> Iterator[tuple[int, np.ndarray]]:
+        for number, document in self._pieces:
+            ids = document if self._packed else document[: self._length]
+            mark = hashlib.sha256(ids.tobytes()).digest()
+            if hold_out:
+                self._apart.add(mark)
+            elif mark in self._apart:
+                continue
+            yield number, ids
+
+
+def shares(total: int, weights: Sequence[float]) -> list[int]:
+    """`total` in proportion to the weights, by largest remainder; of equal remainders the first is rounded up."""
+    quotas = [total * weight / sum(weights) for weight in weights]
+    parts = [int(quota) for quota in quotas]
+    by_remainder = sorted(range(len(parts)), key=lambda index: parts[index] - quotas[index])
+    for index in by_remainder[: total - sum(parts)]:
+        parts[index] += 1
+    return parts
+
+
+def interleave(groups: Sequence[Sequence[np.ndarray]]) -> tuple[np.ndarray, ...]:
+    """All sequences of the groups, those of each in their order and spread evenly over the whole."""
+    places = [((at + 0.5) / len(group), index, at) for index, group in enumerate(groups) for at in range(len(group))]
+    return tuple(groups[index][at] for _, index, at in sorted(places))
+
+
+def describe(sequences: Sequence[np.ndarray]) -> dict[str, int | str]:
+    """How many sequences and tokens, and the SHA-256 of their ids: of each its length, then its ids, little-endian int64."""
+    digest = hashlib.sha256()
+    for ids in sequences:
+        digest.update(np.array([len(ids), *ids], "<i8").tobytes())
+    return {"sequences": len(sequences), "tokens": sum(map(len, sequences)), "sha256": digest.hexdigest()}

@@ -1,0 +1,98 @@
+"""What every reader of a dataset hands out: documents, in an order drawn from the seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mptq.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Text, the messages of a chat, or token ids (integers [n]); `where` says for errors where it stands."""
+
+    content: str | Messages | np.ndarray
+    where: str
+
+
+def _text(text: Any) -> str | None:
+    return text if isinstance(text, str) else None
+
+
+def _messages(messages: Any) -> Messages | None:
+    """The messages without the keys that a table had to fill with null; None when they are no messages."""
+    if not isinstance(messages, list) or not messages:
+        return None
+    if not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages):
+        return None
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+
+def _completed(prompt: Any, completion: Any) -> str | Messages | None:
+    """A prompt with its completion: two texts, or two lists of messages."""
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return prompt + completion
+    before, after = _messages(prompt), _messages(completion)
+    return before + after if before and after else None
+
+
+FORMS: dict[tuple[str, ...], tuple[Callable[..., str | Messages | None], str]] = {
+    ("text",): (_text, "a string"),
+    ("messages",): (_messages, "a list of messages, each with a role"),
+    ("prompt", "completion"): (_completed, "two strings or two lists of messages"),
+}
+"""Columns of a row that make a document, in order of preference: how, and what must stand in them."""
+
+COLUMNS = tuple(column for columns in FORMS for column in columns)
+EXPECTED = "text, messages, or prompt and completion"
+
+
+def from_row(row: Any, where: str) -> Document:
+    """The document in a row of a table or a JSON Lines file; raises DataError for a row that holds none."""
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: the row is no JSON object with {EXPECTED}")
+    for columns, (make, expected) in FORMS.items():
+        if all(row.get(column) is not None for column in columns):
+            content = make(*(row[column] for column in columns))
+            if content is None:
+                raise DataError(f"{where}: {' and '.join(columns)} must be {expected}")
+            return Document(content, where)
+    raise DataError(f"{where}: the row has no {EXPECTED}, only {', '.join(map(str, row)) or 'nothing'}")
+
+
+def usable_columns(columns: Iterable[str], where: str) -> list[str]:
+    """Those columns of a table that make documents; raises DataError when there are none."""
+    columns = list(columns)
+    for form in FORMS:
+        if set(form) <= set(columns):
+            return [column for column in columns if column in COLUMNS]
+    raise DataError(f"{where} has no columns {EXPECTED}: it has {', '.join(columns) or 'none'}")
+
+
+def shuffled(count: int, bits: np.random.PCG64) -> Iterator[int]:
+    """The numbers 0 to `count` - 1 in random order: Fisher-Yates, in time and memory of the numbers taken alone.
+
+    It draws raw bits, whose stream numpy keeps between its versions, unlike that of `Generator.permutation`.
+    """
+    moved: dict[int, int] = {}
+    for index in range(count):
+        other = index + int(bits.random_raw()) % (count - index)
+        here = moved.pop(index, index)
+        if other == index:
+            yield here
+        else:
+            yield moved.get(other, other)
+            moved[other] = here
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, in one line of at most 300 characters."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) <= 300 else f"{said[:297]}..."

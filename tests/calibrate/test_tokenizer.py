@@ -1,0 +1,93 @@
+"""Documents as token ids."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mptq.calibrate.documents import Document
+from mptq.calibrate.tokenizer import encode, load_tokenizer, tokenizer_directory
+from mptq.errors import DataError
+from tests.calibrate.conftest import WORDS, ids, make_tokenizer, text
+
+USER, ASSISTANT = WORDS + 1, WORDS + 2
+
+
+def encoded(tokenizer, content, ended=True):
+    found = encode(Document(content, "here"), tokenizer, ended)
+    assert found.dtype == np.int64
+    return found.tolist()
+
+
+def test_text_ends_with_eos_where_asked(words):
+    tokenizer = load_tokenizer(words)
+    assert encoded(tokenizer, text(5, 3)) == [*ids(5, 3), 2]
+    assert encoded(tokenizer, text(5, 3), ended=False) == ids(5, 3)
+    assert encoded(tokenizer, "w1 </s>") == [4, 2]  # not twice
+    assert encoded(tokenizer, " \n") == []
+    assert encoded(tokenizer, np.array([9, 2, 9], np.uint16)) == [9, 2, 9]
+
+
+def test_bos_is_added_as_the_tokenizer_does(tmp_path):
+    tokenizer = load_tokenizer(make_tokenizer(tmp_path / "bos", bos=True, eos=False))
+    assert encoded(tokenizer, text(5, 3)) == [1, *ids(5, 3)]
+
+
+def test_chats_go_through_the_template(chat):
+    messages = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
+    assert encoded(load_tokenizer(chat), messages) == [USER, *ids(1, 2), 2, ASSISTANT, *ids(3, 1), 2]
+
+
+def test_chats_without_a_template(words):
+    with pytest.raises(DataError) as failure:
+        encoded(load_tokenizer(words), [{"role": "user", "content": "w1"}])
+    assert str(failure.value) == "here is a chat, and the tokenizer has no chat template: name a dataset with text instead"
+
+
+def test_chats_that_the_template_refuses(tmp_path):
+    strict = (
+        "{% if messages[0]['role'] != 'user' %}{{ raise_exception('users first') }}{% endif %}{{ 1 + messages[0]['content'] }}"
+    )
+    tokenizer = load_tokenizer(make_tokenizer(tmp_path / "strict", template=strict))
+    for role, said in (("system", "users first"), ("user", "unsupported operand")):
+        with pytest.raises(DataError, match=f"here: the tokenizer's chat template does not take these messages: {said}"):
+            encoded(tokenizer, [{"role": role, "content": "w1"}])
+
+
+def test_a_file_of_the_tokenizer_may_be_named(words):
+    assert tokenizer_directory(words / "tokenizer.json") == words
+    assert encoded(load_tokenizer(words / "tokenizer.json"), "w1") == [4, 2]
+
+
+BROKEN = {
+    "empty": ({}, "cannot be loaded: "),
+    "no json": ({"tokenizer.json": "{"}, "cannot be loaded: "),
+    "no model": ({"tokenizer.json": {"model": {"type": "X"}}}, "did not match any variant"),
+    "no config": ({"tokenizer_config.json": "[1]"}, "cannot be loaded: "),
+    "own code": (
+        {"tokenizer_config.json": {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}},
+        "contains custom code",
+    ),
+}
+
+
+@pytest.mark.parametrize(("files", "said"), BROKEN.values(), ids=BROKEN)
+def test_tokenizers_that_cannot_be_loaded(files, said, words, tmp_path):
+    for name, content in files.items():
+        if isinstance(content, str):
+            (tmp_path / name).write_text(content)
+        else:  # a change to a whole file
+            (tmp_path / name).write_text(json.dumps(json.loads((words / name).read_text()) | content))
+    if "tokenizer.json" in files:
+        (tmp_path / "tokenizer_config.json").write_bytes((words / "tokenizer_config.json").read_bytes())
+    with pytest.raises(DataError) as failure:
+        load_tokenizer(tmp_path)
+    assert f"tokenizer {tmp_path} cannot be loaded: " in str(failure.value)
+    assert said in str(failure.value)
+    assert "\n" not in str(failure.value)
+
+
+def test_a_tokenizer_that_is_not_there(tmp_path):
+    with pytest.raises(DataError) as failure:
+        load_tokenizer("org/model")
+    assert str(failure.value) == ("tokenizer org/model does not exist: name a directory with tokenizer.json or tokenizer.model")
