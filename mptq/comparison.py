@@ -12,7 +12,7 @@ from mptq.checkpoint.reader import Reader
 from mptq.errors import CheckpointError
 from mptq.plan import Plan, open_source
 from mptq.quantize.fp8 import first_out_of_bound, reference_scale
-from mptq.recipe import Recipe, recipe_from
+from mptq.recipe import Scheme, recipe_from
 from mptq.types import Fp8Weight
 from mptq.writers import manifest
 
@@ -93,26 +93,31 @@ class _Comparison:
         inner = f"{naming.megatron_layer(layer)}{linear.megatron}.weight"
         source = self.source(inner, linear.shape)
         if output.form == "megatron":
-            return self._fused(output, linear, inner, source)
+            return self._fused(output, linear, layer, source)
+        scheme = self.plan.scheme("hf", layer, linear)
         specs = list(self.plan.hf_linear_specs(layer, linear))
         parts = linear.fusion.split(source)
-        if not self.plan.in_hf(linear):
+        if scheme is None:
             pairs = zip(specs, parts, strict=True)
             return [line for spec, part in pairs for line in _same(spec.name, output.load(spec.name), part, inner)]
         failures = []
-        recipe = self.plan.recipe
-        for weight, scale, part in zip(specs[::2], specs[1::2], parts, strict=True):
+        each = len(specs) // len(parts)
+        for weight, scale, part in zip(specs[::each], specs[1::each], parts, strict=True):
             found = Fp8Weight(output.load(weight.name), output.load(scale.name))
             # One scale a tensor is shared by the group; blocks and rows are the projection's own.
-            group = source if recipe.weights.scale == "tensor" else part
-            failures += quantized_failures(weight.name, part, found, recipe, group)
+            group = source if scheme.scale == "tensor" else part
+            failures += quantized_failures(weight.name, part, found, scheme, group)
         return failures
 
-    def _fused(self, output: Output, linear: Linear, inner: str, source: torch.Tensor) -> list[str]:
+    def _fused(self, output: Output, linear: Linear, layer: int, source: torch.Tensor) -> list[str]:
+        inner = f"{naming.megatron_layer(layer)}{linear.megatron}.weight"
         owner = inner.removesuffix("weight")
-        data = torch.cat([output.load(owner + key).view(torch.uint8) for key in linear.keys]).view(torch.float8_e4m3fn)
-        weight = Fp8Weight(data, output.load(f"{owner}weight_quantizer._scale"))
-        return quantized_failures(inner, source, weight, self.plan.recipe, source)
+        scheme = self.plan.scheme("megatron", layer, linear)
+        data = torch.cat([output.load(owner + key).view(torch.uint8) for key in linear.keys])
+        if scheme is None:
+            return _same(inner, data.view(source.dtype), source, inner)
+        weight = Fp8Weight(data.view(torch.float8_e4m3fn), output.load(f"{owner}weight_quantizer._scale"))
+        return quantized_failures(inner, source, weight, scheme, source)
 
 
 def _same(name: str, found: torch.Tensor, source: torch.Tensor, inner: str) -> list[str]:
@@ -120,10 +125,10 @@ def _same(name: str, found: torch.Tensor, source: torch.Tensor, inner: str) -> l
     return [] if same else [f"{name} is not the same as {inner} of the source"]
 
 
-def quantized_failures(name: str, source: torch.Tensor, weight: Fp8Weight, recipe: Recipe, group: torch.Tensor) -> list[str]:
+def quantized_failures(name: str, source: torch.Tensor, weight: Fp8Weight, scheme: Scheme, group: torch.Tensor) -> list[str]:
     """What is wrong with one quantized weight; its scale belongs to `group`, which contains `source`."""
-    scale = reference_scale(group, recipe)
+    scale = reference_scale(group, scheme)
     if not torch.equal(weight.scale, scale.expand(weight.scale.shape)):
-        return [f"{name}: its scales are not amax / 448 of the source"]
-    place = first_out_of_bound(source, weight, recipe.block)
+        return [f"{name}: its scales are not {'powers of two for' if scheme.scale == 'mx' else 'amax / 448 of'} the source"]
+    place = first_out_of_bound(source, weight, scheme)
     return [] if place is None else [f"{name}: element {list(place)} is further from the source than E4M3 rounds"]

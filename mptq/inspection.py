@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mptq.arch import naming
 from mptq.arch.config import from_args
+from mptq.arch.places import dropped
 from mptq.checkpoint.index import Checkpoint, open_checkpoint
 from mptq.errors import CheckpointError, MptqError
 from mptq.types import DTYPE_BYTES, TensorSpec
@@ -39,6 +39,8 @@ _COMPONENTS = (
     ("attn", "attention"),
     ("attention", "attention"),
     ("expert", "experts"),
+    ("router", "router"),
+    ("gate.weight", "router"),
     ("mlp", "mlp"),
     ("output_layer", "output layer"),
     ("lm_head", "output layer"),
@@ -102,9 +104,10 @@ def _megatron(checkpoint: Checkpoint) -> dict[str, Any]:
         "stored as": f"{len(checkpoint.tensors)} tensors in {len(chunks)} chunks and {len(files)} files",
         "architecture": _architecture(checkpoint),
         "source": checkpoint.args_source,
-        "saved at": f"TP={args.get('tensor_model_parallel_size', '?')} PP={args.get('pipeline_model_parallel_size', '?')}",
+        "saved at": f"TP={args.get('tensor_model_parallel_size', '?')} PP={args.get('pipeline_model_parallel_size', '?')}"
+        + (f" EP={args.get('expert_model_parallel_size', '?')}" if args.get("num_experts") else ""),
         "tokenizer": args.get("tokenizer_model"),
-        "left out": f"{len(naming.dropped([*checkpoint.tensors, *checkpoint.blobs]))} items of training state",
+        "left out": f"{len(dropped([*checkpoint.tensors, *checkpoint.blobs]))} items of training state",
     }
     return _document(checkpoint.directory, "Megatron checkpoint", facts, checkpoint.specs.values())
 
@@ -123,8 +126,10 @@ def _architecture(checkpoint: Checkpoint) -> str:
         model = from_args(checkpoint.args, checkpoint.args_source, checkpoint.specs)
     except MptqError as error:
         return f"not supported: {error}"
+    experts = f"{model.num_experts} experts, {model.moe_topk} a token, each with ffn {model.moe_ffn_hidden_size}"
     return (
-        f"Llama-like, {model.num_layers} layers, hidden {model.hidden_size}, ffn {model.ffn_hidden_size}, "
+        f"{model.family.name}-like, {model.num_layers} layers, hidden {model.hidden_size}, "
+        f"{experts if model.num_experts else f'ffn {model.ffn_hidden_size}'}, "
         f"{model.num_attention_heads} heads in {model.num_query_groups} groups of {model.head_dim}, "
         f"vocabulary {model.vocab_size} (stored {model.padded_vocab_size}), "
         f"{'tied' if model.tied_embeddings else 'untied'} embeddings"

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mptq import report
-from mptq.errors import MptqError, OutputError
+import psutil
+
+from mptq import forecast, report
+from mptq.calibrate.data import DataOptions, check_datasets, load_tokens, needs_tokenizer
+from mptq.errors import DataError, MptqError, OutputError
 from mptq.plan import Plan
 from mptq.record import Progress, Record, Silent
+from mptq.report import html
+from mptq.types import DTYPE_BYTES
 from mptq.writers import manifest
-from mptq.writers.hf import HfWriter, hf_config, tokenizer_files
+from mptq.writers.dialects import DIALECTS
+from mptq.writers.hf import HfWriter, hf_configs, tokenizer_files
 from mptq.writers.output import OutputDirectory, check_output
 
 if TYPE_CHECKING:
     import torch
 
+    from mptq.streams import Streams
     from mptq.writers.megatron import MegatronWriter
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -29,12 +35,22 @@ SLACK_BYTES = 64_000_000
 
 @dataclass(frozen=True)
 class Options:
-    """How to run, as against what to do to the model (the recipe). `device` is auto, cpu, cuda or cuda:N."""
+    """How to run, as against what to do to the model (the recipe). `device` is auto, cpu, cuda or cuda:N.
+
+    `data` are the sequences that calibrate and on which fidelity is measured, `batch_size` of them at once; their hidden
+    states take up to `activation_memory` bytes (None: a quarter of what is free) before they go to a file. An expert that
+    saw fewer than `moe_min_tokens` gets its static scales from its layer.
+    """
 
     tokenizer: Path | None = None
     max_shard_bytes: int = MAX_SHARD_BYTES
     overwrite: bool = False
     device: str = "auto"
+    data: DataOptions = field(default_factory=DataOptions)
+    batch_size: int = 8
+    activation_memory: int | None = None
+    moe_min_tokens: int = 16
+    gates: report.Gates = field(default_factory=report.Gates)
 
 
 def default_output(plan: Plan, given: Path) -> Path:
@@ -47,18 +63,21 @@ def default_output(plan: Plan, given: Path) -> Path:
 def run(plan: Plan, out: Path, options: Options = Options(), progress: Progress = Silent()) -> dict[str, Any]:  # noqa: B008
     """Quantize the planned checkpoint into `out` and return the report.
 
-    Raises OutputError when `out` cannot be written, and CheckpointError when a tensor cannot be read or holds NaN. `out`
-    is complete afterwards, or as it was before. Peak memory: `plan.peak_memory`, whatever the number of layers.
+    Raises OutputError when `out` cannot be written, CheckpointError when a tensor cannot be read or holds NaN, and DataError
+    for datasets that cannot be read. `out` is complete afterwards, or as it was before. Peak memory: `forecast.peak_memory`,
+    whatever the number of layers.
     """
-    started = time.perf_counter()
     out = out.resolve()
-    tokenizer, notes = check(plan, out, options)
     record = Record()
+    checked = check(plan, out, options)
     with record.timed("imports"):
         device = pick_device(options.device)
         from mptq.stream import LayerStream
-    stream = LayerStream(plan, device, record, progress)
     with OutputDirectory(out) as target, ExitStack() as stack:
+        activations, calibration = _activations(plan, checked, options, (device, target.partial), record)
+        if activations is not None:
+            stack.callback(activations.close)
+        stream = LayerStream(plan, device, record, progress, activations)
         writers = _writers(plan, target.partial, options)
         hashes = manifest.FileHashes(target.partial)
         stack.callback(hashes.close)
@@ -68,44 +87,121 @@ def run(plan: Plan, out: Path, options: Options = Options(), progress: Progress 
         for output in stream.outputs():
             done = output.index + 1
             with record.timed("write"):
+                record.bytes["write"] += output.nbytes
                 for writer in writers:
                     hashes.add(writer.write(output))
             del output  # before the next is made
             progress.stage(done, total, "finishing" if done == total else f"layer {done - 1}")
         with record.timed("finish"):
             for writer in writers:
-                hashes.add(_finish(writer, plan, tokenizer))
+                hashes.add(_finish(writer, plan, checked.tokenizer))
             files = hashes.collect()
-        document = report.build(plan, record.rows, dict(record.seconds), notes, started)
+        document = report.build(plan, report.Measured(record, checked.notes, calibration, checked.work), options.gates)
+        with record.timed("report"):
+            html.write(target.partial / html.NAME, html.render(document))
         report.write(target.partial, document)
         manifest.write_manifest(target.partial, report.manifest(plan, files))
     return document
 
 
-def check(plan: Plan, out: Path, options: Options) -> tuple[Path | None, list[str]]:
-    """What must hold before the first tensor is read; returns the tokenizer's directory and the plan's warnings.
+@dataclass(frozen=True)
+class Checked:
+    """What `check` found: the tokenizer's directory, what activations will take (None: there are none), and warnings."""
 
-    Raises OutputError for an output that cannot be written and for a `--tokenizer` that holds none.
+    tokenizer: Path | None
+    work: forecast.Work | None
+    notes: list[str]
+
+
+def check(plan: Plan, out: Path, options: Options) -> Checked:
+    """What must hold before the first tensor is read.
+
+    Raises OutputError for an output that cannot be written and for a `--tokenizer` that holds none, and DataError for data
+    that the recipe or a gate needs and that is not there.
     """
     needed = sum(plan.bytes_out(form) for form in plan.formats) + SLACK_BYTES
-    check_output(out, plan.source.checkpoint.location.root, needed, options.overwrite)
-    notes = plan.warnings
-    if "hf" not in plan.formats:
-        return None, notes
+    work = _work(plan, options)
+    check_output(out, plan.source.checkpoint.location.root, needed + work.file_bytes, options.overwrite)
+    tokenizer, missing = _tokenizer(plan, options)
+    notes = forecast.warnings(plan)
+    check_datasets(options.data)
+    has_data = tokenizer is not None or not needs_tokenizer(options.data)
+    if not has_data:
+        _require_no_data(plan, options, missing)
+        if options.data.eval_size:
+            notes.append(f"no fidelity figures ({missing}): pass --tokenizer DIR, or --eval-size 0 to want none")
+    if tokenizer is None and "hf" in plan.formats:
+        notes.append(f"no tokenizer in the output ({missing}): pass --tokenizer DIR")
+    runs = has_data and (plan.recipe.needs_data or options.data.eval_size > 0)
+    return Checked(tokenizer, work if runs else None, notes)
+
+
+def _work(plan: Plan, options: Options) -> forecast.Work:
+    """What the activations come to, if every sequence is full."""
+    data, recipe = options.data, plan.recipe
+    length = min(data.seq_length, plan.model.max_position_embeddings)
+    calibrating = data.calib_size if recipe.needs_data else 0
+    streams = data.eval_size + calibrating + data.eval_size + calibrating * (recipe.calibration.propagate == "quantized")
+    stored = streams * length * plan.model.hidden_size * DTYPE_BYTES[plan.model.dtype]
+    kept, filed = (stored, 0) if stored <= _memory(options) else (0, stored)
+    return forecast.Work(kept, filed, options.batch_size * length, data.eval_size > 0)
+
+
+def _memory(options: Options) -> int:
+    """Bytes that hidden states may take in memory."""
+    if options.activation_memory is not None:
+        return options.activation_memory
+    return int(psutil.virtual_memory().available) // 4
+
+
+def _tokenizer(plan: Plan, options: Options) -> tuple[Path | None, str]:
+    """The directory of the tokenizer, or None and the reason why there is none."""
     if options.tokenizer is not None:
         if not tokenizer_files(options.tokenizer):
             raise OutputError(
                 f"--tokenizer {options.tokenizer} has no tokenizer files: give a Hugging Face tokenizer directory"
             )
-        return options.tokenizer, notes
+        return options.tokenizer, ""
     named = plan.model.tokenizer
     if named is None:
-        return None, [*notes, "no tokenizer in the output (the checkpoint names none): pass --tokenizer DIR"]
+        return None, "the checkpoint names no tokenizer"
     directory = Path(named).parent if Path(named).is_file() else Path(named)
     if tokenizer_files(directory):
-        return directory, notes
-    reason = f"{named!r}, which the checkpoint names, is not on this machine"
-    return None, [*notes, f"no tokenizer in the output ({reason}): pass --tokenizer DIR"]
+        return directory, ""
+    return None, f"the tokenizer {named!r}, which the checkpoint names, is not on this machine"
+
+
+def _require_no_data(plan: Plan, options: Options, missing: str) -> None:
+    wanted = None
+    if plan.recipe.needs_data:
+        wanted = f"recipe {plan.recipe.name} calibrates scales on data"
+    elif options.data.datasets:
+        wanted = "--calib-dataset holds text"
+    elif options.gates != report.Gates():
+        wanted = "a limit on the fidelity needs its figures"
+    if wanted is not None:
+        raise DataError(f"{wanted}, and {missing}: pass --tokenizer DIR, or a Megatron indexed dataset as --calib-dataset")
+
+
+def _activations(
+    plan: Plan, checked: Checked, options: Options, place: tuple[torch.device, Path], record: Record
+) -> tuple[Streams | None, dict[str, Any] | None]:
+    """The two streams of activations, and what the report says of their data; None where nothing needs them."""
+    if checked.work is None:
+        return None, None
+    from mptq.streams import StreamOptions, Streams
+
+    with record.timed("data"):
+        length = min(options.data.seq_length, plan.model.max_position_embeddings)
+        data = replace(options.data, seq_length=length)
+        tokens = load_tokens(data, checked.tokenizer, plan.model.vocab_size, plan.recipe.needs_data)
+    device, folder = place
+    settings = StreamOptions(device, options.batch_size, _memory(options), folder, options.moe_min_tokens)
+    streams = Streams(plan, tokens, settings)
+    return streams, tokens.account | plan.recipe.calibration.model_dump(exclude_none=True) | {
+        "activation_bytes": streams.bytes,
+        "activations_on_disk": streams.on_disk,
+    }
 
 
 def _writers(plan: Plan, directory: Path, options: Options) -> list[HfWriter | MegatronWriter]:
@@ -124,11 +220,12 @@ def _writers(plan: Plan, directory: Path, options: Options) -> list[HfWriter | M
 
 def _finish(writer: HfWriter | MegatronWriter, plan: Plan, tokenizer: Path | None) -> Sequence[Path]:
     if isinstance(writer, HfWriter):
-        return writer.finish(hf_config(plan.model, plan.recipe.hf, plan.excluded), tokenizer)
+        return writer.finish(hf_configs(plan.model, DIALECTS[plan.dialect], plan.contents), tokenizer)
     from mptq.quantize.modelopt import modelopt_state
 
     common = plan.source.checkpoint.directory / "common.pt"
-    return writer.finish(modelopt_state(plan.recipe), common.read_bytes() if common.is_file() else None)
+    state = modelopt_state(plan.recipe.scheme, plan.kv_cache, plan.deviating)
+    return writer.finish(state, common.read_bytes() if common.is_file() else None)
 
 
 def pick_device(name: str) -> torch.device:

@@ -5,7 +5,6 @@ No torch: `--dry-run` and `inspect` stop here.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,17 +12,16 @@ from pathlib import Path
 
 from mptq.arch import naming
 from mptq.arch.config import ModelConfig, from_args
-from mptq.arch.naming import Copy, Linear, Part
+from mptq.arch.naming import Copy, Linear
+from mptq.arch.places import Part, dropped, locate
 from mptq.checkpoint.index import Checkpoint, open_checkpoint
 from mptq.errors import RecipeError
-from mptq.recipe import Recipe, load_recipe, recipe_names
+from mptq.recipe import CARRIED, ROWS, Recipe, Scheme, load_recipe, recipe_names
+from mptq.schemes import schemes_by_linear
 from mptq.types import TensorSpec
-from mptq.writers.dialects import DIALECTS
+from mptq.writers.dialects import DIALECTS, Contents
 
 FORMATS = ("hf", "megatron")
-IMPORTS_BYTES = 1_000_000_000
-"""Resident memory of a process that has imported torch, megatron-core's layer and ModelOpt (scripts/bench_quantize.py)."""
-SERVING_TP = (2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Source:
     def dropped(self) -> dict[str, str]:
         """Keys of the checkpoint that no output has, with the reason."""
         keys = [*self.checkpoint.tensors, *self.checkpoint.blobs]
-        return naming.dropped(keys)
+        return dropped(keys)
 
     def dtype(self, inner: str) -> str:
         """The dtype in which the checkpoint stores an inner tensor."""
@@ -50,12 +48,12 @@ def open_source(path: Path) -> Source:
     checkpoint = open_checkpoint(path)
     specs = checkpoint.specs
     model = from_args(checkpoint.args, checkpoint.args_source, specs)
-    return Source(checkpoint, model, naming.locate(specs, model))
+    return Source(checkpoint, model, locate(specs, model))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do. `excluded` are the Hugging Face modules that keep their precision, lm_head always among them."""
+    """What a run will do."""
 
     source: Source
     recipe: Recipe
@@ -71,53 +69,112 @@ class Plan:
         """The linears of each layer."""
         return naming.layer_linears(self.model)
 
-    def in_hf(self, linear: Linear) -> bool:
-        """Whether the Hugging Face output holds this linear quantized."""
-        return linear.fits(self.recipe.block)
+    @cached_property
+    def wanted(self) -> Mapping[tuple[int, str], Scheme | None]:
+        """What the recipe says of each linear, before its dimensions are looked at; raises RecipeError for bad patterns."""
+        return schemes_by_linear(self.recipe, self.model.num_layers, self.linears)
+
+    def scheme(self, form: str, layer: int, linear: Linear) -> Scheme | None:
+        """How an output holds a linear, or None for one that keeps its precision."""
+        wanted = self.wanted[layer, linear.megatron]
+        if wanted is None or linear.fits(wanted.unit) or (form == "megatron" and wanted.scale == "block"):
+            return wanted
+        return ROWS if self.recipe.misaligned == "per-channel" else None
+
+    def _layer_linears(self) -> Iterator[tuple[int, Linear]]:
+        return ((layer, linear) for layer in range(self.model.num_layers) for linear in self.linears)
+
+    @cached_property
+    def contents(self) -> Contents:
+        """What the Hugging Face output holds: modules by scheme, and those that engines must not expect in FP8."""
+        groups: dict[Scheme | None, list[str]] = {None: ["lm_head"]}
+        # A copied matrix of a layer (a router) is a linear to engines.
+        routers = [copy.hf.removesuffix(".weight") for copy in naming.layer_copies(self.model) if len(copy.shape) == 2]
+        for layer in range(self.model.num_layers):
+            prefix = naming.hf_layer(layer)
+            groups[None] += [prefix + name for name in routers]
+            for linear in self.linears:
+                groups.setdefault(self.scheme("hf", layer, linear), []).extend(prefix + name for name in linear.hf)
+        excluded = groups.pop(None)
+        return Contents({scheme: found for scheme, found in groups.items() if scheme}, excluded, self.kv_cache)
 
     @property
     def excluded(self) -> list[str]:
-        """Hugging Face modules that engines must not expect in FP8."""
-        modules = [
-            naming.hf_layer(layer) + name
-            for layer in range(self.model.num_layers)
-            for linear in self.linears
-            if not self.in_hf(linear)
-            for name in linear.hf
-        ]
-        return ["lm_head", *modules]
+        """Hugging Face modules that keep their precision."""
+        return list(self.contents.excluded)
+
+    @property
+    def kv_cache(self) -> bool:
+        """Whether the outputs hold scales of K and V."""
+        return self.recipe.kv_cache == "fp8"
+
+    @property
+    def dialect(self) -> str:
+        """The dialect of the Hugging Face output: the recipe's, unless it cannot hold all the schemes together."""
+        used = [scheme.name for scheme in self.contents.groups]
+        alone = self.recipe.hf == "compressed-tensors" or len(used) == 1
+        return self.recipe.hf if alone and set(used) <= set(CARRIED[self.recipe.hf]) else "compressed-tensors"
+
+    @property
+    def deviating(self) -> dict[str, Scheme | None]:
+        """Megatron's modules that the Megatron output does not hold in the recipe's own scheme."""
+        found = {
+            naming.megatron_layer(layer) + linear.megatron: self.scheme("megatron", layer, linear)
+            for layer, linear in self._layer_linears()
+        }
+        return {name: scheme for name, scheme in found.items() if scheme != self.recipe.scheme}
 
     @property
     def differing(self) -> list[str]:
         """Inner names of the weights that the two outputs cannot hold with the same numbers."""
         return [
             f"{naming.megatron_layer(layer)}{linear.megatron}.weight"
-            for layer in range(self.model.num_layers)
-            for linear in self.linears
-            if linear.crosses(self.recipe.block) or not self.in_hf(linear)
+            for layer, linear in self._layer_linears()
+            if not self.same_numbers(layer, linear)
         ]
 
+    def same_numbers(self, layer: int, linear: Linear) -> bool:
+        """Whether both outputs hold a linear with the same numbers."""
+        fused, split = self.scheme("megatron", layer, linear), self.scheme("hf", layer, linear)
+        return fused == split and (fused is None or not linear.crosses(fused.block))
+
     def hf_linear_specs(self, layer: int, linear: Linear) -> Iterator[TensorSpec]:
-        """Output tensors of one linear in the Hugging Face form."""
-        dialect = DIALECTS[self.recipe.hf]
-        dtype = self.source.dtype(f"{naming.megatron_layer(layer)}{linear.megatron}.weight")
+        """Output tensors of one linear in the Hugging Face form: of each projection its weight, scale and input scale."""
+        dialect, scheme = DIALECTS[self.dialect], self.scheme("hf", layer, linear)
         for member, shape in linear.members:
             name = naming.hf_layer(layer) + member
-            if not self.in_hf(linear):
-                yield TensorSpec(f"{name}.weight", dtype, shape)
+            if scheme is None:
+                yield TensorSpec(f"{name}.weight", self.source.dtype(_inner(layer, linear)), shape)
                 continue
             yield TensorSpec(f"{name}.weight", "float8_e4m3fn", shape)
-            yield TensorSpec(f"{name}.{dialect.scale_name}", "float32", dialect.scale_shape(*shape))
+            yield dialect.scale(name, scheme, *shape)
+            if scheme.static:
+                yield dialect.input_scale(name)
 
     def megatron_linear_specs(self, layer: int, linear: Linear) -> Iterator[TensorSpec]:
         """Output tensors of one linear in the Megatron form (its byte items not counted)."""
         name = naming.megatron_layer(layer) + linear.megatron
         rows, columns = linear.shape
-        grid = self.recipe.grid(rows, columns)
+        scheme = self.scheme("megatron", layer, linear)
+        dtype = self.source.dtype(_inner(layer, linear)) if scheme is None else "float8_e4m3fn"
         for key in linear.keys:
-            yield TensorSpec(f"{name}.{key}", "float8_e4m3fn", (rows // len(linear.keys), columns))
-        yield TensorSpec(f"{name}.weight_quantizer._amax", "float32", grid or (1,))
-        yield TensorSpec(f"{name}.weight_quantizer._scale", "float32", grid)
+            yield TensorSpec(f"{name}.{key}", dtype, (rows // len(linear.keys), columns))
+        if scheme is None:
+            return
+        grid = scheme.grid(rows, columns)
+        if scheme.scale != "mx":
+            yield TensorSpec(f"{name}.weight_quantizer._amax", "float32", grid or (1,))
+        yield TensorSpec(f"{name}.weight_quantizer._scale", scheme.scale_dtype, grid)
+        if scheme.static:
+            yield TensorSpec(f"{name}.input_quantizer._amax", "float32", (1,))
+
+    def kv_specs(self, form: str, layer: int) -> tuple[TensorSpec, TensorSpec]:
+        """The scales (Hugging Face) or largest magnitudes (Megatron) of a layer's K and V."""
+        if form == "hf":
+            return DIALECTS[self.dialect].kv_scales(naming.hf_layer(layer))
+        prefix = f"{naming.megatron_layer(layer)}{naming.CORE_ATTENTION}."
+        key, value = (TensorSpec(f"{prefix}{kind}_bmm_quantizer._amax", "float32", ()) for kind in "kv")
+        return key, value
 
     def copy_spec(self, form: str, copy: Copy, layer: int | None = None) -> TensorSpec:
         """The output tensor of a copied one."""
@@ -136,6 +193,8 @@ class Plan:
             specs += [self.copy_spec(form, copy, layer) for copy in naming.layer_copies(self.model)]
             for linear in self.linears:
                 specs += by_linear(layer, linear)
+            if self.kv_cache:
+                specs += self.kv_specs(form, layer)
         return specs + [self.copy_spec(form, copy) for copy in last]
 
     @property
@@ -151,102 +210,9 @@ class Plan:
         """Bytes of the tensors of an output."""
         return sum(spec.nbytes for spec in self.specs(form))
 
-    @property
-    def peak_memory(self) -> int:
-        """Predicted peak resident memory, in bytes: imports, one layer compressed, one linear in ModelOpt or one copy.
 
-        A compressed linear is in the layer and in the output at 1 byte each; ModelOpt holds the largest in float32, its
-        quotient by the scale, the scale of every element, and the result: 13 bytes a parameter.
-        """
-        outer = max(self.copy_spec("megatron", copy).nbytes for copy in naming.outer_copies(self.model))
-        numels = [TensorSpec("", "uint8", linear.shape).numel for linear in self.linears]
-        largest = max(numels)
-        return IMPORTS_BYTES + max(2 * outer, 2 * (sum(numels) - largest) + 13 * largest)
-
-    @property
-    def warnings(self) -> list[str]:
-        """What the user should know before starting."""
-        found = []
-        ragged = [linear for linear in self.linears if not self.in_hf(linear)]
-        if ragged and "hf" in self.formats:
-            names = ", ".join(member.rpartition(".")[2] for linear in ragged for member in linear.hf)
-            found.append(
-                f"{names}: not multiples of {self.recipe.block}, so they stay {self.model.dtype} in the hf output (engines "
-                "read a ragged grid of scales wrongly)"
-            )
-        if not self.source.checkpoint.args.get("vocab_size") and "hf" in self.formats:
-            found.append(
-                "the checkpoint does not say the size of its vocabulary: the hf output keeps all "
-                f"{self.model.vocab_size} rows, padding included"
-            )
-        if len(self.formats) > 1 and self.differing:
-            found.append(f"{len(self.differing)} weights cannot hold the same numbers in both outputs: see the report")
-        limit = self._serving_limit()
-        if limit is not None and "hf" in self.formats:
-            found.append(f"blocks of {self.recipe.block} split evenly over tensor-parallel servers only up to TP={limit}")
-        return found
-
-    def _serving_limit(self) -> int | None:
-        """The largest TP of SERVING_TP whose shards are whole blocks, when that is not the last; else None."""
-        block = self.recipe.block
-        quantized = [linear for linear in self.linears if self.in_hf(linear)]
-        if block is None or not quantized:
-            return None
-        # Column-parallel linears are cut by rows of each member, row-parallel ones by columns.
-        cut = [rows for linear in quantized if not linear.fusion.plain for rows in linear.fusion.rows]
-        cut += [linear.in_features for linear in quantized if linear.fusion.plain]
-        possible = [1, *(tp for tp in SERVING_TP if all(size % (tp * block) == 0 for size in cut))]
-        return None if possible[-1] == SERVING_TP[-1] else possible[-1]
-
-    def components(self) -> dict[str, dict[str, int]]:
-        """Parameters and bytes by component: in the checkpoint ("in") and in each output."""
-        table: dict[str, Counter[str]] = {}
-        for inner, parts in self.source.places.items():
-            row = table.setdefault(_component(inner), Counter())
-            for part in parts:
-                spec = TensorSpec(inner, self.source.dtype(inner), part.shape)
-                row.update({"parameters": spec.numel, "in": spec.nbytes})
-        for form in self.formats:
-            for spec in self.specs(form):
-                table[_component(spec.name)][form] += spec.nbytes
-        return {name: dict(row) for name, row in table.items()}
-
-    def actions(self) -> dict[str, str]:
-        """What happens to each component, in words."""
-        block = self.recipe.block
-        schemes = {
-            "block": f"FP8, {block}x{block} blocks",
-            "row": "FP8, one scale a row",
-            "tensor": "FP8, one scale a fused group",
-        }
-        scheme = schemes[self.recipe.weights.scale]
-        words = {}
-        for name in self.components():
-            linears = [linear for linear in self.linears if _component(linear.megatron) == name]
-            kept = [] if "hf" not in self.formats else [linear for linear in linears if not self.in_hf(linear)]
-            if not linears or (kept == linears and self.formats == ("hf",)):
-                words[name] = "copied"
-            elif kept:
-                members = ", ".join(member.rpartition(".")[2] for linear in kept for member in linear.hf)
-                words[name] = f"{scheme}; {members} copied in hf"
-            else:
-                words[name] = scheme
-        return words
-
-
-_COMPONENTS = (
-    ("norm", "norms"),
-    ("embed", "embedding"),
-    ("attn", "attention"),
-    ("attention", "attention"),
-    ("mlp", "mlp"),
-    ("output_layer", "output layer"),
-    ("lm_head", "output layer"),
-)
-
-
-def _component(name: str) -> str:
-    return next(component for part, component in _COMPONENTS if part in name)
+def _inner(layer: int, linear: Linear) -> str:
+    return f"{naming.megatron_layer(layer)}{linear.megatron}.weight"
 
 
 def make_plan(path: Path, recipe: Recipe | str, formats: Sequence[str] = ("hf",)) -> Plan:
@@ -262,14 +228,60 @@ def make_plan(path: Path, recipe: Recipe | str, formats: Sequence[str] = ("hf",)
 
 
 def plan_source(source: Source, recipe: Recipe, formats: tuple[str, ...]) -> Plan:
-    """Plan a run on an opened checkpoint; raises RecipeError when the recipe would quantize nothing of an output."""
+    """Plan a run on an opened checkpoint; raises RecipeError when the recipe does not fit the model."""
     plan = Plan(source, recipe, formats)
-    if "hf" in plan.formats and not any(plan.in_hf(linear) for linear in plan.linears):
-        others = [name for name in recipe_names() if load_recipe(name).block is None]
-        sizes = sorted({size for linear in plan.linears for _, shape in linear.members for size in shape})
-        raise RecipeError(
-            f"{recipe.name}: no linear of this model has rows and columns that are all multiples of {recipe.block} (sizes "
-            f"{', '.join(map(str, sizes))}), so nothing would be quantized in the hf output: use --recipe "
-            f"{' or '.join(others)}, or --format megatron"
-        )
+    check_schemes(plan)
     return plan
+
+
+def check_schemes(plan: Plan) -> None:
+    """Refuse, with RecipeError, a recipe that quantizes nothing of an output or mixes what no engine reads together."""
+    wanted = {scheme for scheme in plan.wanted.values() if scheme is not None}
+    if not wanted:
+        raise RecipeError(f"{plan.recipe.name}: every linear is ignored, so nothing would be quantized")
+    if "hf" not in plan.formats:
+        return
+    if plan.recipe.misaligned == "error":
+        _refuse_misaligned(plan)
+    used = [scheme.name for scheme in plan.contents.groups]
+    if not used:
+        _refuse_nothing(plan)
+    unreadable = [name for name in used if name not in CARRIED[plan.dialect]]
+    if unreadable:
+        raise RecipeError(
+            f"{plan.recipe.name}: no Hugging Face form that engines read holds {' and '.join(used)} weights together: use one "
+            "of them, or --format megatron"
+        )
+
+
+def _misaligned(plan: Plan) -> list[str]:
+    """Modules of the first layer that has any whose dimensions rule the recipe's scheme out in the hf output."""
+    for layer in range(plan.model.num_layers):
+        found = [
+            naming.hf_layer(layer) + name
+            for linear in plan.linears
+            if (wanted := plan.wanted[layer, linear.megatron]) is not None and not linear.fits(wanted.unit)
+            for name in linear.hf
+        ]
+        if found:
+            return found
+    return []
+
+
+def _refuse_misaligned(plan: Plan) -> None:
+    found = _misaligned(plan)
+    if found:
+        raise RecipeError(
+            f"{plan.recipe.name}: {', '.join(found)} (and their like in other layers) are not whole blocks, and the recipe "
+            "says `misaligned: error`: use `misaligned: keep` or `per-channel`"
+        )
+
+
+def _refuse_nothing(plan: Plan) -> None:
+    others = [name for name in recipe_names() if load_recipe(name).scheme.unit == (1, 1)]
+    sizes = sorted({size for linear in plan.linears for _, shape in linear.members for size in shape})
+    raise RecipeError(
+        f"{plan.recipe.name}: no linear of this model has rows and columns that are all multiples of "
+        f"{plan.recipe.weights.block_size} (sizes {', '.join(map(str, sizes))}), so nothing would be quantized in the hf "
+        f"output: use --recipe {' or '.join(others)}, or --format megatron"
+    )

@@ -16,6 +16,12 @@ class Progress(Protocol):
     def stage(self, done: int, total: int, doing: str) -> None:
         """`done` of `total` steps (embedding, layers, head) are over, and `doing` is next."""
 
+    def doing(self, what: str) -> None:
+        """Within a step: what is being done."""
+
+    def bytes(self, count: int) -> None:
+        """So many bytes of the checkpoint are read."""
+
     def tensor(self, row: dict[str, Any]) -> None:
         """A tensor is quantized."""
 
@@ -26,16 +32,34 @@ class Silent:
     def stage(self, done: int, total: int, doing: str) -> None:
         """Say nothing."""
 
+    def doing(self, what: str) -> None:
+        """Say nothing."""
+
+    def bytes(self, count: int) -> None:
+        """Say nothing."""
+
     def tensor(self, row: dict[str, Any]) -> None:
         """Say nothing."""
 
 
 @dataclass
 class Record:
-    """What a run leaves for the report: a row a tensor, and seconds by stage."""
+    """What a run leaves for the report.
+
+    A row a tensor, what the activations say of each layer and at the end, and seconds and bytes by stage.
+    """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    fidelity: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    bytes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self.started
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

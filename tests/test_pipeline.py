@@ -5,17 +5,21 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from mptq import Options, make_plan, run
+from mptq import Options, load_recipe, make_plan, run, verify
 from mptq.checkpoint.index import open_checkpoint
 from mptq.checkpoint.reader import Reader
 from mptq.errors import CheckpointError, OutputError
+from mptq.recipe import recipe_from
+from mptq.report.schema import Report
 from tests import reference
-from tests.conftest import files, make_checkpoint, read_json
+from tests.conftest import RECIPES, files, make_checkpoint, read_json
 
 
 def megatron_tensors(out):
@@ -62,9 +66,11 @@ def test_hf_blocks_equal_the_reference(quantized, aligned_hf):
 
 
 def test_hf_groups_share_one_scale_and_equal_the_reference(quantized, aligned_hf, crossing_hf):
-    for model, hf, layers in (("aligned", aligned_hf, 4), ("crossing", crossing_hf, 2)):
+    for recipe, (model, hf, layers) in product(
+        ("fp8", "fp8-per-tensor"), (("aligned", aligned_hf, 4), ("crossing", crossing_hf, 2))
+    ):
         source = hf_weights(hf)
-        found = load_file(quantized[model, "fp8-per-tensor"] / "hf" / "model.safetensors")
+        found = load_file(quantized[model, recipe] / "hf" / "model.safetensors")
         for layer in range(layers):
             for members in PROJECTIONS.values():
                 names = [f"model.layers.{layer}.{member}" for member in members]
@@ -72,7 +78,10 @@ def test_hf_groups_share_one_scale_and_equal_the_reference(quantized, aligned_hf
                 for name in names:
                     data, scale = reference.tensor(source[f"{name}.weight"], amax)
                     assert torch.equal(bits(found[f"{name}.weight"]), data)
-                    assert torch.equal(found[f"{name}.weight_scale"], scale.expand(len(data), 1))
+                    scale = scale if recipe == "fp8" else scale.expand(len(data), 1)
+                    assert torch.equal(found[f"{name}.weight_scale"], scale)
+                inputs = {found[f"{name}.input_scale"].item() for name in names if recipe == "fp8"}
+                assert len(inputs) == (recipe == "fp8")  # the members have one input
 
 
 def fused(source, layer, linear, heads, groups):
@@ -99,22 +108,60 @@ def test_hf_rows_equal_the_reference(quantized, crossing_hf):
         assert torch.equal(found[f"{name}_scale"], scale)
 
 
+def test_hf_microscaling_equals_the_reference(quantized, crossing_hf):
+    source, found = hf_weights(crossing_hf), load_file(quantized["crossing", "mxfp8"] / "hf" / "model.safetensors")
+    names = [name for name in found if found[name].dtype == torch.float8_e4m3fn]
+    assert len(names) == 2 * 7
+    for name in names[::5]:  # the reference is slow
+        data, scale = reference.mx(source[name])
+        assert torch.equal(bits(found[name]), data)
+        assert torch.equal(found[f"{name}_scale"], scale)
+
+
 @pytest.mark.parametrize(
     ("recipe", "quantize"),
-    [("fp8-blockwise", reference.block), ("fp8-per-channel", reference.row), ("fp8-per-tensor", reference.tensor)],
+    [
+        ("fp8", reference.tensor),
+        ("fp8-blockwise", reference.block),
+        ("fp8-per-channel", reference.row),
+        ("fp8-per-tensor", reference.tensor),
+    ],
 )
 @pytest.mark.parametrize("model", ["aligned", "crossing"])
 def test_megatron_output_equals_the_reference_on_ceil_grids(quantized, model, recipe, quantize, request):
     source = hf_weights(request.getfixturevalue(f"{model}_hf"))
     found = megatron_tensors(quantized[model, recipe] / "megatron")
     for layer in range(4 if model == "aligned" else 2):
-        for linear in PROJECTIONS:
+        for linear, members in PROJECTIONS.items():
             name = f"decoder.layers.{layer}.{linear}"
             data, scale = quantize(fused(source, layer, linear, heads=4, groups=2))
             assert torch.equal(bits(found[f"{name}.weight"]), data), name
             assert torch.equal(found[f"{name}.weight_quantizer._scale"], scale), name
             amax = torch.where(scale == 1, 448.0, found[f"{name}.weight_quantizer._amax"].reshape(scale.shape))
             assert torch.equal(amax / 448, scale)
+            if recipe == "fp8":
+                hf = load_file(quantized[model, recipe] / "hf" / "model.safetensors")
+                first = members[0]
+                static = found[f"{name}.input_quantizer._amax"]
+                assert static.shape == (1,)
+                assert torch.equal(static[0] / 448, hf[f"model.layers.{layer}.{first}.input_scale"])
+
+
+def test_the_cache_has_scales_of_every_layer_in_both_outputs(quantized):
+    for recipe in RECIPES:
+        out = quantized["crossing", recipe]
+        hf, megatron = load_file(out / "hf" / "model.safetensors"), megatron_tensors(out / "megatron")
+        report = read_json(out / "report.json")
+        names = [("k_scale", "self_attn.k_proj.k_scale"), ("v_scale", "self_attn.v_proj.v_scale")]
+        if report["recipe"]["hf"] == "compressed-tensors":
+            names = [("k_scale", "self_attn.k_scale"), ("v_scale", "self_attn.v_scale")]
+        for row in report["layers"]:
+            for kind, name in names:
+                scale = hf[f"model.layers.{row['layer']}.{name}"]
+                amax = megatron[f"decoder.layers.{row['layer']}.self_attention.core_attention.{kind[0]}_bmm_quantizer._amax"]
+                assert scale.item() == row["kv_cache"][kind] == (amax / 448).item()
+                assert torch.equal(scale.bfloat16().float(), scale)  # engines hold it so
+        assert not any("k_scale" in name for name in load_file(quantized["aligned", recipe] / "hf" / "model.safetensors"))
 
 
 def test_both_outputs_hold_the_same_bytes_where_the_grid_allows(quantized):
@@ -153,6 +200,25 @@ def test_ragged_groups_stay_as_they_were_in_hf(quantized, crossing_hf):
         assert found[f"model.layers.0.self_attn.{name}_proj.weight"].dtype == torch.float8_e4m3fn
 
 
+def test_ragged_groups_can_have_one_scale_a_row_in_hf(crossing, crossing_hf, tmp_path):
+    recipe = recipe_from(load_recipe("fp8-blockwise").model_dump() | {"misaligned": "per-channel"}, "test")
+    out = tmp_path / "out"
+    run(make_plan(crossing, recipe, ("hf", "megatron")), out, Options(device="cpu"))
+    found, source = load_file(out / "hf" / "model.safetensors"), hf_weights(crossing_hf)
+    config = read_json(out / "hf" / "config.json")["quantization_config"]
+    assert config["quant_method"] == "compressed-tensors"
+    strategies = {group["weights"]["strategy"]: group["targets"] for group in config["config_groups"].values()}
+    assert {strategy: len(names) for strategy, names in strategies.items()} == {"block": 8, "channel": 6}
+    for quantize, names in ((reference.block, strategies["block"]), (reference.row, strategies["channel"])):
+        for name in names:
+            data, scale = quantize(source[f"{name}.weight"])
+            assert torch.equal(bits(found[f"{name}.weight"]), data)
+            assert torch.equal(found[f"{name}.weight_scale"], scale)
+    megatron = megatron_tensors(out / "megatron")
+    assert megatron["decoder.layers.0.mlp.linear_fc2.weight_quantizer._scale"].shape == (2, 3)  # blocks, ceil-divided
+    assert verify(out, crossing).failures == []
+
+
 def test_padding_of_the_vocabulary_is_cut_in_hf_only(quantized, aligned_hf):
     out = quantized["aligned", "fp8-blockwise"]
     found, source = load_file(out / "hf" / "model.safetensors"), load_file(aligned_hf / "model.safetensors")
@@ -161,13 +227,13 @@ def test_padding_of_the_vocabulary_is_cut_in_hf_only(quantized, aligned_hf):
     assert megatron_tensors(out / "megatron")["embedding.word_embeddings.weight"].shape == (512, 256)
 
 
-def test_input_is_untouched_and_output_is_the_same_every_time(aligned, quantized, tmp_path):
+def test_input_is_untouched_and_output_is_the_same_every_time(aligned, quantized, options, tmp_path):
     before = files(aligned)
-    run(make_plan(aligned, "fp8-blockwise", ("hf", "megatron")), tmp_path / "again", Options(device="cpu"))
+    run(make_plan(aligned, "fp8-blockwise", ("hf", "megatron")), tmp_path / "again", options)
     assert files(aligned) == before
     first, second = files(quantized["aligned", "fp8-blockwise"]), files(tmp_path / "again")
     assert first.keys() == second.keys()
-    assert [name for name in first if first[name] != second[name]] == ["report.json"]  # it has times
+    assert [name for name in first if first[name] != second[name]] == ["report.html", "report.json"]  # they have times
 
 
 @pytest.mark.slow
@@ -185,6 +251,7 @@ def test_same_bytes_however_it_was_saved(aligned_hf, quantized, tmp_path, option
         # The last file holds the training run's arguments, which say how it was saved, and the metadata its length.
         apart = {
             "report.json",
+            "report.html",
             "manifest.json",
             "megatron/iter_0000100/__5_0.distcp",
             "megatron/iter_0000100/.metadata",
@@ -211,9 +278,42 @@ def test_shards(aligned, quantized, tmp_path):
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
 
 
+def test_every_report_has_the_documented_schema(quantized, quantized_mixtral):
+    for out in (*quantized.values(), *quantized_mixtral.values()):
+        Report.model_validate(read_json(out / "report.json"))
+        assert (out / "report.html").stat().st_size > 20_000
+
+
+def test_report_of_a_mixture_of_experts(quantized_mixtral):
+    document = read_json(quantized_mixtral["fp8"] / "report.json")
+    assert document["calibration"]["calibration"]["tokens"] == 6 * 32
+    for row in document["layers"]:
+        assert sum(row["experts"]["tokens"]) == 6 * 32 * 2  # each token goes to two
+        poor = [expert for expert, count in enumerate(row["experts"]["tokens"]) if count < 16]
+        assert row["experts"]["fallback"] == poor
+    assert all(row["input_amax"] > 0 for row in document["tensors"])
+    data_free = read_json(quantized_mixtral["fp8-per-channel"] / "report.json")
+    assert [sum(row["experts"]["tokens"]) for row in data_free["layers"]] == [3 * 32 * 2] * 2  # of the held-out sequences
+
+
+def test_experts_with_few_tokens_get_the_largest_scale_of_their_layer(mixtral, options, tmp_path):
+    rows = {}
+    for name, minimum in (("own", 0), ("layers", 10**6)):
+        document = run(make_plan(mixtral, "fp8"), tmp_path / name, replace(options, moe_min_tokens=minimum))
+        rows[name] = [row for row in document["tensors"] if row["name"].startswith("model.layers.1.block_sparse_moe")]
+        assert document["layers"][1]["experts"]["fallback"] == ([0, 1, 2, 3] if minimum else [])
+    for kind in ("w1", "w2"):
+        own = [row["input_amax"] for row in rows["own"] if row["name"].endswith(f"{kind}.weight")]
+        assert len(set(own)) > 1
+        assert {row["input_amax"] for row in rows["layers"] if row["name"].endswith(f"{kind}.weight")} == {max(own)}
+
+
 def test_report(quantized):
     document = read_json(quantized["aligned", "fp8-blockwise"] / "report.json")
-    assert document["schema"] == 1
+    assert document["schema"] == 2
+    assert document["fidelity"]["tokens"] == 3 * 31
+    assert all(row["hidden_relative_error"] > 0 for row in document["layers"])
+    assert all(0.99 < row["hidden_cosine"] < 1 for row in document["layers"])
     assert len(document["tensors"]) == 4 * (7 + 4)
     assert all(0.01 < row["relative_error"] < 0.04 for row in document["tensors"])
     assert len(document["layers"]) == 4

@@ -2,21 +2,21 @@ from pathlib import Path
 
 import pytest
 
-from mptq import make_plan
+from mptq import forecast, make_plan
 from mptq.arch.config import from_args
-from mptq.arch.naming import locate
+from mptq.arch.places import locate
 from mptq.checkpoint.index import Checkpoint, Tensor
 from mptq.checkpoint.layout import Location
 from mptq.errors import RecipeError
 from mptq.plan import Source, plan_source
-from mptq.recipe import load_recipe
+from mptq.recipe import load_recipe, recipe_from
 from mptq.types import TensorSpec
 
 BLOCK, TENSOR = load_recipe("fp8-blockwise"), load_recipe("fp8-per-tensor")
 
 
-def source(hidden, ffn, heads, groups, head_dim, layers=2, tied=True) -> Source:
-    """A checkpoint that exists as metadata only."""
+def source(hidden, ffn, heads, groups, head_dim, layers=2, tied=True, experts=0) -> Source:
+    """A checkpoint that exists as metadata only; with experts, each has `ffn`."""
     args = {
         "num_layers": layers,
         "hidden_size": hidden,
@@ -33,6 +33,8 @@ def source(hidden, ffn, heads, groups, head_dim, layers=2, tied=True) -> Source:
         "position_embedding_type": "rope",
         "add_bias_linear": False,
         "untie_embeddings_and_output_weights": not tied,
+        "num_experts": experts,
+        "moe_router_topk": 2,
     }
     layer = {
         "self_attention.linear_qkv.layer_norm_weight": (hidden,),
@@ -42,6 +44,11 @@ def source(hidden, ffn, heads, groups, head_dim, layers=2, tied=True) -> Source:
         "mlp.linear_fc1.weight": (2 * ffn, hidden),
         "mlp.linear_fc2.weight": (hidden, ffn),
     }
+    if experts:
+        layer = {name: shape for name, shape in layer.items() if not name.startswith("mlp.")}
+        layer |= {"pre_mlp_layernorm.weight": (hidden,), "mlp.router.weight": (experts, hidden)}
+        layer["mlp.experts.experts.linear_fc1.weight"] = (experts, 2 * ffn, hidden)
+        layer["mlp.experts.experts.linear_fc2.weight"] = (experts, hidden, ffn)
     shapes = {f"decoder.layers.{name}": (layers, *shape) for name, shape in layer.items()}
     shapes |= {"embedding.word_embeddings.weight": (1024, hidden), "decoder.final_layernorm.weight": (hidden,)}
     if not tied:
@@ -62,17 +69,17 @@ def test_llama_7b_in_blocks():
     assert plan.bytes_in == 2 * linears + rest
     assert plan.bytes_out("hf") == linears + linears // 128**2 * 4 + rest - 24 * 4096 * 2
     assert plan.bytes_out("megatron") == linears + 2 * (linears // 128**2 * 4) + rest
-    totals = {form: sum(row[form] for row in plan.components().values()) for form in ("in", "hf", "megatron")}
+    totals = {form: sum(row[form] for row in forecast.components(plan).values()) for form in ("in", "hf", "megatron")}
     assert totals == {"in": plan.bytes_in, "hf": plan.bytes_out("hf"), "megatron": plan.bytes_out("megatron")}
 
 
 def test_serving_limit_of_blocks_is_a_warning():
     # 11008 = 86 * 128: two tensor-parallel ranks have 43 blocks each, four have none that is whole.
     plan = plan_source(source(4096, 11008, 32, 32, 128), BLOCK, ("hf",))
-    assert any("only up to TP=2" in warning for warning in plan.warnings)
-    assert plan_source(source(4096, 8192, 32, 8, 128), BLOCK, ("hf",)).warnings == []
-    assert plan_source(source(4096, 11008, 32, 32, 128), TENSOR, ("hf",)).warnings == []
-    assert plan_source(source(4096, 11008, 32, 32, 128), BLOCK, ("megatron",)).warnings == []
+    assert any("only up to TP=2" in warning for warning in forecast.warnings(plan))
+    assert forecast.warnings(plan_source(source(4096, 8192, 32, 8, 128), BLOCK, ("hf",))) == []
+    assert forecast.warnings(plan_source(source(4096, 11008, 32, 32, 128), TENSOR, ("hf",))) == []
+    assert forecast.warnings(plan_source(source(4096, 11008, 32, 32, 128), BLOCK, ("megatron",))) == []
 
 
 def test_ragged_groups_are_excluded_and_named():
@@ -80,7 +87,7 @@ def test_ragged_groups_are_excluded_and_named():
     assert plan.excluded == ["lm_head"] + [
         f"model.layers.{layer}.mlp.{name}_proj" for layer in (0, 1) for name in ("gate", "up", "down")
     ]
-    assert plan.warnings[0].startswith("gate_proj, up_proj, down_proj: not multiples of 128, so they stay bfloat16")
+    assert forecast.warnings(plan)[0].startswith("gate_proj, up_proj, down_proj: not multiples of 128, so they stay bfloat16")
     assert [name.split(".", 3)[3] for name in plan.differing[:3]] == [
         "self_attention.linear_qkv.weight",
         "mlp.linear_fc1.weight",
@@ -88,24 +95,88 @@ def test_ragged_groups_are_excluded_and_named():
     ]
 
 
+def actions(checkpoint, recipe, *formats):
+    return forecast.actions(plan_source(checkpoint, load_recipe(recipe), formats))
+
+
 def test_actions_say_what_happens_to_each_component():
     ragged = source(256, 320, 4, 2, 64)
-    assert plan_source(ragged, BLOCK, ("hf",)).actions() == {
+    assert actions(ragged, "fp8-blockwise", "hf") == {
         "embedding": "copied",
         "norms": "copied",
         "attention": "FP8, 128x128 blocks",
         "mlp": "copied",
     }
-    both = plan_source(ragged, BLOCK, ("hf", "megatron")).actions()
-    assert both["mlp"] == "FP8, 128x128 blocks; gate_proj, up_proj, down_proj copied in hf"
-    assert plan_source(ragged, BLOCK, ("megatron",)).actions()["mlp"] == "FP8, 128x128 blocks"
-    assert plan_source(ragged, load_recipe("fp8-per-channel"), ("hf",)).actions()["mlp"] == "FP8, one scale a row"
-    assert plan_source(ragged, TENSOR, ("hf",)).actions()["mlp"] == "FP8, one scale a fused group"
+    assert actions(ragged, "fp8-blockwise", "hf", "megatron")["mlp"] == "copied in hf; FP8, 128x128 blocks in megatron"
+    assert actions(ragged, "fp8-blockwise", "megatron")["mlp"] == "FP8, 128x128 blocks"
+    assert actions(ragged, "fp8-per-channel", "hf")["mlp"] == "FP8, one scale a row"
+    assert actions(ragged, "fp8-per-tensor", "hf")["mlp"] == "FP8, one scale a fused group"
+    assert actions(ragged, "mxfp8", "hf")["mlp"] == "MXFP8, blocks of 32"
+    kept = plan_source(ragged, load_recipe("fp8").changed(["*.layers.0.mlp.*"]), ("hf",))
+    assert forecast.actions(kept)["mlp"] == "copied (2 of 4); FP8, one scale a fused group, static activations (2 of 4)"
+
+
+def test_misaligned_weights_can_have_one_scale_a_row():
+    fields = BLOCK.model_dump() | {"misaligned": "per-channel"}
+    plan = plan_source(source(256, 320, 4, 2, 64), recipe_from(fields, "x"), ("hf", "megatron"))
+    assert plan.dialect == "compressed-tensors"
+    assert plan.excluded == ["lm_head"]
+    assert {scheme.name: len(modules) for scheme, modules in plan.contents.groups.items()} == {"block": 8, "row": 6}
+    assert "gate_proj, up_proj, down_proj: not multiples of 128, so they get one scale a row" in forecast.warnings(plan)[0]
+    whole = plan_source(source(256, 384, 4, 2, 128), recipe_from(fields, "x"), ("hf",))
+    assert whole.dialect == "deepseek-fp8"
+    with pytest.raises(RecipeError, match=r"model\.layers\.0\.mlp\.gate_proj.* are not whole blocks"):
+        plan_source(source(256, 320, 4, 2, 64), recipe_from(fields | {"misaligned": "error"}, "x"), ("hf",))
+    small = plan_source(source(576, 1536, 9, 3, 64), recipe_from(fields, "x"), ("hf",))
+    assert (small.dialect, small.excluded) == ("compressed-tensors", ["lm_head"])
+
+
+def test_overrides_by_pattern():
+    checkpoint = source(256, 384, 4, 2, 128, layers=3)
+    fields = BLOCK.model_dump() | {
+        "overrides": [
+            {"pattern": "*.self_attn.?_proj", "recipe": "fp8-per-channel"},
+            {"pattern": "decoder.layers.0.*", "recipe": "none"},
+        ]
+    }
+    plan = plan_source(checkpoint, recipe_from(fields, "x"), ("hf", "megatron"))
+    assert plan.dialect == "compressed-tensors"
+    assert {scheme.name: len(modules) for scheme, modules in plan.contents.groups.items()} == {"row": 8, "block": 6}
+    assert plan.excluded == ["lm_head"] + [
+        f"model.layers.0.{name}_proj"
+        for name in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
+    ]
+    assert plan.deviating["decoder.layers.0.mlp.linear_fc1"] is None
+    assert plan.deviating["decoder.layers.1.self_attention.linear_qkv"].name == "row"
+    assert len(plan.deviating) == 4 + 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        (["decoder.layer.0.*"], r"'decoder\.layer\.0\.\*' matches no linear of the 2 layers: patterns are of names such as"),
+        (["*.q_proj"], r"give q_proj, k_proj, v_proj of layer 0 different schemes, and engines fuse them"),
+        (["*"], "every linear is ignored"),
+    ],
+)
+def test_bad_patterns(patterns, message):
+    with pytest.raises(RecipeError, match=message):
+        plan_source(source(256, 384, 4, 2, 128), BLOCK.changed(patterns), ("hf",))
+
+
+def test_mixtures_that_no_engine_reads_are_refused_for_hf():
+    fields = load_recipe("mxfp8").model_dump() | {"overrides": [{"pattern": "*.mlp.*", "recipe": "fp8-per-channel"}]}
+    recipe = recipe_from(fields, "x")
+    with pytest.raises(RecipeError, match="no Hugging Face form that engines read holds mx and row weights together"):
+        plan_source(source(256, 384, 4, 2, 128), recipe, ("hf",))
+    assert plan_source(source(256, 384, 4, 2, 128), recipe, ("megatron",)).bytes_out("megatron")
 
 
 def test_nothing_to_quantize_in_hf_suggests_what_works():
     small = source(576, 1536, 9, 3, 64)
-    message = r"no linear .* multiples of 128 \(sizes 192, 576, 1536\).* use --recipe fp8-per-channel or fp8-per-tensor, or"
+    message = (
+        r"no linear .* multiples of 128 \(sizes 192, 576, 1536\).* use --recipe fp8 or fp8-per-channel or fp8-per-tensor, or"
+    )
     with pytest.raises(RecipeError, match=message):
         plan_source(small, BLOCK, ("hf", "megatron"))
     plan_source(small, BLOCK, ("megatron",))
@@ -122,5 +193,29 @@ def test_unknown_format(aligned):
 
 def test_predicted_memory_does_not_depend_on_the_number_of_layers():
     few, many = (plan_source(source(4096, 11008, 32, 32, 128, layers=n), BLOCK, ("hf",)) for n in (2, 80))
-    assert few.peak_memory == many.peak_memory
-    assert 2e9 < few.peak_memory < 3e9
+    assert forecast.peak_memory(few) == forecast.peak_memory(many)
+    assert 2e9 < forecast.peak_memory(few) < 3e9
+
+
+def test_mixtral_8x7b_in_blocks():
+    plan = plan_source(source(4096, 14336, 32, 8, 128, layers=32, tied=False, experts=8), BLOCK, ("hf", "megatron"))
+    assert plan.excluded == ["lm_head"] + [f"model.layers.{layer}.block_sparse_moe.gate" for layer in range(32)]
+    components = forecast.components(plan)
+    assert components["experts"]["parameters"] == 32 * 8 * 3 * 4096 * 14336
+    assert components["router"] == {"parameters": 32 * 8 * 4096} | dict.fromkeys(("in", "hf", "megatron"), 2 * 32 * 8 * 4096)
+    quantized = [name for name, action in forecast.actions(plan).items() if action == "FP8, 128x128 blocks"]
+    assert quantized == ["attention", "experts"]
+    assert forecast.actions(plan)["router"] == "copied"
+    # One layer compressed, twice, and one expert's fc1 in ModelOpt: not the 90 GB of the model.
+    assert 5e9 < forecast.peak_memory(plan) < 6e9
+
+
+def test_ragged_experts_are_excluded_together():
+    plan = plan_source(source(256, 320, 2, 1, 128, experts=2), BLOCK, ("hf", "megatron"))
+    kept = [f"experts.{expert}.{name}" for expert in (0, 1) for name in ("w1", "w3", "w2")]
+    assert plan.excluded == ["lm_head"] + [
+        f"model.layers.{layer}.block_sparse_moe.{name}" for layer in (0, 1) for name in ["gate", *kept]
+    ]
+    assert forecast.warnings(plan)[0].startswith("w1, w3, w2: not multiples of 128, so they stay bfloat16")
+    assert forecast.actions(plan)["experts"] == "copied in hf; FP8, 128x128 blocks in megatron"
+    assert forecast.actions(plan)["router"] == "copied"

@@ -1,17 +1,18 @@
 import pytest
 
 from mptq.errors import RecipeError
-from mptq.recipe import load_recipe, recipe_names
+from mptq.recipe import Scheme, load_recipe, recipe_from, recipe_names, scheme_named
 
 GOOD = "description: x\nweights: {scale: block, block_size: 128}\nhf: deepseek-fp8\n"
 
 
 def test_built_in_recipes():
-    assert recipe_names() == ["fp8-blockwise", "fp8-per-channel", "fp8-per-tensor"]
-    assert load_recipe("fp8-blockwise").block == 128
-    assert load_recipe("fp8-per-tensor").block is None
-    grids = [load_recipe(name).grid(300, 128) for name in recipe_names()]
-    assert grids == [(3, 1), (300, 1), ()]
+    assert recipe_names() == ["fp8", "fp8-blockwise", "fp8-per-channel", "fp8-per-tensor", "mxfp8"]
+    schemes = [load_recipe(name).scheme for name in recipe_names()]
+    assert [scheme.name for scheme in schemes] == ["tensor-static", "block", "row", "tensor", "mx"]
+    assert [scheme.grid(300, 128) for scheme in schemes] == [(), (3, 1), (300, 1), (), (300, 4)]
+    assert [load_recipe(name).needs_data for name in recipe_names()] == [True, False, False, False, False]
+    assert all(scheme_named(scheme.name) == scheme for scheme in schemes)
 
 
 def test_recipe_file(tmp_path):
@@ -32,7 +33,7 @@ def test_unknown_name_gives_the_nearest(name, near):
 
 
 def test_unknown_name_lists_all():
-    with pytest.raises(RecipeError, match=r"'zzz': there are fp8-blockwise, fp8-per-channel, fp8-per-tensor"):
+    with pytest.raises(RecipeError, match=r"'zzz': there are fp8, fp8-blockwise, fp8-per-channel, fp8-per-tensor, mxfp8"):
         load_recipe("zzz")
 
 
@@ -40,8 +41,13 @@ def test_unknown_name_lists_all():
     ("text", "message"),
     [
         ("description: x\nweights: {scale: column}\nhf: nothing\nextra: 1\n", r"weights\.scale.*hf.*extra"),
-        ("description: x\nweights: {scale: block}\nhf: deepseek-fp8\n", "block_size goes with"),
-        (GOOD.replace("deepseek-fp8", "compressed-tensors"), "carries `scale: tensor or row` weights, not block"),
+        ("description: x\nweights: {scale: block}\nhf: deepseek-fp8\n", "block_size is 128 with `scale: block`"),
+        (GOOD.replace("deepseek-fp8", "modelopt"), "`hf: modelopt` carries tensor-static or mx weights, not block"),
+        (GOOD + "misalinged: keep\n", "misalinged: unknown key, did you mean 'misaligned'"),
+        (GOOD + "calibration: {method: mse}\n", "calibration.method: ModelOpt's mse calibrator is for integers"),
+        (GOOD + "calibration: {method: percentile}\n", "percentile goes with"),
+        (GOOD + "overrides: [{pattern: x, recipe: fp8-blokwise}]\n", r"overrides\.0\.recipe: .*did you mean 'fp8-blockwise'"),
+        (GOOD + "activations: static\nkv_cahce: fp8\n", r"kv_cahce: unknown key.*`activations: static` goes with"),
         (GOOD.replace("128", "64"), r"weights\.block_size"),
         ("- a\n", "does not hold a recipe"),
         ("a: [", "is not YAML"),
@@ -57,3 +63,57 @@ def test_every_mistake_in_a_file_is_said(tmp_path, text, message):
 def test_missing_file(tmp_path):
     with pytest.raises(RecipeError, match=r"none\.yaml does not exist"):
         load_recipe(str(tmp_path / "none.yaml"))
+
+
+def test_changes_of_the_command_line():
+    changed = load_recipe("fp8-blockwise").changed(["decoder.layers.0.*"], "fp8")
+    assert [(override.pattern, override.scheme) for override in changed.overrides] == [("decoder.layers.0.*", None)]
+    assert changed.needs_data
+    assert recipe_from(changed.model_dump(mode="json"), "again") == changed
+    with pytest.raises(RecipeError, match="kv_cache: Input should be 'none' or 'fp8'"):
+        changed.changed(kv_cache="int8")
+
+
+def test_overrides_take_the_scheme_of_a_recipe(tmp_path):
+    (tmp_path / "mine.yaml").write_text(GOOD + "overrides: [{pattern: 'a*', recipe: fp8}, {pattern: b, recipe: none}]\n")
+    mine = load_recipe(str(tmp_path / "mine.yaml"))
+    assert [override.scheme for override in mine.overrides] == [Scheme("tensor", static=True), None]
+    assert mine.needs_data
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "kv_cache"),
+    [
+        ("FP8_DEFAULT_CFG", "tensor-static", "none"),
+        ("FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG", "block", "none"),
+        ("FP8_PER_CHANNEL_PER_TOKEN_CFG", "row", "none"),
+        ("MXFP8_DEFAULT_CFG", "mx", "none"),
+        ("general/ptq/fp8_default-kv_fp8", "tensor-static", "fp8"),
+    ],
+)
+def test_modelopts_recipes(name, scheme, kv_cache):
+    recipe = load_recipe(name)
+    assert (recipe.scheme.name, recipe.kv_cache) == (scheme, kv_cache)
+    assert recipe.name == name.rpartition("/")[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("NVFP4_DEFAULT_CFG", r"is not FP8 as mptq does it: \*weight_quantizer has num_bits \(2, 1\)"),
+        ("INT8_DEFAULT_CFG", "num_bits 8"),
+        ("FP8_KV_CFG", "it quantizes no weights"),
+        ("FP8_DEFUALT_CFG", "did you mean FP8_DEFAULT_CFG"),
+        ("general/ptq/fp8_default-kv_fp8_cast", "constant amax"),
+        ("general/ptq/fp8_defualt-kv_fp8", "did you mean general/ptq/fp8_default-kv_fp8"),
+    ],
+)
+def test_modelopts_other_recipes_are_refused_with_the_reason(name, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(name)
+
+
+def test_modelopts_exclusions_are_overrides():
+    recipe = load_recipe("MAMBA_MOE_FP8_CONSERVATIVE_CFG")
+    assert {"*q_proj*", "*self_attention.linear_qkv*"} <= {override.pattern for override in recipe.overrides}
+    assert all(override.optional and override.scheme is None for override in recipe.overrides)

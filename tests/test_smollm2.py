@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config
 
-from mptq.plan import IMPORTS_BYTES
+from mptq.forecast import IMPORTS_BYTES
 from tests.conftest import ROOT, mptq, read_json, run
 
 PROMPT = "The capital of France is"
@@ -24,7 +24,7 @@ def continued(folder, tokens=8):
 
 
 def quantize(checkpoint, recipe, out, *options):
-    done = mptq("quantize", checkpoint, "--recipe", recipe, "-o", out, "--quiet", *options)
+    done = mptq("quantize", checkpoint, "--recipe", recipe, "-o", out, "--quiet", "--eval-size", 0, *options)
     assert done.returncode == 0, done.stderr
     verified = mptq("verify", out, "--against", checkpoint)
     assert verified.returncode == 0, verified.stderr
@@ -32,12 +32,15 @@ def quantize(checkpoint, recipe, out, *options):
 
 
 def test_blockwise(smollm2, smollm2_checkpoints, tmp_path):
-    report = quantize(smollm2_checkpoints[768], "fp8-blockwise", tmp_path / "out")
+    report = quantize(smollm2_checkpoints[768], "fp8-blockwise", tmp_path / "out", "--eval-size", 4)
     linears = 30 * (1280 * 768 + 768 * 768 + 3 * 1536 * 768)
     quantized = sum(report["components"][part]["hf"] for part in ("attention", "mlp"))
     assert quantized == linears + linears // 128**2 * 4  # half of BF16, plus the scales
     assert report["components"]["embedding"]["hf"] == 49152 * 768 * 2
     assert 0.02 < report["relative_error"]["hf"] < 0.03
+    assert 0.005 < report["fidelity"]["kl"]["mean"] < 0.04
+    assert report["fidelity"]["top1_agreement"]["mean"] > 0.88
+    assert report["calibration"]["default_data"]
     assert IMPORTS_BYTES / 2 < report["peak_rss_bytes"] < 1.3 * report["predicted_peak_bytes"]
     assert continued(smollm2[768]).startswith(" Paris")
     assert continued(tmp_path / "out").startswith(" Paris")
@@ -52,7 +55,7 @@ def test_576_wide_blockwise_is_for_megatron_only(smollm2, smollm2_checkpoints, t
     checkpoint = smollm2_checkpoints[576]
     refused = mptq("quantize", checkpoint, "--recipe", "fp8-blockwise", "-o", tmp_path / "hf")
     assert refused.returncode == 1
-    assert "use --recipe fp8-per-channel or fp8-per-tensor, or --format megatron" in refused.stderr
+    assert "use --recipe fp8 or fp8-per-channel or fp8-per-tensor, or --format megatron" in refused.stderr
     quantize(checkpoint, "fp8-blockwise", tmp_path / "out", "--format", "megatron")
     written = tmp_path / "out" / "iter_0000100"
     run(
@@ -60,7 +63,7 @@ def test_576_wide_blockwise_is_for_megatron_only(smollm2, smollm2_checkpoints, t
         *("--out", tmp_path, "--prompt", PROMPT),
         PYTHONPATH=str(ROOT),
     )
-    assert torch.load(tmp_path / "restored.pt")["text"].startswith(f"{PROMPT} Paris")
+    assert torch.load(tmp_path / "fp8-blockwise" / "restored.pt")["text"].startswith(f"{PROMPT} Paris")
 
 
 @pytest.mark.parametrize("recipe", ["fp8-per-channel", "fp8-per-tensor"])

@@ -132,9 +132,9 @@ def test_no_output(tmp_path):
     with pytest.raises(OutputError, match="is damaged"):
         verify(tmp_path)
     (tmp_path / "manifest.json").write_text('{"schema": 99}')
-    with pytest.raises(OutputError, match="is not of schema 1"):
+    with pytest.raises(OutputError, match="is not of schema 2"):
         verify(tmp_path)
-    (tmp_path / "manifest.json").write_text('{"schema": 1, "recipe": {}}')
+    (tmp_path / "manifest.json").write_text('{"schema": 2, "recipe": {}}')
     with pytest.raises(OutputError, match="lacks mptq, source"):
         verify(tmp_path)
 

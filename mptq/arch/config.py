@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mptq.arch.families import LLAMA, MIXTRAL, Family
 from mptq.errors import CheckpointError, UnsupportedModelError
 from mptq.types import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A Llama-like decoder: RMSNorm, SwiGLU, rotary positions, MHA or GQA, no biases.
+    """A Llama-like decoder: RMSNorm, SwiGLU, rotary positions, MHA or GQA, no biases; or the same with experts in every layer.
 
+    `num_experts` is 0 for a dense model; with experts, each has `moe_ffn_hidden_size`, a token goes to `moe_topk` of them,
+    weighted by the softmax over their logits, and `router_dtype` (fp32, fp64, or None for that of the activations) is what
+    the logits are computed in.
     `vocab_size` is the number of rows that mean something: the padding for tensor parallelism is above it.
     `source` says where the config came from, for people.
     """
@@ -33,13 +37,21 @@ class ModelConfig:
     dtype: str
     source: str
     tokenizer: str | None
+    num_experts: int = 0
+    moe_topk: int = 0
+    moe_ffn_hidden_size: int = 0
+    router_dtype: str | None = None
+
+    @property
+    def family(self) -> Family:
+        """What Hugging Face calls the parts of this model."""
+        return MIXTRAL if self.num_experts else LLAMA
 
 
-FEATURES: dict[str, tuple[tuple[Any, ...], str]] = {
+FEATURES: dict[str, tuple[Container[Any], str]] = {
     "normalization": (("RMSNorm",), "a normalization other than RMSNorm"),
     "swiglu": ((True,), "an MLP without SwiGLU"),
     "position_embedding_type": (("rope",), "a position embedding other than rope"),
-    "num_experts": ((None, 0), "a mixture of experts"),
     "multi_latent_attention": ((False, None), "multi-latent attention"),
     "qk_layernorm": ((False, None), "QK normalization"),
     "qk_l2_norm": ((False, None), "QK L2 normalization"),
@@ -69,7 +81,37 @@ FEATURES: dict[str, tuple[tuple[Any, ...], str]] = {
     "moe_mlp_glu_interleave_size": ((None,), "interleaved gate and up projections"),
 }
 """Argument -> (the values that mptq quantizes, what any other value is). An absent argument counts as None, because
-older Megatron versions, which lack the feature, lack its argument; the first three must be there."""
+older Megatron versions, which lack the feature, lack its argument; the first three must be there. Of a list (one value a
+layer, or several at once), every element must be accepted."""
+
+MOE_FEATURES: dict[str, tuple[Container[Any], str]] = {
+    "moe_router_topk": (range(2, 4096), "routing to fewer than two experts"),
+    "moe_layer_freq": ((1, None), "dense layers between those with experts"),
+    "moe_shared_expert_intermediate_size": ((None,), "shared experts"),
+    "moe_router_pre_softmax": ((False, None), "a softmax over all experts, before the choice of the largest"),
+    "moe_router_score_function": (("softmax", None), "a router score other than softmax"),
+    "moe_router_num_groups": ((None,), "group-limited routing"),
+    "moe_router_group_topk": ((None,), "group-limited routing"),
+    "moe_router_topk_limited_devices": ((None,), "device-limited routing"),
+    "moe_router_topk_scaling_factor": ((None, 1), "scaled router weights"),
+    "moe_router_enable_expert_bias": ((False, None), "a bias of each expert in the router"),
+    "moe_router_load_balancing_type": (
+        ("none", "aux_loss", "seq_aux_loss", "global_aux_loss", None),
+        "load balancing that is part of the routing",
+    ),
+    "moe_router_force_load_balancing": ((False, None), "random routing"),
+    "moe_router_force_biased": ((None,), "random routing"),
+    # A negative factor means no limit.
+    "moe_expert_capacity_factor": ((None, -1), "a capacity limit of experts"),
+    "moe_expert_rank_capacity_factor": ((None, -1), "a capacity limit of experts"),
+    "moe_token_dropping": ((False, None), "token dropping"),
+    "moe_apply_probs_on_input": ((False, None), "router weights applied to the experts' input"),
+    "moe_latent_size": ((None,), "latent projections around the experts"),
+}
+"""The same for a mixture of experts: what of megatron/core/transformer/transformer_config.py changes its forward pass.
+
+Losses, dispatchers, fused kernels and the input jitter of training change nothing that is stored.
+"""
 
 
 def from_args(args: Mapping[str, Any], source: str, tensors: Mapping[str, TensorSpec]) -> ModelConfig:
@@ -79,20 +121,27 @@ def from_args(args: Mapping[str, Any], source: str, tensors: Mapping[str, Tensor
     """
     if not args:
         raise CheckpointError(f"the checkpoint does not say its architecture ({source}): it needs Megatron-LM's args")
+    features = FEATURES | MOE_FEATURES if args.get("num_experts") else FEATURES
     refused = [
         f"{meaning} ({name}={args.get(name)})"
-        for name, (accepted, meaning) in FEATURES.items()
-        if args.get(name) not in accepted
+        for name, (accepted, meaning) in features.items()
+        if not _accepts(accepted, args.get(name))
     ]
     if refused:
-        raise UnsupportedModelError(f"this checkpoint has {'; '.join(refused)}: mptq quantizes Llama-like models so far")
+        raise UnsupportedModelError(
+            f"this checkpoint has {'; '.join(refused)}: mptq quantizes models like Llama and Mixtral so far"
+        )
     try:
-        return _llama(args, source, tensors)
+        return _config(args, source, tensors)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{source} lacks a usable value for {error}: the architecture is incomplete") from error
 
 
-def _llama(args: Mapping[str, Any], source: str, tensors: Mapping[str, TensorSpec]) -> ModelConfig:
+def _accepts(accepted: Container[Any], value: Any) -> bool:
+    return all(item in accepted for item in value) if isinstance(value, list) and value else value in accepted
+
+
+def _config(args: Mapping[str, Any], source: str, tensors: Mapping[str, TensorSpec]) -> ModelConfig:
     heads = int(args["num_attention_heads"])
     hidden = int(args["hidden_size"])
     # The optimizer has a copy of every parameter under its own prefix.
@@ -102,6 +151,7 @@ def _llama(args: Mapping[str, Any], source: str, tensors: Mapping[str, TensorSpe
     epsilon = args.get("norm_epsilon") or args.get("layernorm_epsilon")
     if epsilon is None:
         raise KeyError("norm_epsilon")
+    experts = int(args.get("num_experts") or 0)
     return ModelConfig(
         num_layers=int(args["num_layers"]),
         hidden_size=hidden,
@@ -119,4 +169,8 @@ def _llama(args: Mapping[str, Any], source: str, tensors: Mapping[str, TensorSpe
         dtype=embedding.dtype if embedding else "bfloat16",
         source=source,
         tokenizer=str(args["tokenizer_model"]) if args.get("tokenizer_model") else None,
+        num_experts=experts,
+        moe_topk=int(args["moe_router_topk"]) if experts else 0,
+        moe_ffn_hidden_size=int(args.get("moe_ffn_hidden_size") or args["ffn_hidden_size"]) if experts else 0,
+        router_dtype=args.get("moe_router_dtype") if experts else None,
     )

@@ -1,26 +1,24 @@
 """The names of one model in Megatron and in Hugging Face, as data.
 
-Inner names are megatron-core's local ones, one key per layer (`decoder.layers.3.self_attention.linear_qkv.weight`).
-Checkpoints stack layers into one tensor, fuse norms into Transformer Engine's linears and split gated fc1 in two; those
-spellings are the alternatives of `LAYER_SPELLINGS`.
+Inner names are megatron-core's local ones, one key per layer (`decoder.layers.3.self_attention.linear_qkv.weight`) and per
+expert (`decoder.layers.3.mlp.experts.experts.5.linear_fc1.weight`). Where a checkpoint has them: places.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from mptq.arch.config import ModelConfig
 from mptq.arch.fusion import Fusion
-from mptq.errors import CheckpointError
-from mptq.types import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """One linear of a layer: its Megatron module, its Hugging Face modules, and how its rows belong to them.
+    """One linear of a layer: its Megatron name, its Hugging Face modules, and how its rows belong to them.
 
     `keys` are the tensors, equal parts of its rows, in which a Megatron model that ModelOpt compressed stores the weight.
+    `path` is the linear's module in megatron-core's layer where that is not its name: checkpoints number experts globally.
+    `expert` is the number of the expert that it belongs to.
     """
 
     megatron: str
@@ -28,6 +26,18 @@ class Linear:
     fusion: Fusion
     in_features: int
     keys: tuple[str, ...] = ("weight",)
+    path: str = ""
+    expert: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """The last part of its name, the same for every expert: `linear_fc1`."""
+        return self.megatron.rpartition(".")[2]
+
+    @property
+    def module(self) -> str:
+        """The linear's module in megatron-core's layer."""
+        return self.path or self.megatron
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -43,9 +53,9 @@ class Linear:
         """Whether square blocks of the fused matrix cross projections, so that it and they have different scales."""
         return block is not None and not self.fusion.aligned(block)
 
-    def fits(self, block: int | None) -> bool:
-        """Whether engines read every projection of the group in square blocks: all rows and columns are whole blocks."""
-        return block is None or all(size % block == 0 for _, shape in self.members for size in shape)
+    def fits(self, unit: tuple[int, int]) -> bool:
+        """Whether every projection of the group is whole multiples of `unit` in rows and columns."""
+        return all(rows % unit[0] == 0 and columns % unit[1] == 0 for _, (rows, columns) in self.members)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,45 +78,16 @@ class Copy:
         return self.hf_rows, *self.shape[1:]
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A tensor of the checkpoint, or one layer of a stack, that makes up (some rows of) an inner tensor."""
-
-    key: str
-    layer: int | None
-    shape: tuple[int, ...]
-
-
-LAYER_SPELLINGS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "input_layernorm.weight": (("input_layernorm.weight",), ("self_attention.linear_qkv.layer_norm_weight",)),
-    "self_attention.linear_qkv.weight": (("self_attention.linear_qkv.weight",),),
-    "self_attention.linear_proj.weight": (("self_attention.linear_proj.weight",),),
-    "pre_mlp_layernorm.weight": (("pre_mlp_layernorm.weight",), ("mlp.linear_fc1.layer_norm_weight",)),
-    "mlp.linear_fc1.weight": (("mlp.linear_fc1.weight",), ("mlp.linear_fc1.weight_w", "mlp.linear_fc1.weight_v")),
-    "mlp.linear_fc2.weight": (("mlp.linear_fc2.weight",),),
-}
-"""Inner name of a layer's tensor -> how checkpoints spell it: alternatives, each of one or more tensors, by rows."""
-
-DROPPED = {
-    "_extra_state": "Transformer Engine's FP8 state, of no meaning outside training",
-    "optimizer.": "optimizer state",
-    "rng_state": "random number generator state",
-    "rerun_state": "rerun state machine",
-    "opt_param_scheduler": "learning rate scheduler",
-    "common_state": "training arguments, read for the architecture",
-    "dataloader": "data loader state",
-    "rotary_pos_emb.inv_freq": "recomputed from rotary_base",
-}
-"""Part of a key -> why it is not in the output."""
+CORE_ATTENTION = "self_attention.core_attention"
+"""The module of a layer that sees K and V as the cache holds them: after the rotary embedding."""
 
 
 def layer_linears(config: ModelConfig) -> tuple[Linear, ...]:
     """The linears of one layer, in the order of the forward pass."""
     heads_per_group = config.num_attention_heads // config.num_query_groups
     qkv = Fusion(config.num_query_groups, (heads_per_group * config.head_dim, config.head_dim, config.head_dim))
-    gate_up = Fusion(1, (config.ffn_hidden_size, config.ffn_hidden_size))
     plain = Fusion(1, (config.hidden_size,))
-    return (
+    attention = (
         Linear(
             "self_attention.linear_qkv",
             ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -114,21 +95,48 @@ def layer_linears(config: ModelConfig) -> tuple[Linear, ...]:
             config.hidden_size,
         ),
         Linear("self_attention.linear_proj", ("self_attn.o_proj",), plain, config.num_attention_heads * config.head_dim),
-        Linear(
-            "mlp.linear_fc1",
-            ("mlp.gate_proj", "mlp.up_proj"),
-            gate_up,
+    )
+    names = config.family.mlp
+    if not config.num_experts:
+        return attention + _mlp("mlp", names, config.hidden_size, config.ffn_hidden_size)
+    experts = (
+        _mlp(
+            f"mlp.experts.experts.{expert}",
+            tuple(name.format(expert) for name in names),
             config.hidden_size,
+            config.moe_ffn_hidden_size,
+            expert,
+        )
+        for expert in range(config.num_experts)
+    )
+    return attention + tuple(linear for expert in experts for linear in expert)
+
+
+def _mlp(megatron: str, hf: tuple[str, ...], hidden: int, ffn: int, expert: int | None = None) -> tuple[Linear, Linear]:
+    """The two linears of an MLP, dense or an expert; `hf` names its gate, up and down."""
+    gate, up, down = hf
+    path = megatron if expert is None else f"mlp.experts.local_experts.{expert}"
+    return (
+        Linear(
+            f"{megatron}.linear_fc1",
+            (gate, up),
+            Fusion(1, (ffn, ffn)),
+            hidden,
             ("weight_w", "weight_v"),
+            f"{path}.linear_fc1",
+            expert,
         ),
-        Linear("mlp.linear_fc2", ("mlp.down_proj",), plain, config.ffn_hidden_size),
+        Linear(f"{megatron}.linear_fc2", (down,), Fusion(1, (hidden,)), ffn, path=f"{path}.linear_fc2", expert=expert),
     )
 
 
 def layer_copies(config: ModelConfig) -> tuple[Copy, ...]:
-    """The tensors of one layer that keep their precision."""
+    """The tensors of one layer that keep their precision.
+
+    Matrices among them (the router) are linears to engines, which expect them in FP8 unless they are excluded by name.
+    """
     hidden = config.hidden_size
-    return (
+    norms = (
         Copy(
             "input_layernorm.weight",
             "input_layernorm.weight",
@@ -144,6 +152,10 @@ def layer_copies(config: ModelConfig) -> tuple[Copy, ...]:
             "mlp.linear_fc1.layer_norm_weight",
         ),
     )
+    if not config.num_experts:
+        return norms
+    router = f"{config.family.router}.weight"
+    return (*norms, Copy("mlp.router.weight", router, (config.num_experts, hidden), config.num_experts))
 
 
 def outer_copies(config: ModelConfig) -> tuple[Copy, ...]:
@@ -166,75 +178,3 @@ def megatron_layer(index: int) -> str:
 def hf_layer(index: int) -> str:
     """Prefix of a layer's Hugging Face names."""
     return f"model.layers.{index}."
-
-
-def locate(tensors: Mapping[str, TensorSpec], config: ModelConfig) -> dict[str, tuple[Part, ...]]:
-    """Where each inner tensor of the model is in the checkpoint: inner name -> parts, one above the other by rows.
-
-    Raises CheckpointError for a missing tensor, one of a wrong shape, and one that is not part of the model.
-    """
-    prefix = _prefix(tensors)
-    places: dict[str, tuple[Part, ...]] = {}
-    for copy in outer_copies(config):
-        places[copy.megatron] = _place(tensors, copy.megatron, [(Part(prefix + copy.megatron, None, copy.shape),)])
-    shapes: dict[str, tuple[int, ...]] = {f"{linear.megatron}.weight": linear.shape for linear in layer_linears(config)}
-    shapes |= {copy.megatron: copy.shape for copy in layer_copies(config)}
-    for layer in range(config.num_layers):
-        for name, shape in shapes.items():
-            inner = megatron_layer(layer) + name
-            places[inner] = _place(tensors, inner, list(_layer_candidates(prefix, layer, name, shape)))
-    _check_shapes(tensors, places, config)
-    _check_all_used(tensors, places)
-    return places
-
-
-def dropped(keys: Iterable[str]) -> dict[str, str]:
-    """The keys that the output leaves out, with the reason."""
-    return {key: reason for key in keys if (reason := _drop_reason(key)) is not None}
-
-
-def _drop_reason(key: str) -> str | None:
-    return next((reason for part, reason in DROPPED.items() if part in key), None)
-
-
-def _prefix(tensors: Mapping[str, TensorSpec]) -> str:
-    """What stands before `decoder.` in the model's keys: nothing, `model.` or `module.`."""
-    anchor = "decoder.final_layernorm.weight"
-    found = [key.removesuffix(anchor) for key in tensors if key.endswith(anchor) and _drop_reason(key) is None]
-    if len(found) != 1:
-        raise CheckpointError(f"the checkpoint has {len(found)} tensors named *{anchor}: no GPT model in it that mptq knows")
-    return found[0]
-
-
-def _layer_candidates(prefix: str, layer: int, name: str, shape: tuple[int, ...]) -> Iterable[tuple[Part, ...]]:
-    for spelling in LAYER_SPELLINGS[name]:
-        part_shape = (shape[0] // len(spelling), *shape[1:])
-        yield tuple(Part(f"{prefix}decoder.layers.{layer}.{word}", None, part_shape) for word in spelling)
-        yield tuple(Part(f"{prefix}decoder.layers.{word}", layer, part_shape) for word in spelling)
-
-
-def _place(tensors: Mapping[str, TensorSpec], inner: str, candidates: list[tuple[Part, ...]]) -> tuple[Part, ...]:
-    for parts in candidates:
-        if all(part.key in tensors for part in parts):
-            return parts
-    tried = ", ".join(dict.fromkeys(part.key for parts in candidates for part in parts))
-    raise CheckpointError(f"{inner} is not in the checkpoint (looked for {tried}): the checkpoint is incomplete")
-
-
-def _check_shapes(tensors: Mapping[str, TensorSpec], places: Mapping[str, tuple[Part, ...]], config: ModelConfig) -> None:
-    for inner, parts in places.items():
-        for part in parts:
-            expected = part.shape if part.layer is None else (config.num_layers, *part.shape)
-            if tensors[part.key].shape != expected:
-                raise CheckpointError(
-                    f"{part.key} has shape {list(tensors[part.key].shape)}, but {config.source} implies {list(expected)} "
-                    f"for {inner}: the arguments do not belong to these weights"
-                )
-
-
-def _check_all_used(tensors: Mapping[str, TensorSpec], places: Mapping[str, tuple[Part, ...]]) -> None:
-    used = {part.key for parts in places.values() for part in parts}
-    unknown = sorted(key for key in tensors if key not in used and _drop_reason(key) is None)
-    if unknown:
-        shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
-        raise CheckpointError(f"{shown}: not part of a Llama-like model, so the output would not be this model")

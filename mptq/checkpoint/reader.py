@@ -1,4 +1,4 @@
-"""Read tensors of a checkpoint, whole or one layer out of a stack, with torch's own DCP planning.
+"""Read tensors of a checkpoint, whole or one layer or expert out of a stack, with torch's own DCP planning.
 
 Only the chunks that overlap the request are read, each decoded by `torch.load(weights_only=True)`.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import io
     from collections.abc import Sequence
 
-    from mptq.arch.naming import Part
+    from mptq.arch.places import Part
     from mptq.checkpoint.index import Checkpoint, Tensor
 
 
@@ -72,18 +72,16 @@ class Reader:
         metadata = Metadata(state_dict_metadata=dict(self._metadata), storage_data=index)
         self._storage.set_up_storage_reader(metadata, is_coordinator=True)
 
-    def read(self, name: str, out: torch.Tensor, layer: int | None = None) -> torch.Tensor:
-        """Fill `out` with tensor `name`, or with `name[layer]` of a stack of layers; casts to the dtype of `out`.
+    def read(self, name: str, out: torch.Tensor, index: tuple[int, ...] = ()) -> torch.Tensor:
+        """Fill `out` with tensor `name`, or with `name[index]` of a stack of layers (or experts); casts to the dtype of `out`.
 
         Raises CheckpointError naming the file and the tensor when a record cannot be decoded.
         Peak memory: `out` and the largest chunk.
         """
         metadata = self._metadata[name]
-        destination = out if layer is None else out.unsqueeze(0)
-        origin = [0] * len(metadata.size)
-        if layer is not None:
-            origin[0] = layer
-        assert len(origin) == destination.dim(), f"{name}: {list(metadata.size)} into {list(out.shape)}"
+        destination = out[(None,) * len(index)]
+        origin = (*index, *[0] * out.dim())
+        assert len(origin) == len(metadata.size), f"{name}: {list(metadata.size)} into {list(out.shape)}"
         wanted = ChunkStorageMetadata(offsets=torch.Size(origin), sizes=destination.shape)
         items = create_read_items_for_chunk_list(name, metadata, [wanted])
         # DCP finds chunks by the index it gives them; ours are found by offset alone.
@@ -101,7 +99,7 @@ class Reader:
         """Fill `out` with `parts`, one above the other by rows."""
         row = 0
         for part in parts:
-            self.read(part.key, out[row : row + part.shape[0]], part.layer)
+            self.read(part.key, out[row : row + part.shape[0]], part.index)
             row += part.shape[0]
         return out
 

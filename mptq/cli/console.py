@@ -37,21 +37,3 @@ def fail(error: BaseException, message: str, code: int) -> int:
         traceback.print_exception(error)
     err.print(f"mptq: {' '.join(message.split())}", markup=False)
     return code
-
-
-def size(count: float) -> str:
-    """A number of bytes for people: decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
-
-
-def number(count: float) -> str:
-    """A number of parameters for people."""
-    for unit in ("", " K", " M", " B"):
-        if count < 1000:
-            return f"{count:.0f}" if not unit else f"{count:.2f}{unit}"
-        count /= 1000
-    return f"{count:.2f} T"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 from typing import Any, Self
 
@@ -9,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mptq.cli import console
 from mptq.cli.tables import tensor_line
+from mptq.units import size
 
 
 class LiveProgress:
@@ -17,15 +19,19 @@ class LiveProgress:
     def __init__(self, verbose: bool) -> None:
         self.verbose = verbose
         columns = (
-            TextColumn("{task.description:<12}"),
+            TextColumn("{task.description:<40}"),
             BarColumn(),
             MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
         )
         self._bar = Progress(*columns, console=console.err, transient=True, disable=not console.err.is_terminal)
-        self._task = self._bar.add_task("starting", total=None)
+        self._task = self._bar.add_task("starting", total=None, rate="")
+        self._step = "starting"
+        self._read = 0
+        self._started = time.monotonic()
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -36,10 +42,21 @@ class LiveProgress:
 
     def stage(self, done: int, total: int, doing: str) -> None:
         """Move the bar, or print a line about every tenth of the way."""
+        self._step = doing
         self._bar.update(self._task, completed=done, total=total, description=doing)
         tenth = max(1, total // 10)
         if not console.err.is_terminal and (done % tenth == 0 or done == total):
             console.err.print(f"{done}/{total} {doing}", markup=False)
+
+    def doing(self, what: str) -> None:
+        """Say on the bar what the step is at."""
+        self._bar.update(self._task, description=f"{self._step}: {what}")
+
+    def bytes(self, count: int) -> None:
+        """Add to the bytes read, and show how many a second they are."""
+        self._read += count
+        rate = self._read / max(time.monotonic() - self._started, 1e-3)
+        self._bar.update(self._task, rate=f"{size(rate)}/s")
 
     def tensor(self, row: dict[str, Any]) -> None:
         """Print the tensor's row when asked for."""

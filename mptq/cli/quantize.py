@@ -5,12 +5,17 @@ from __future__ import annotations
 import re
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mptq.cli import console, tables
 from mptq.cli.progress import LiveProgress
+from mptq.errors import GateError
+
+if TYPE_CHECKING:
+    from mptq.pipeline import Options
+    from mptq.plan import Plan
 
 
 def parse_size(text: str) -> int:
@@ -25,19 +30,81 @@ def parse_size(text: str) -> int:
     return count
 
 
+def parse_percent(text: str | None) -> float | None:
+    """Percent of "1.5%", "1.5"."""
+    if text is None:
+        return None
+    try:
+        return float(text.strip().removesuffix("%"))
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is no percentage: write 1.5%") from error
+
+
+_DATA = "Calibration and fidelity"
+
+
 def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint root or iter_* directory.")],
-    recipe: Annotated[str, typer.Option(help="Recipe name (see `mptq recipes`) or YAML file.")],
+    recipe: Annotated[str, typer.Option(help="Recipe name (see `mptq recipes`), YAML file, or ModelOpt's name of one.")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Output directory.", show_default="CKPT-RECIPE, beside CKPT")
     ] = None,
     formats: Annotated[str, typer.Option("--format", help="hf, megatron, or both: hf,megatron.")] = "hf",
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Linears that keep their precision, as 'decoder.layers.0.*'. Repeatable."),
+    ] = None,
+    kv_cache: Annotated[
+        str | None, typer.Option(metavar="none|fp8", help="Scales for an FP8 KV cache.", show_default="the recipe's")
+    ] = None,
     tokenizer: Annotated[
         Path | None,
-        typer.Option(help="Tokenizer directory to copy into the output.", show_default="the checkpoint's"),
+        typer.Option(help="Tokenizer directory, used and copied into the output.", show_default="the checkpoint's"),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
     device: Annotated[str, typer.Option(help="Where to quantize: auto, cpu, cuda or cuda:N.")] = "auto",
+    calib_dataset: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DATA[:WEIGHT]",
+            help="Text, JSONL, parquet, Hugging Face dataset or Megatron .bin/.idx. Repeatable.",
+            show_default="English and code that Python carries",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    calib_size: Annotated[int, typer.Option(min=1, help="Sequences that calibrate.", rich_help_panel=_DATA)] = 64,
+    calib_seq_length: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.", rich_help_panel=_DATA)] = 512,
+    calib_batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once.", rich_help_panel=_DATA)] = 8,
+    calib_packing: Annotated[
+        bool, typer.Option(help="Pack documents end to end, or give each its own sequence.", rich_help_panel=_DATA)
+    ] = True,
+    eval_size: Annotated[
+        int, typer.Option(min=0, help="Held-out sequences that measure the fidelity; 0: none.", rich_help_panel=_DATA)
+    ] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice of documents.", rich_help_panel=_DATA)] = 0,
+    activation_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Hidden states kept in memory; more go to a file.",
+            show_default="a quarter of what is free",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    moe_min_tokens: Annotated[
+        int,
+        typer.Option(min=0, help="Experts that saw fewer get their static scales from the layer.", rich_help_panel=_DATA),
+    ] = 16,
+    max_kl: Annotated[
+        float | None, typer.Option(min=0, help="Exit with 3 if the mean KL (nats) is larger.", rich_help_panel=_DATA)
+    ] = None,
+    max_ppl_increase: Annotated[
+        str | None,
+        typer.Option(metavar="PERCENT", help="Exit with 3 if the perplexity rises by more.", rich_help_panel=_DATA),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let a tokenizer or dataset run its own code.", rich_help_panel=_DATA)
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output of mptq.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report (or the plan) as JSON on stdout.")] = False,
@@ -46,28 +113,61 @@ def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
 ) -> None:
     """Quantize a Megatron checkpoint to FP8 and write a model that engines load."""
     from mptq import pipeline, report
+    from mptq.calibrate.data import DataOptions
     from mptq.plan import make_plan
-    from mptq.record import Silent
+    from mptq.recipe import load_recipe
 
-    max_bytes = parse_size(max_shard_size)
-    plan = make_plan(checkpoint, recipe, tuple(formats.split(",")))
+    data = DataOptions(
+        datasets=tuple(calib_dataset or ()),
+        calib_size=calib_size,
+        eval_size=eval_size,
+        seq_length=calib_seq_length,
+        packed=calib_packing,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+    )
+    options = pipeline.Options(
+        tokenizer=tokenizer,
+        max_shard_bytes=parse_size(max_shard_size),
+        overwrite=overwrite,
+        device=device,
+        data=data,
+        batch_size=calib_batch_size,
+        activation_memory=None if activation_memory is None else parse_size(activation_memory),
+        moe_min_tokens=moe_min_tokens,
+        gates=report.Gates(max_kl, parse_percent(max_ppl_increase)),
+    )
+    plan = make_plan(checkpoint, load_recipe(recipe).changed(ignore or (), kv_cache), tuple(formats.split(",")))
     out = output or pipeline.default_output(plan, checkpoint)
-    options = pipeline.Options(tokenizer, max_bytes, overwrite, device)
     if dry_run:
-        _, notes = pipeline.check(plan, out.resolve(), options)
-        document = report.describe(plan) | {"warnings": notes, "output": str(out)}
-        if as_json:
-            console.document(document)
-        elif not quiet:
-            console.show(tables.plan(document))
+        checked = pipeline.check(plan, out.resolve(), options)
+        document = report.describe(plan, checked.work) | {"warnings": checked.notes, "output": str(out)}
+        _show_plan(document, as_json, quiet)
         return
-    try:
-        with LiveProgress(verbose) if not quiet else nullcontext(Silent()) as progress:
-            document = pipeline.run(plan, out, options, progress)
-    except KeyboardInterrupt as error:
-        raise typer.Exit(console.fail(error, "interrupted: nothing was written", 130)) from error
+    document = _run(plan, out, options, None if quiet else LiveProgress(verbose))
     if not quiet:
         console.show(tables.summary(document), console.err)
         console.err.print(f"written to  {out}", markup=False)
     if as_json:
         console.document(document)
+    missed = [gate for gate in document["gates"] if not gate["met"]]
+    if missed:
+        raise GateError(f"{out} is written, but {'; '.join(map(tables.gate, missed))}")
+
+
+def _show_plan(document: dict[str, Any], as_json: bool, quiet: bool) -> None:
+    if as_json:
+        console.document(document)
+    elif not quiet:
+        console.show(tables.plan(document))
+
+
+def _run(plan: Plan, out: Path, options: Options, live: LiveProgress | None) -> dict[str, Any]:
+    from mptq import pipeline
+    from mptq.record import Silent
+
+    try:
+        with live or nullcontext(Silent()) as progress:
+            return pipeline.run(plan, out, options, progress)
+    except KeyboardInterrupt as error:
+        raise typer.Exit(console.fail(error, "interrupted: nothing was written", 130)) from error

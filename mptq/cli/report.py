@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,12 +13,15 @@ from mptq.cli import console, tables
 def report(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="An output of mptq.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json.")] = False,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the report as a page.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print a line for every tensor.")] = False,
 ) -> None:
     """Show what a run did and what it cost."""
     from mptq.report import read
 
     document = read(output)
+    if html is not None:
+        write_page(html, document)
     if as_json:
         console.document(document)
         return
@@ -26,3 +29,12 @@ def report(
         for row in document["tensors"]:
             console.result(tables.tensor_line(row))
     console.show(tables.summary(document))
+
+
+def write_page(path: Path, document: dict[str, Any]) -> None:
+    """Write the page of a report; raises OutputError when there is no place for it."""
+    from mptq.report import html
+
+    html.check(path)  # before the second that drawing takes
+    html.write(path, html.render(document))
+    console.err.print(f"written to  {path}", markup=False)

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from mptq.cli.console import number, size
+from mptq.units import number, size, uncertain
 
 _FORM = {"hf": "HF", "megatron": "Megatron"}
 
@@ -74,10 +74,12 @@ def summary(document: Mapping[str, Any]) -> RenderableType:
     """What a run did."""
     forms = document["formats"]
     worst = sorted(document["layers"], key=lambda row: -max(row.get(form) or 0 for form in forms))[:3]
-    table = _grid("worst layers", *(f"weight error ({_FORM[form]})" for form in forms))
+    table = _grid("worst layers", *(f"weight error ({_FORM[form]})" for form in forms), "hidden-state error")
     for row in worst:
-        table.add_row(str(row["layer"]), *(_percent(row.get(form)) for form in forms))
-    table.add_row("all layers", *(_percent(document["relative_error"][form]) for form in forms), style="bold")
+        table.add_row(str(row["layer"]), *(_percent(row.get(form)) for form in forms), _percent(row["hidden_relative_error"]))
+    last = document["layers"][-1]["hidden_relative_error"]
+    whole = [_percent(document["relative_error"][form]) for form in forms]
+    table.add_row("all layers", *whole, _percent(last), style="bold")
     times = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in document["seconds"].items())
     lines: list[RenderableType] = [
         f"[bold]{document['recipe']['name']}[/]  {escape(document['recipe']['description'])}",
@@ -85,6 +87,7 @@ def summary(document: Mapping[str, Any]) -> RenderableType:
         "",
         table,
         "",
+        *fidelity(document),
         *([f"excluded    {_shortened(document['excluded'])}"] if "hf" in forms else []),
         *([f"differing   {_shortened(document['differing'])}"] if len(forms) > 1 else []),
         f"time        {times}",
@@ -104,6 +107,43 @@ def tensor_line(row: Mapping[str, Any]) -> str:
         f"{row['name']:<58} {row['dtype_before']} {shape} -> {row['dtype_after']} {shape}  "
         f"amax {row['amax']:.4g}  error {100 * row['relative_error']:.3f} %"
     )
+
+
+def gate(row: Mapping[str, Any]) -> str:
+    """A limit on the fidelity and what was found, in words."""
+    words = {"max_kl": ("the KL divergence is", " nats"), "max_ppl_increase": ("the perplexity rose by", " %")}
+    what, unit = words[row["name"]]
+    return f"{what} {row['value']:.4g}{unit}, and the limit is {row['limit']:.4g}{unit}"
+
+
+def fidelity(document: Mapping[str, Any]) -> list[str]:
+    """Lines of what quantization cost on held-out text."""
+    found, data = document["fidelity"], document["calibration"]
+    if found is None:
+        return []
+    kl, perplexity, agreement = found["kl"], found["perplexity"], found["top1_agreement"]
+    where = "default data" if data["default_data"] else ", ".join(row["name"] for row in data["datasets"])
+    ratio = uncertain(perplexity["ratio"], perplexity["ratio_standard_error"])
+    same = uncertain(100 * agreement["mean"], agreement["standard_error"] and 100 * agreement["standard_error"])
+    lines = [
+        f"KL          {uncertain(kl['mean'], kl['standard_error'])} nats a token",
+        f"perplexity  {perplexity['reference']:.3f} -> {perplexity['quantized']:.3f}, times {ratio}",
+        f"top-1       {same} % of tokens keep their likeliest successor",
+        f"            on {found['tokens']} held-out tokens of {found['sequences']} sequences of {where}",
+    ]
+    lines += _experts(document)
+    lines += [f"limit       {'met' if row['met'] else '[red]missed[/]'}: {gate(row)}" for row in document["gates"]]
+    return lines
+
+
+def _experts(document: Mapping[str, Any]) -> list[str]:
+    """Which experts have their layer's static scales, for want of tokens."""
+    poor = {row["layer"]: row["experts"]["fallback"] for row in document["layers"] if row["experts"]}
+    count = sum(map(len, poor.values()))
+    if not count:
+        return []
+    shown = ", ".join(f"{expert} of layer {layer}" for layer, experts in poor.items() for expert in experts[:2])[:60]
+    return [f"experts     {count} saw too few tokens and have their layer's static scales: {shown}..."]
 
 
 def inspection(document: Mapping[str, Any]) -> RenderableType:

@@ -12,51 +12,76 @@ from collections.abc import Iterator
 import torch
 
 from mptq.errors import CheckpointError
-from mptq.recipe import Recipe
+from mptq.quantize import mx
+from mptq.recipe import Scheme
 from mptq.types import Fp8Weight, WeightError
 
 E4M3_MAX = 448.0
+_LARGEST_CODE = 0x7E
+"""The bits of 448, without the sign."""
 STRIP_ROWS = 128
 """Rows handled at once, a multiple of every block: small enough for temporaries to stay in cache, however tall the matrix."""
 
 
-def strips(weight: Fp8Weight, block: int | None) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+def strips(weight: Fp8Weight, scheme: Scheme) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """Row ranges of the weight, each with its float32 dequantized values and the scale of every element, to broadcast.
 
-    The scale of the weight is [], [rows, 1] or a ceil-divided grid of blocks.
+    The scale of the weight is [], [rows, 1], a ceil-divided grid of blocks, or E8M0 bytes [rows, columns / 32].
     """
     rows, columns = weight.data.shape
     for start in range(0, rows, STRIP_ROWS):
         part = slice(start, min(start + STRIP_ROWS, rows))
         scale = weight.scale
-        if block is not None:
-            assert block == STRIP_ROWS
-            scale = scale[start // block].repeat_interleave(block)[:columns]
+        if scheme.scale == "block":
+            scale = scale[start // STRIP_ROWS].repeat_interleave(128)[:columns]
+        elif scheme.scale == "mx":
+            scale = powers_of_two(scale[part]).repeat_interleave(32, dim=1)
         elif scale.dim():
             scale = scale[part]
         yield part, weight.data[part].float().mul_(scale), scale
 
 
-def dequantize(weight: Fp8Weight, block: int | None) -> torch.Tensor:
-    """`data * scale` in float32, [out, in]."""
-    out = torch.empty(weight.data.shape, dtype=torch.float32, device=weight.data.device)
-    for rows, values, _ in strips(weight, block):
+def powers_of_two(scale: torch.Tensor) -> torch.Tensor:
+    """The float32 values 2 ** (byte - 127) of E8M0 bytes (OCP Microscaling Formats specification 1.0, section 5.4.1)."""
+    return torch.exp2(scale.float() - 127)
+
+
+def dequantize(weight: Fp8Weight, scheme: Scheme, out: torch.Tensor | None = None) -> torch.Tensor:
+    """`data * scale` [out, in], computed in float32, and rounded once to the dtype of `out` where one is given."""
+    if out is None:
+        out = torch.empty(weight.data.shape, dtype=torch.float32, device=weight.data.device)
+    for rows, values, _ in strips(weight, scheme):
         out[rows] = values
     return out
 
 
-def weight_error(source: torch.Tensor, weight: Fp8Weight, block: int | None) -> WeightError:
+def weight_error(source: torch.Tensor, weight: Fp8Weight, scheme: Scheme) -> WeightError:
     """Measure `weight` against `source` [out, in] of any float dtype. Peak memory: a few strips of 128 rows."""
-    noise, signal, worst, amax = 0.0, 0.0, 0.0, 0.0
-    for rows, values, _ in strips(weight, block):
+    noise, signal, worst, amax, zeros, saturated = 0.0, 0.0, 0.0, 0.0, 0, 0
+    for rows, values, _ in strips(weight, scheme):
         original = source[rows].float()
         amax = max(amax, _largest(original))
         signal += float(torch.linalg.vector_norm(original)) ** 2
         difference = values.sub_(original)
         worst = max(worst, _largest(difference))
         noise += float(torch.linalg.vector_norm(difference)) ** 2
+        codes = weight.data[rows].view(torch.uint8) & 0x7F
+        zeros += int((codes == 0).sum())
+        saturated += int((codes == _LARGEST_CODE).sum())
     ratio = noise / signal if signal else 0.0
-    return WeightError(math.sqrt(ratio), -10 * math.log10(ratio) if ratio else None, worst, math.sqrt(signal), amax)
+    scale = powers_of_two(weight.scale) if scheme.scale == "mx" else weight.scale
+    count = weight.data.numel()
+    return WeightError(
+        relative=math.sqrt(ratio),
+        sqnr_db=-10 * math.log10(ratio) if ratio else None,
+        max_abs=worst,
+        norm=math.sqrt(signal),
+        amax=amax,
+        scale_min=float(scale.min()),
+        scale_max=float(scale.max()),
+        zeros=zeros / count,
+        saturated=saturated / count,
+    )
 
 
 def _largest(tensor: torch.Tensor) -> float:
@@ -74,31 +99,35 @@ def require_finite(weight: torch.Tensor, name: str) -> None:
         )
 
 
-def reference_scale(weight: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    """The float32 scale that `weight` [out, in] must have: amax / 448 of each block or row, or of all, 1 where that is 0."""
+def reference_scale(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """The scale that `weight` [out, in] must have: float32 amax / 448 of each block or row, or of all, 1 where that is 0.
+
+    For MX the E8M0 byte of the smallest power of two that is no less.
+    """
     weight = weight.float()
-    block = recipe.block
-    if recipe.weights.scale == "row":
+    if scheme.scale == "mx":
+        return mx.scales(weight)
+    if scheme.scale == "row":
         amax = torch.linalg.vector_norm(weight, math.inf, dim=1, keepdim=True)
-    elif block is None:
+    elif scheme.scale == "tensor":
         amax = torch.linalg.vector_norm(weight, math.inf)
     else:
         rows = []
-        for strip in weight.split(block):
-            columns = torch.nn.functional.pad(strip, (0, -strip.shape[1] % block)).unflatten(1, (-1, block))
+        for strip in weight.split(128):
+            columns = torch.nn.functional.pad(strip, (0, -strip.shape[1] % 128)).unflatten(1, (-1, 128))
             rows.append(torch.linalg.vector_norm(columns, math.inf, dim=(0, 2)))
         amax = torch.stack(rows)
     scale = amax / E4M3_MAX
     return torch.where(scale == 0, 1.0, scale)
 
 
-def first_out_of_bound(source: torch.Tensor, weight: Fp8Weight, block: int | None) -> tuple[int, int] | None:
+def first_out_of_bound(source: torch.Tensor, weight: Fp8Weight, scheme: Scheme) -> tuple[int, int] | None:
     """Row and column of the first element further from `source` than rounding to E4M3 explains, or None.
 
     Half a unit in the last place: 2^-4 of a normal value, 2^-10 of the scale below the smallest normal one, 2^-6. The
     slack of 2^-20 is for the float32 division and product.
     """
-    for rows, values, scale in strips(weight, block):
+    for rows, values, scale in strips(weight, scheme):
         original = source[rows].float()
         allowed = torch.maximum(original.abs() * 2.0**-4, scale * 2.0**-10) * (1 + 2.0**-20)
         bad = ~((values - original).abs() <= allowed)  # NaN is out of bound

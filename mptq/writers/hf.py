@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mptq.types import LayerOutput, TensorSpec
-from mptq.writers.dialects import DIALECTS
 from mptq.writers.safetensors_stream import ShardFile, assign_shards
 
 if TYPE_CHECKING:
     from mptq.arch.config import ModelConfig
+    from mptq.writers.dialects import Contents, Dialect
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -63,15 +63,14 @@ class HfWriter:
                 done.append(self.directory / name)
         return done
 
-    def finish(self, config: dict[str, Any], tokenizer: Path | None) -> list[Path]:
-        """Write the index, the config and the tokenizer's files; return them."""
+    def finish(self, configs: Mapping[str, dict[str, Any]], tokenizer: Path | None) -> list[Path]:
+        """Write the index, the tokenizer's files and the `configs`, by file name; return them."""
         assert not self._open, f"{sorted(self._open)} are incomplete"
         written = copy_tokenizer(tokenizer, self.directory) if tokenizer else []
         if len(self._shards) > 1:
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": self._file_of}
             written.append(_write_json(self.directory / "model.safetensors.index.json", index))
-        written.append(_write_json(self.directory / "config.json", config))
-        return written
+        return written + [_write_json(self.directory / name, config) for name, config in configs.items()]
 
     def abort(self) -> None:
         """Close what is open; the directory is the caller's to remove."""
@@ -80,15 +79,15 @@ class HfWriter:
         self._open.clear()
 
 
-def hf_config(model: ModelConfig, dialect: str, excluded: Sequence[str]) -> dict[str, Any]:
-    """config.json of the output, made by transformers' own config class; `excluded` are the modules that stay as they were."""
-    from transformers import LlamaConfig
+def hf_configs(model: ModelConfig, dialect: Dialect, contents: Contents) -> dict[str, dict[str, Any]]:
+    """config.json of the output, made by transformers' own config class, and the dialect's own files, by name."""
+    import transformers
 
-    config = LlamaConfig(
-        architectures=["LlamaForCausalLM"],
+    family = model.family
+    config = getattr(transformers, family.config_class)(
+        architectures=[family.architecture],
         vocab_size=model.vocab_size,
         hidden_size=model.hidden_size,
-        intermediate_size=model.ffn_hidden_size,
         num_hidden_layers=model.num_layers,
         num_attention_heads=model.num_attention_heads,
         num_key_value_heads=model.num_query_groups,
@@ -99,16 +98,16 @@ def hf_config(model: ModelConfig, dialect: str, excluded: Sequence[str]) -> dict
         # transformers before 5, and engines, read the older name.
         rope_theta=model.rotary_base,
         tie_word_embeddings=model.tied_embeddings,
-        attention_bias=False,
-        mlp_bias=False,
         dtype=model.dtype,
         bos_token_id=None,
         eos_token_id=None,
+        **{name: getattr(model, size) for name, size in family.sizes.items()},
+        **family.constants,
     )
     fields: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     fields["torch_dtype"] = model.dtype
-    fields["quantization_config"] = DIALECTS[dialect].config(excluded)
-    return fields
+    fields["quantization_config"] = dialect.config(contents)
+    return {"config.json": fields} | dialect.files(contents)
 
 
 def tokenizer_files(directory: Path) -> list[Path]:

@@ -12,8 +12,8 @@ from typing import Any
 from mptq.errors import OutputError
 
 NAME = "manifest.json"
-_KEYS = ("mptq", "recipe", "source", "formats", "tensors", "dropped", "files")
-SCHEMA = 1
+_KEYS = ("mptq", "recipe", "source", "formats", "dialect", "tensors", "kv_cache", "dropped", "files")
+SCHEMA = 2
 
 
 class FileHashes:

@@ -1,7 +1,8 @@
 """The Megatron form: torch_dist with one key per layer and ModelOpt's state, which megatron-core + ModelOpt restores.
 
-Keys and shapes are those of a model that ModelOpt quantized and compressed and megatron-core saved (gated fc1 split into
-`weight_w` and `weight_v`, quantizer tensors, `_extra_state/shard_0_1`). Written with torch's own DCP, one file a layer.
+Keys and shapes are those of a model that ModelOpt quantized and compressed and megatron-core saved (one key per layer and
+expert, gated fc1 split into `weight_w` and `weight_v`, quantizer tensors, `_extra_state/shard_0_1`). Written with torch's own
+DCP, one file a layer.
 """
 
 from __future__ import annotations

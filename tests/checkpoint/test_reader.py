@@ -23,8 +23,8 @@ def test_one_layer_of_a_stack(aligned, name):
     reader, expected = Reader(checkpoint), whole(checkpoint, name)
     for layer in range(4):
         out = torch.empty(expected.shape[1:], dtype=expected.dtype)
-        assert torch.equal(reader.read(name, out, layer), expected[layer])
-    half = reader.read(name, torch.empty(expected.shape[1:], dtype=torch.float32), 2)
+        assert torch.equal(reader.read(name, out, (layer,)), expected[layer])
+    half = reader.read(name, torch.empty(expected.shape[1:], dtype=torch.float32), (2,))
     assert torch.equal(half, expected[2].float())
 
 
@@ -44,7 +44,7 @@ def test_only_the_layers_bytes_are_read(aligned, monkeypatch):
     monkeypatch.setattr(
         FileSystemReader, "_slice_file", lambda self, file, info: read.append(info.offset) or original(self, file, info)
     )
-    reader.read(name, torch.empty(256, 384), 3)
+    reader.read(name, torch.empty(256, 384), (3,))
     chunk = next(chunk for chunk in checkpoint.tensors[name].chunks if chunk.offsets[0] == 3)
     assert read == [chunk.record.offset]
 
@@ -58,4 +58,4 @@ def test_damaged_record_names_tensor_and_file(aligned, tmp_path):
         file.seek(record.offset)
         file.write(b"\0" * 64)
     with pytest.raises(CheckpointError, match=r"linear_fc2\.weight in .*__0_0\.distcp"):
-        Reader(checkpoint).read(name, torch.empty(256, 384), 0)
+        Reader(checkpoint).read(name, torch.empty(256, 384), (0,))

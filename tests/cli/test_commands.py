@@ -35,7 +35,7 @@ def test_bare_command_does_the_job_beside_the_checkpoint(aligned, tmp_path):
     again = mptq("quantize", "--recipe", "fp8-blockwise", root / "iter_0000100", "--quiet", "--json")
     assert again.stderr == ""
     document = json.loads(again.stdout)
-    assert document["schema"] == 1
+    assert document["schema"] == 2
     assert document["recipe"]["name"] == "fp8-blockwise"
     assert (tmp_path / "ckpt-iter_0000100-fp8-blockwise" / "manifest.json").is_file()
     before = (out / "manifest.json").read_bytes()
@@ -63,16 +63,87 @@ def test_dry_run_writes_nothing(aligned, crossing, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tokenizer(aligned, tmp_path):
-    (tmp_path / "tok").mkdir()
-    for name in ("tokenizer.json", "generation_config.json", "model.safetensors"):
-        (tmp_path / "tok" / name).write_text("{}")
+def test_tokenizer(aligned, tokenizer, tmp_path):
     command = ["quantize", "--recipe", "fp8-per-tensor", aligned, "-o", tmp_path / "out", "-q"]
-    assert mptq(*command, "--tokenizer", tmp_path / "tok").returncode == 0
-    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert mptq(*command, "--tokenizer", tokenizer, "--eval-size", 2, "--calib-seq-length", 16).returncode == 0
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tokenizer / "tokenizer.json").read_bytes()
     assert (tmp_path / "out" / "generation_config.json").is_file()
-    assert (tmp_path / "out" / "model.safetensors").stat().st_size > 1000
+    assert read_json(tmp_path / "out" / "report.json")["fidelity"]["tokens"] == 2 * 15
     refused(mptq(*command, "--overwrite", "--tokenizer", tmp_path / "out" / "none"), "has no tokenizer files")
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "tok" / "tokenizer.json").write_text("{}")
+    refused(mptq(*command, "--overwrite", "--tokenizer", tmp_path / "tok"), "tok cannot be loaded")
+
+
+def quick(checkpoint, dataset, out, *options, recipe="fp8-per-channel"):
+    data = ["--calib-dataset", dataset, "--calib-size", 3, "--eval-size", 2, "--calib-seq-length", 16, "-q", "--device", "cpu"]
+    return mptq("quantize", checkpoint, "--recipe", recipe, "-o", out, *data, *options)
+
+
+def test_limits_on_the_fidelity(aligned, tokens, tmp_path):
+    out = tmp_path / "out"
+    done = quick(aligned, tokens, out, "--max-kl", "0.0000001", "--max-ppl-increase", "1000%")
+    assert done.returncode == 3
+    (line,) = done.stderr.splitlines()
+    assert f"{out} is written, but the KL divergence is 0." in line
+    assert line.endswith(" nats, and the limit is 1e-07 nats")
+    gates = read_json(out / "report.json")["gates"]
+    assert [(gate["name"], gate["limit"], gate["met"]) for gate in gates] == [
+        ("max_kl", 1e-7, False),
+        ("max_ppl_increase", 1000.0, True),
+    ]
+    assert mptq("verify", out, "--against", aligned).returncode == 0
+    assert quick(aligned, tokens, out, "--overwrite", "--max-kl", "10").returncode == 0
+    assert mptq("quantize", aligned, "--recipe", "fp8", "--max-ppl-increase", "lots").returncode == 2
+
+
+def test_ignored_linears_keep_their_precision(aligned, tokens, tmp_path):
+    out = tmp_path / "out"
+    done = quick(aligned, tokens, out, "--ignore", "decoder.layers.0.*", "--ignore", "*.layers.3.mlp.*", "--eval-size", 0)
+    assert done.returncode == 0, done.stderr
+    ignored = read_json(out / "config.json")["quantization_config"]["ignore"]
+    assert ignored[1] == "model.layers.0.self_attn.q_proj"
+    assert ignored[-1] == "model.layers.3.mlp.down_proj"
+    assert len(ignored) == 1 + 7 + 3
+    assert read_json(out / "report.json")["schemes"] == {"hf": {"bfloat16": 6, "FP8, one scale a row": 10}}
+    assert mptq("verify", out, "--against", aligned).returncode == 0
+    refused(quick(aligned, tokens, tmp_path / "no", "--ignore", "decoder.layer.0"), "'decoder.layer.0' matches no linear")
+    refused(quick(aligned, tokens, tmp_path / "no", "--ignore", "*.q_proj"), "engines fuse them")
+
+
+def test_cache_and_data_are_options_of_every_recipe(aligned, tokens, tmp_path):
+    out = tmp_path / "out"
+    done = quick(aligned, tokens, out, "--kv-cache", "fp8", "--activation-memory", "1kB", recipe="mxfp8")
+    assert done.returncode == 0, done.stderr
+    report = read_json(out / "report.json")
+    assert report["calibration"]["activations_on_disk"]
+    assert report["calibration"]["datasets"][0]["name"] == tokens.name
+    assert report["calibration"]["calibration"] | {"sha256": ""} == {"sequences": 3, "tokens": 48, "sha256": ""}
+    assert sorted(path.name for path in out.iterdir()) == [
+        "config.json",
+        "hf_quant_config.json",
+        "manifest.json",
+        "model.safetensors",
+        "report.html",
+        "report.json",
+    ]
+    refused(quick(aligned, tokens, tmp_path / "no", "--kv-cache", "int4"), "kv_cache: Input should be 'none' or 'fp8'")
+
+
+def test_data_that_is_needed_and_not_there(aligned, tmp_path):
+    def quantize(*options, recipe="fp8-per-channel"):
+        return mptq("quantize", aligned, "--recipe", recipe, "-o", tmp_path / "out", *options)
+
+    refused(quantize(recipe="fp8"), "recipe fp8 calibrates scales on data", "names no tokenizer: pass --tokenizer DIR")
+    refused(quantize("--max-kl", 1), "a limit on the fidelity needs its figures")
+    refused(quantize("--calib-dataset", tmp_path / "none.txt"), "none.txt")
+    (tmp_path / "text.txt").write_text("words")
+    refused(quantize("--calib-dataset", tmp_path / "text.txt"), "--calib-dataset holds text")
+    done = quantize("-q", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["fidelity"] is None
+    assert any(warning.startswith("no fidelity figures (") for warning in report["warnings"])
 
 
 def test_bad_input_is_one_line(aligned, tmp_path):
@@ -158,10 +229,24 @@ def test_report(quantized, tmp_path):
     refused(mptq("report", tmp_path), "is not an output of mptq")
 
 
+def test_report_as_a_page(quantized, tmp_path):
+    out = quantized["aligned", "fp8-blockwise"]
+    page = tmp_path / "[page].html"
+    page.write_text("before")
+    done = mptq("report", out, "--html", page, "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip() == f"written to  {page}"
+    assert json.loads(done.stdout) == read_json(out / "report.json")
+    assert "<h1>fp8-blockwise</h1>" in page.read_text()
+    assert [path.name for path in tmp_path.iterdir()] == [page.name]
+    refused(mptq("report", out, "--html", tmp_path / "nowhere" / "page.html"), "nowhere is not a directory")
+    refused(mptq("report", out, "--html", tmp_path), "is a directory", "report.html")
+
+
 def test_recipes():
     assert "fp8-blockwise   " in mptq("recipes").stdout
     assert "block_size: 128" in mptq("recipes", "fp8-blockwise").stdout
-    assert len(json.loads(mptq("recipes", "--json").stdout)["recipes"]) == 3
+    assert len(json.loads(mptq("recipes", "--json").stdout)["recipes"]) == 5
     assert json.loads(mptq("recipes", "fp8-per-tensor", "--json").stdout)["weights"]["scale"] == "tensor"
     refused(mptq("recipes", "none"), "unknown recipe")
 

@@ -6,10 +6,10 @@ from modelopt.torch.quantization.qtensor import FP8QTensor
 
 from mptq.errors import CheckpointError
 from mptq.quantize.modelopt import modelopt_state, quant_config, quantize_weight
-from mptq.recipe import load_recipe
+from mptq.recipe import Scheme
 from tests import reference
 
-BLOCK, TENSOR, ROW = (load_recipe(name) for name in ("fp8-blockwise", "fp8-per-tensor", "fp8-per-channel"))
+BLOCK, TENSOR, ROW, MX = (Scheme(scale) for scale in ("block", "tensor", "row", "mx"))
 
 
 @st.composite
@@ -111,8 +111,8 @@ def test_state_does_not_depend_on_the_hash_seed():
     import sys
 
     code = (
-        "import torch, hashlib; from mptq.quantize.modelopt import *; from mptq.recipe import load_recipe; "
-        "r = load_recipe('fp8-blockwise'); l = torch.nn.Linear(8, 8, bias=False); torch.manual_seed(0); "
+        "import torch, hashlib; from mptq.quantize.modelopt import *; from mptq.recipe import Scheme; "
+        "r = Scheme('block'); l = torch.nn.Linear(8, 8, bias=False); torch.manual_seed(0); "
         "compress_linear(l, torch.randn(8, 8), r, 'w'); "
         "print(hashlib.sha256(megatron_state(l)[1] + modelopt_state(r)).hexdigest())"
     )
@@ -126,9 +126,23 @@ def test_state_does_not_depend_on_the_hash_seed():
 
 
 def test_configs_are_weight_only_and_leave_the_output_layer_alone():
-    for recipe in (BLOCK, TENSOR, ROW):
-        rules = quant_config(recipe)["quant_cfg"]
+    for scheme in (BLOCK, TENSOR, ROW, MX):
+        rules = quant_config(scheme)["quant_cfg"]
         assert rules[0] == {"quantizer_name": "*", "enable": False}
         assert rules[-1] == {"quantizer_name": "*output_layer*", "enable": False}
         assert [rule["quantizer_name"] for rule in rules if "cfg" in rule] == ["*weight_quantizer"]
     assert b"real_quantize" in modelopt_state(BLOCK)
+
+
+def test_configs_name_what_deviates():
+    rules = quant_config(Scheme("tensor", static=True), kv_cache=True, others={"decoder.layers.0.mlp.linear_fc1": None})
+    names = [(rule["quantizer_name"], rule.get("enable", True)) for rule in rules["quant_cfg"]]
+    assert names == [
+        ("*", False),
+        ("*weight_quantizer", True),
+        ("*input_quantizer", True),
+        ("*decoder.layers.0.mlp.linear_fc1.weight_quantizer", False),
+        ("*decoder.layers.0.mlp.linear_fc1.input_quantizer", False),
+        ("*[kv]_bmm_quantizer", True),
+        ("*output_layer*", False),
+    ]

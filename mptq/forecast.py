@@ -1,0 +1,171 @@
+"""What a plan comes to: bytes by component, peak memory, and what the user should know before starting. No torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mptq.arch import naming
+from mptq.types import TensorSpec
+
+if TYPE_CHECKING:
+    from mptq.arch.naming import Linear
+    from mptq.plan import Plan
+
+IMPORTS_BYTES = 1_000_000_000
+"""Resident memory of a process that has imported torch, megatron-core's layer and ModelOpt (scripts/bench_quantize.py)."""
+SERVING_TP = (2, 4, 8)
+_COMPONENTS = (
+    ("norm", "norms"),
+    ("embed", "embedding"),
+    ("attn", "attention"),
+    ("attention", "attention"),
+    ("experts", "experts"),
+    ("router", "router"),
+    ("gate.weight", "router"),
+    ("mlp", "mlp"),
+    ("output_layer", "output layer"),
+    ("lm_head", "output layer"),
+)
+
+
+def component(name: str) -> str:
+    """The part of the model that a tensor or module belongs to, for people."""
+    return next(found for part, found in _COMPONENTS if part in name)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What activations add to a run: hidden states in memory or in files, tokens of a batch, whether logits are compared."""
+
+    stored_bytes: int
+    file_bytes: int
+    batch_tokens: int
+    compares: bool
+
+
+def peak_memory(plan: Plan, work: Work | None = None) -> int:
+    """Predicted peak resident memory in bytes: the imports, and the largest of one layer, one copy and the output layer.
+
+    A compressed linear is in the layer and in the output at 1 byte each; ModelOpt holds the largest in float32, its
+    quotient by the scale, the scale of every element, and the result: 13 bytes a parameter. With activations there are the
+    layer as it was, its input and output in float32 where the sums are made (on a CPU), and at the end the output layer's
+    weight in its own and in float32.
+    """
+    outer = max(plan.copy_spec("megatron", copy).nbytes for copy in naming.outer_copies(plan.model))
+    numels = [TensorSpec("", "uint8", linear.shape).numel for linear in plan.linears]
+    largest = max(numels)
+    layer = 2 * (sum(numels) - largest) + 13 * largest
+    if work is None:
+        return IMPORTS_BYTES + max(2 * outer, layer)
+    widest = max(sum(linear.shape) for linear in plan.linears)
+    batch = 8 * work.batch_tokens * widest
+    layer = 2 * sum(numels) + max(layer, batch + 4 * largest)
+    head = 3 * outer + _LOGITS_BYTES if work.compares else 0
+    return IMPORTS_BYTES + work.stored_bytes + max(2 * outer, layer, head)
+
+
+_LOGITS_BYTES = 6 * 4 * 2**23
+"""Logits of both streams, their logarithms and the products of these, of as many tokens as are compared at once."""
+
+
+def warnings(plan: Plan) -> list[str]:
+    """What the user should know before starting."""
+    return [*_precision(plan), *_vocabulary(plan), *_differences(plan), *_serving(plan)]
+
+
+def _precision(plan: Plan) -> list[str]:
+    if "hf" not in plan.formats:
+        return []
+    found: dict[str, dict[str, None]] = {}
+    for layer in range(plan.model.num_layers):
+        for linear in plan.linears:
+            wanted = plan.wanted[layer, linear.megatron]
+            if wanted is None or linear.fits(wanted.unit):
+                continue
+            kept = plan.scheme("hf", layer, linear)
+            into = f"stay {plan.model.dtype}" if kept is None else "get one scale a row"
+            names = found.setdefault(f"not multiples of {max(wanted.unit)}, so they {into} in the hf output", {})
+            names |= dict.fromkeys(member.rpartition(".")[2] for member in linear.hf)
+    return [f"{', '.join(names)}: {what} (engines read a ragged grid of scales wrongly)" for what, names in found.items()]
+
+
+def _vocabulary(plan: Plan) -> list[str]:
+    if plan.source.checkpoint.args.get("vocab_size") or "hf" not in plan.formats:
+        return []
+    return [
+        "the checkpoint does not say the size of its vocabulary: the hf output keeps all "
+        f"{plan.model.vocab_size} rows, padding included"
+    ]
+
+
+def _differences(plan: Plan) -> list[str]:
+    if len(plan.formats) == 1 or not plan.differing:
+        return []
+    return [f"{len(plan.differing)} weights cannot hold the same numbers in both outputs: see the report"]
+
+
+def _serving(plan: Plan) -> list[str]:
+    """The largest TP of SERVING_TP whose shards are whole blocks, when that is not the last."""
+    if "hf" not in plan.formats:
+        return []
+    quantized = [
+        linear for linear in plan.linears if any(_in_blocks(plan, layer, linear) for layer in range(plan.model.num_layers))
+    ]
+    # Column-parallel linears are cut by rows of each member, row-parallel ones by columns.
+    cut = [rows for linear in quantized if not linear.fusion.plain for rows in linear.fusion.rows]
+    cut += [linear.in_features for linear in quantized if linear.fusion.plain]
+    possible = [1, *(tp for tp in SERVING_TP if all(size % (tp * 128) == 0 for size in cut))]
+    if possible[-1] == SERVING_TP[-1]:
+        return []
+    return [f"blocks of 128 split evenly over tensor-parallel servers only up to TP={possible[-1]}"]
+
+
+def _in_blocks(plan: Plan, layer: int, linear: Linear) -> bool:
+    scheme = plan.scheme("hf", layer, linear)
+    return scheme is not None and scheme.block is not None
+
+
+def components(plan: Plan) -> dict[str, dict[str, int]]:
+    """Parameters and bytes by component: in the checkpoint ("in") and in each output."""
+    table: dict[str, Counter[str]] = {}
+    for inner, parts in plan.source.places.items():
+        row = table.setdefault(component(inner), Counter())
+        for part in parts:
+            spec = TensorSpec(inner, plan.source.dtype(inner), part.shape)
+            row.update({"parameters": spec.numel, "in": spec.nbytes})
+    for form in plan.formats:
+        for spec in plan.specs(form):
+            table[component(spec.name)][form] += spec.nbytes
+    return {name: dict(row) for name, row in table.items()}
+
+
+def actions(plan: Plan) -> dict[str, str]:
+    """What happens to each component, in words."""
+    words = dict.fromkeys(components(plan), "copied")
+    for name in {component(linear.megatron) for linear in plan.linears}:
+        by_form = {form: _action(plan, form, name) for form in plan.formats}
+        if len(set(by_form.values())) == 1:
+            words[name] = by_form[plan.formats[0]]
+        else:
+            words[name] = "; ".join(f"{what} in {form}" for form, what in by_form.items())
+    return words
+
+
+def _action(plan: Plan, form: str, name: str) -> str:
+    counts: Counter[str] = Counter()
+    for layer in range(plan.model.num_layers):
+        for linear in plan.linears:
+            if component(linear.megatron) == name:
+                scheme = plan.scheme(form, layer, linear)
+                counts[scheme.words if scheme else "copied"] += 1
+    if len(counts) == 1:
+        return next(iter(counts))
+    return "; ".join(f"{words} ({count} of {counts.total()})" for words, count in counts.most_common())
+
+
+def schemes(plan: Plan, form: str) -> dict[str, int]:
+    """How many of Megatron's linears an output holds in which scheme, in words."""
+    found = [plan.scheme(form, layer, linear) for layer in range(plan.model.num_layers) for linear in plan.linears]
+    return dict(Counter(scheme.words if scheme else plan.model.dtype for scheme in found))

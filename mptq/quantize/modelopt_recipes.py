@@ -1,0 +1,137 @@
+"""ModelOpt's built-in recipes and configs, as fields of a recipe of mptq's where their formats are FP8."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from mptq.errors import RecipeError
+
+_WEIGHTS: dict[str, dict[str, Any]] = {
+    "tensor": {"weights": {"scale": "tensor"}, "hf": "compressed-tensors"},
+    "row": {"weights": {"scale": "row"}, "hf": "compressed-tensors"},
+    "block": {"weights": {"scale": "block", "block_size": 128}, "hf": "deepseek-fp8"},
+    "mx": {"weights": {"scale": "mx", "block_size": 32}, "hf": "modelopt"},
+}
+_STATIC = {"activations": "static", "hf": "modelopt"}
+_MEANINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "*weight_quantizer": _WEIGHTS,
+    "*input_quantizer": {"tensor": _STATIC, "token": {}, "mx": {}},
+    "*[kv]_bmm_quantizer": {"tensor": {"kv_cache": "fp8"}},
+}
+"""Quantizers that mptq knows -> what their scales may belong to -> the fields of a recipe that say so."""
+_E4M3 = (4, 3)
+_OUTSIDE = (
+    "gate",
+    "router",
+    "lm_head",
+    "output_layer",
+    "proj_out",
+    "conv1d",
+    "in_proj",
+    "mtp",
+    "output.",
+    "vis",
+    "multi_modal",
+)
+"""Parts of the names that ModelOpt's configs switch off and that mptq never quantizes: no linear of a layer is among them."""
+
+
+def recipe_fields(name: str) -> dict[str, Any]:
+    """The recipe that ModelOpt calls `name`: one of its configs (`*_CFG`) or of its built-in recipes (with a slash).
+
+    Raises RecipeError when there is none of that name, or naming everything in it that is not FP8 as mptq does it.
+    """
+    config = _config(name) if name.endswith("_CFG") else _built_in(name)
+    return _translated(name, config)
+
+
+def _config(name: str) -> dict[str, Any]:
+    import modelopt.torch.quantization as mtq
+
+    found = getattr(mtq, name, None)
+    if not isinstance(found, dict):
+        known = [known for known in dir(mtq) if known.endswith("_CFG")]
+        near = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.3)) or "none is near"
+        raise RecipeError(f"ModelOpt has no config {name}: did you mean {near}?")
+    return found
+
+
+def _built_in(name: str) -> dict[str, Any]:
+    import contextlib
+    import io
+
+    import modelopt_recipes
+    from modelopt.recipe import load_recipe
+
+    root = Path(modelopt_recipes.__path__[0])
+    known = [str(path.relative_to(root).with_suffix("")) for path in sorted(root.glob("**/ptq/*.yaml"))]
+    if name not in known:
+        near = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.3)) or "none is near"
+        raise RecipeError(f"ModelOpt has no recipe {name}: did you mean {near}? (a recipe file's name ends in .yaml)")
+    with contextlib.redirect_stdout(io.StringIO()):
+        recipe = load_recipe(name)
+    found: dict[str, Any] = recipe.quantize.model_dump()
+    return found
+
+
+def _translated(name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """`quant_cfg` is a list of rules, the later over the earlier; only rules for every linear, or against some, are read."""
+    fields: dict[str, Any] = {"name": name.rpartition("/")[2], "description": f"ModelOpt's {name}"}
+    problems: list[str] = []
+    if config.get("algorithm") not in ("max", {"method": "max"}, None):
+        problems.append(f"algorithm {config['algorithm']}: mptq calibrates by max")
+    overrides = []
+    for rule in config["quant_cfg"]:
+        pattern, settings = rule["quantizer_name"], rule.get("cfg")
+        if settings is not None and rule.get("enable", True):
+            problems += _read_quantizer(pattern, settings, fields)
+        elif pattern != "*" and not rule.get("parent_class") and not any(part in pattern for part in _OUTSIDE):
+            overrides += _switched_off(pattern)
+    if "weights" not in fields and not problems:
+        problems.append("it quantizes no weights")
+    if problems:
+        raise RecipeError(f"ModelOpt's {name} is not FP8 as mptq does it: {'; '.join(problems)}")
+    if overrides:
+        fields["overrides"] = overrides
+    return fields
+
+
+def _switched_off(pattern: str) -> list[dict[str, Any]]:
+    """An override for a rule that switches the weights of some linears off; its names are of many architectures."""
+    if pattern.endswith("input_quantizer"):
+        return []
+    modules = pattern.removesuffix("weight_quantizer").removesuffix(".")
+    return [{"pattern": modules, "recipe": "none", "optional": True}]
+
+
+def _read_quantizer(pattern: str, settings: dict[str, Any], fields: dict[str, Any]) -> list[str]:
+    """Add what a rule says of all weights, inputs or the KV cache to `fields`; return what mptq does not do."""
+    kind = _kind(settings)
+    if kind is None:
+        bits = settings.get("num_bits")
+        return [f"{pattern} has num_bits {bits}, block_sizes {settings.get('block_sizes')}"]
+    if settings.get("use_constant_amax") or settings.get("constant_amax") is not None:
+        return [f"{pattern} has a constant amax, not a calibrated one"]
+    meant = _MEANINGS.get(pattern, {}).get(kind)
+    if meant is None:
+        return [f"{pattern} has scales of a {kind}"]
+    fields |= meant
+    return []
+
+
+def _kind(settings: dict[str, Any]) -> str | None:
+    """What a scale of the quantizer belongs to: tensor, row, token (dynamic), block, mx; None for what is not FP8."""
+    bits = settings.get("num_bits")
+    if isinstance(bits, int) or tuple(bits or ()) != _E4M3:
+        return None
+    blocks = {key: value for key, value in (settings.get("block_sizes") or {}).items() if value is not None or key == -1}
+    if not blocks:
+        return {None: "tensor", 0: "row"}.get(settings.get("axis"))
+    sizes = {key: value for key, value in blocks.items() if key in (-1, -2)}
+    if tuple(blocks.get("scale_bits") or ()) == (8, 0):
+        return "mx" if sizes == {-1: 32} else None
+    if sizes == {-1: None}:
+        return "token" if "dynamic" in (settings.get("type"), blocks.get("type")) else None
+    return "block" if sizes == {-1: 128, -2: 128} else None

@@ -1,0 +1,37 @@
+"""The report of a run: `document` builds report.json, `schema` says what is in it, `html` makes a page of it."""
+
+from mptq.report.document import (
+    NAME,
+    SCHEMA,
+    Gates,
+    Measured,
+    build,
+    describe,
+    layer_rows,
+    manifest,
+    peak_rss,
+    read,
+    relative_error,
+    tensor_account,
+    tensor_row,
+    versions,
+    write,
+)
+
+__all__ = [
+    "NAME",
+    "SCHEMA",
+    "Gates",
+    "Measured",
+    "build",
+    "describe",
+    "layer_rows",
+    "manifest",
+    "peak_rss",
+    "read",
+    "relative_error",
+    "tensor_account",
+    "tensor_row",
+    "versions",
+    "write",
+]

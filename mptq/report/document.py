@@ -1,0 +1,242 @@
+"""The report: what a run did and what it cost, as one JSON document. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import resource
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mptq import forecast
+from mptq.arch import naming
+from mptq.writers.manifest import read_document
+
+if TYPE_CHECKING:
+    from mptq.plan import Plan
+    from mptq.recipe import Scheme
+    from mptq.record import Record
+    from mptq.types import TensorSpec, WeightError
+
+NAME = "report.json"
+SCHEMA = 2
+_PACKAGES = ("mptq", "torch", "megatron-core", "nvidia-modelopt", "transformers", "safetensors")
+
+
+def tensor_row(stored: tuple[str, str], before: TensorSpec, scheme: Scheme, error: WeightError) -> dict[str, Any]:
+    """One quantized tensor, `stored` as (format, name): before, after, amax and error (relative to the source's norm)."""
+    form, name = stored
+    return {
+        "format": form,
+        "name": name,
+        "source": before.name,
+        "scheme": scheme.words,
+        "dtype_before": before.dtype,
+        "dtype_after": "float8_e4m3fn",
+        "shape": list(before.shape),
+        "amax": error.amax,
+        "norm": error.norm,
+        "relative_error": error.relative,
+        "max_abs_error": error.max_abs,
+        "sqnr_db": error.sqnr_db,
+        "scale_min": error.scale_min,
+        "scale_max": error.scale_max,
+        "zeros": error.zeros,
+        "saturated": error.saturated,
+    }
+
+
+def relative_error(rows: Iterable[Mapping[str, Any]]) -> float | None:
+    """The relative error of several tensors taken as one, or None for no tensors."""
+    pairs = [(row["relative_error"], row["norm"]) for row in rows]
+    signal = sum(norm**2 for _, norm in pairs)
+    if not pairs:
+        return None
+    return math.sqrt(sum((error * norm) ** 2 for error, norm in pairs) / signal) if signal else 0.0
+
+
+_MEASURED = ("hidden_relative_error", "hidden_cosine", "kv_cache", "experts")
+
+
+def layer_rows(record: Record, layers: int) -> list[dict[str, Any]]:
+    """Each layer's weight error by format, and what the activations said of it."""
+    measured = {row["layer"]: row for row in record.layers}
+    by_layer: dict[int, dict[str, list[Mapping[str, Any]]]] = {layer: {} for layer in range(layers)}
+    for row in record.rows:
+        layer = int(row["source"].split(".")[2])
+        by_layer[layer].setdefault(row["format"], []).append(row)
+    return [
+        {"layer": layer}
+        | {form: relative_error(found) for form, found in forms.items()}
+        | {name: measured.get(layer, {}).get(name) for name in _MEASURED}
+        for layer, forms in by_layer.items()
+    ]
+
+
+def describe(plan: Plan, work: forecast.Work | None = None) -> dict[str, Any]:
+    """The plan as plain data: what `--dry-run` prints, and the first part of the report."""
+    checkpoint = plan.source.checkpoint
+    return {
+        "schema": SCHEMA,
+        "recipe": plan.recipe.model_dump(),
+        "recipe_sha256": plan.recipe.fingerprint,
+        "source": {
+            "path": str(checkpoint.directory),
+            "iteration": checkpoint.location.iteration,
+            "metadata_sha256": checkpoint.fingerprint,
+        },
+        "model": asdict(plan.model),
+        "formats": list(plan.formats),
+        "bytes": {"in": plan.bytes_in} | {form: plan.bytes_out(form) for form in plan.formats},
+        "components": forecast.components(plan),
+        "actions": forecast.actions(plan),
+        "schemes": {form: forecast.schemes(plan, form) for form in plan.formats},
+        "excluded": plan.excluded if "hf" in plan.formats else [],
+        "differing": plan.differing if len(plan.formats) > 1 else [],
+        "dropped": plan.source.dropped,
+        "predicted_peak_bytes": forecast.peak_memory(plan, work),
+        "warnings": forecast.warnings(plan),
+    }
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Limits that the fidelity must keep: mean KL in nats, and the rise of perplexity in percent."""
+
+    max_kl: float | None = None
+    max_ppl_increase: float | None = None
+
+    def check(self, fidelity: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+        """A row for each limit that is set: its value, and whether it is met."""
+        values: dict[str, tuple[float | None, float | None]] = {"max_kl": (self.max_kl, None)}
+        values["max_ppl_increase"] = (self.max_ppl_increase, None)
+        if fidelity is not None:
+            values["max_kl"] = (self.max_kl, fidelity["kl"]["mean"])
+            values["max_ppl_increase"] = (self.max_ppl_increase, 100 * (fidelity["perplexity"]["ratio"] - 1))
+        return [
+            {"name": name, "limit": limit, "value": value, "met": value is not None and value <= limit}
+            for name, (limit, value) in values.items()
+            if limit is not None
+        ]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run did beside its plan: its record, its warnings, what the data says of itself, and what that came to."""
+
+    record: Record
+    notes: list[str]
+    calibration: dict[str, Any] | None
+    work: forecast.Work | None
+
+
+def build(plan: Plan, measured: Measured, gates: Gates) -> dict[str, Any]:
+    """The whole report of a run."""
+    record = measured.record
+    seconds = {stage: round(spent, 3) for stage, spent in record.seconds.items()}
+    return describe(plan, measured.work) | {
+        "warnings": measured.notes,
+        "relative_error": {form: relative_error(row for row in record.rows if row["format"] == form) for form in plan.formats},
+        "calibration": measured.calibration,
+        "fidelity": record.fidelity,
+        "gates": gates.check(record.fidelity),
+        "layers": layer_rows(record, plan.model.num_layers),
+        "tensors": record.rows,
+        "seconds": seconds | {"total": round(record.elapsed, 3)},
+        "bytes_per_second": {
+            stage: round(count / record.seconds[stage]) for stage, count in record.bytes.items() if record.seconds[stage]
+        },
+        "peak_rss_bytes": peak_rss(),
+        "versions": versions(),
+    }
+
+
+def manifest(plan: Plan, files: Mapping[str, Any]) -> dict[str, Any]:
+    """What the manifest says beside its schema: no path, time or host, so that the same run gives the same bytes."""
+    return {
+        "mptq": version("mptq"),
+        "recipe": plan.recipe.model_dump(),
+        "recipe_sha256": plan.recipe.fingerprint,
+        "source": {
+            "iteration": plan.source.checkpoint.location.iteration,
+            "metadata_sha256": plan.source.checkpoint.fingerprint,
+        },
+        "model": asdict(plan.model) | {"tokenizer": None},
+        "formats": list(plan.formats),
+        "excluded": plan.excluded if "hf" in plan.formats else [],
+        "dialect": plan.dialect if "hf" in plan.formats else None,
+        "tensors": tensor_account(plan),
+        "kv_cache": cache_account(plan),
+        "dropped": plan.source.dropped,
+        "files": dict(files),
+    }
+
+
+def tensor_account(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Every inner tensor of the source: where it was, and the tensors that each output has of it."""
+    account: dict[str, dict[str, Any]] = {}
+
+    def add(inner: str, outputs: Mapping[str, Iterable[TensorSpec]]) -> dict[str, Any]:
+        account[inner] = {
+            "from": [
+                {"key": part.key} | ({"index": list(part.index)} if part.index else {}) for part in plan.source.places[inner]
+            ]
+        } | {form: spec_rows(specs) for form, specs in outputs.items()}
+        return account[inner]
+
+    for copy in naming.outer_copies(plan.model):
+        add(copy.megatron, {form: [plan.copy_spec(form, copy)] for form in plan.formats})
+    by_form = {"hf": plan.hf_linear_specs, "megatron": plan.megatron_linear_specs}
+    for layer in range(plan.model.num_layers):
+        for copy in naming.layer_copies(plan.model):
+            inner = naming.megatron_layer(layer) + copy.megatron
+            add(inner, {form: [plan.copy_spec(form, copy, layer)] for form in plan.formats})
+        for linear in plan.linears:
+            inner = f"{naming.megatron_layer(layer)}{linear.megatron}.weight"
+            entry = add(inner, {form: by_form[form](layer, linear) for form in plan.formats})
+            found = {form: plan.scheme(form, layer, linear) for form in plan.formats}
+            entry["scheme"] = {form: scheme.name for form, scheme in found.items() if scheme is not None}
+    return account
+
+
+def spec_rows(specs: Iterable[TensorSpec]) -> list[dict[str, Any]]:
+    """Tensors as plain data."""
+    return [{"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)} for spec in specs]
+
+
+def cache_account(plan: Plan) -> dict[str, list[dict[str, Any]]]:
+    """The tensors that each output has of the KV cache's calibration, which no tensor of the source has."""
+    layers = range(plan.model.num_layers) if plan.kv_cache else ()
+    return {form: spec_rows(spec for layer in layers for spec in plan.kv_specs(form, layer)) for form in plan.formats}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_rss() -> int:
+    """Peak resident memory of this process so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def write(root: Path, document: dict[str, Any]) -> None:
+    """Write the report of the output at `root`."""
+    (root / NAME).write_text(json.dumps(document, indent=1) + "\n")
+
+
+def read(root: Path) -> dict[str, Any]:
+    """The report of the mptq output at `root`; raises OutputError where there is none that this version reads."""
+    return read_document(root / NAME, SCHEMA)

@@ -1,0 +1,91 @@
+"""Heat maps of the page: kinds of modules over layers, and experts over layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from mptq.report import svg, views
+from mptq.report.figures import FORMS
+from mptq.report.svg import Plot
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_WIDTH = 1150
+_EMPTY = "#8d8d8d"
+_NONE = 0.5
+"""Stands for 0 tokens on the logarithmic scale, which begins at 1."""
+FALLBACK = "#ff3b30"
+"""Colour of the marks over experts without enough tokens: apart from viridis in hue and in lightness."""
+
+
+def signal_to_noise(document: Mapping[str, Any], form: str) -> Plot | None:
+    """Signal-to-noise ratio of the weights of an output: kinds of modules over layers, the worst of the experts."""
+    layers = len(document["layers"])
+    table = views.grid(views.of_format(document, form), "sqnr_db", layers, min)
+    if not table:
+        return None
+    figure, axes = svg.axes(_WIDTH, 96 + 26 * len(table), "layer", "", grid=None)
+    svg.heat(figure, axes, list(table.values()), "SNR [dB]")
+    axes.set_yticks(range(len(table)), list(table))
+    svg.cell_lines(axes, len(table), layers)
+    svg.whole_ticks(axes.xaxis)
+    lowest, name, layer = min(
+        (value, name, layer) for name, line in table.items() for layer, value in enumerate(line) if not math.isnan(value)
+    )
+    title = f"Signal-to-noise ratio of the weights ({FORMS[form]})"
+    text = f"{title}, by module and layer. Lowest: {lowest:.2f} dB, {name} of layer {layer}."
+    note = " Of experts, the worst of the layer." if any("expert" in name for name in table) else ""
+    return Plot(title, text + note, svg.inline(figure, f"snr-{form}"), wide=True)
+
+
+def expert_tokens(document: Mapping[str, Any]) -> Plot | None:
+    """Calibration tokens of each expert, by layer; experts whose scale is the layer's largest are marked."""
+    rows = views.covered(document)
+    if not rows:
+        return None
+    layers, experts = len(document["layers"]), max(len(row["experts"]["tokens"]) for row in rows)
+    tokens = [[views.NAN] * layers for _ in range(experts)]
+    for row in rows:
+        for expert, count in enumerate(row["experts"]["tokens"]):
+            tokens[expert][row["layer"]] = count or _NONE
+    figure, axes = svg.axes(_WIDTH, min(620, 120 + 18 * experts), "layer", "expert", grid=None)
+    _draw_tokens(figure, axes, tokens, [(row["layer"], expert) for row in rows for expert in row["experts"]["fallback"]])
+    everything = sorted(count for row in rows for count in row["experts"]["tokens"])
+    fallbacks = sum(len(row["experts"]["fallback"]) for row in rows)
+    title = "Calibration tokens of each expert"
+    text = (
+        f"{title}, by layer: from {everything[0]} to {everything[-1]}, median {everything[len(everything) // 2]}; "
+        f"{everything.count(0)} of {len(everything)} experts saw none, and {fallbacks} have the layer's largest scale instead "
+        "of their own."
+    )
+    return Plot(title, text, svg.inline(figure, "experts"), wide=True)
+
+
+def _draw_tokens(figure: Figure, axes: Axes, tokens: list[list[float]], marks: list[tuple[int, int]]) -> None:
+    import matplotlib as mpl
+    from matplotlib.colors import LogNorm
+    from matplotlib.lines import Line2D
+
+    experts, layers = len(tokens), len(tokens[0])
+    most = max(views.known(value for line in tokens for value in line))
+    colours = mpl.colormaps[svg.HEAT].with_extremes(under=_EMPTY)
+    svg.heat(figure, axes, tokens, "tokens (log scale)", norm=LogNorm(1, max(most, 2)), cmap=colours)
+    svg.cell_lines(axes, experts, layers)
+    svg.whole_ticks(axes.xaxis)
+    svg.whole_ticks(axes.yaxis)
+    legend = []
+    if marks:
+        cell = min((_WIDTH - 180) / layers, 480 / experts)
+        mark: dict[str, Any] = {"marker": "o", "linestyle": "", "color": FALLBACK, "markeredgecolor": "white"}
+        shape = mark | {"markersize": min(max(0.7 * cell, 2.5), 7), "markeredgewidth": 0.6 if cell > 8 else 0}
+        # Pixels: thousands of marks would be thousands of elements.
+        axes.plot([layer for layer, _ in marks], [expert for _, expert in marks], rasterized=True, **shape)
+        legend.append(Line2D([], [], markersize=6, label="scale from the layer's largest input", **mark))
+    if any(value == _NONE for line in tokens for value in line):
+        legend.append(Line2D([], [], marker="s", linestyle="", markersize=8, color=_EMPTY, label="no tokens"))
+    if legend:
+        figure.legend(handles=legend, loc="outside upper left", ncols=2)

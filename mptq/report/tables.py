@@ -1,0 +1,167 @@
+"""Tables of the page: columns as data, cells with what is shown and what is sorted by."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mptq.report import views
+from mptq.report.figures import FORMS
+from mptq.units import number, percent, size
+
+SHOWN = 200
+"""Rows of the table of tensors: the worst of what may be 150 000."""
+Value = Callable[[Mapping[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its title, the value of a row that it is sorted by, and how that is shown."""
+
+    title: str
+    value: Value
+    show: Callable[[Any], str] = str
+    numeric: bool = True
+    order: str = "none"
+    """How the rows are sorted by this column when the page opens, as aria-sort says it."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns that hold something, and for each row a (value, text) for each of them; both are None for no value."""
+
+    caption: str
+    columns: list[Column]
+    rows: list[list[tuple[Any, str | None]]] = field(default_factory=list)
+    foot: list[str] = field(default_factory=list)
+
+
+def make(caption: str, columns: Iterable[Column], rows: Iterable[Mapping[str, Any]]) -> Table | None:
+    """A table of the columns in which some row has a value; None without rows."""
+    rows = list(rows)
+    kept = [column for column in columns if any(column.value(row) is not None for row in rows)]
+    cells = [[_cell(column, column.value(row)) for column in kept] for row in rows]
+    return Table(caption, kept, cells) if rows else None
+
+
+def _cell(column: Column, value: Any) -> tuple[Any, str | None]:
+    return (None, None) if value is None else (value, column.show(value))
+
+
+def layers(document: Mapping[str, Any]) -> Table | None:
+    """Every layer."""
+    columns = [
+        Column("layer", _get("layer"), order="ascending"),
+        *(Column(f"weight error ({FORMS[form]})", _get(form), percent) for form in document["formats"]),
+        Column("hidden-state error", _get("hidden_relative_error"), percent),
+        Column("hidden-state 1 - cosine", _get("hidden_cosine", lambda cosine: 1 - cosine), _short),
+        Column("K scale", _get("kv_cache", lambda cache: cache["k_scale"]), _short),
+        Column("V scale", _get("kv_cache", lambda cache: cache["v_scale"]), _short),
+        Column("fewest tokens of an expert", _get("experts", lambda experts: min(experts["tokens"])), number),
+        Column("most", _get("experts", lambda experts: max(experts["tokens"])), number),
+        Column("experts with the layer's scale", _get("experts", lambda experts: len(experts["fallback"]))),
+    ]
+    return make("Layers", columns, document["layers"])
+
+
+def tensors(document: Mapping[str, Any]) -> Table | None:
+    """The tensors with the largest relative error."""
+    several = len(document["formats"]) > 1
+    columns = [
+        Column("tensor", _get("name"), numeric=False),
+        *([Column("output", _get("format"), FORMS.__getitem__, numeric=False)] if several else []),
+        Column("relative error", _get("relative_error"), percent, order="descending"),
+        Column("SNR [dB]", _get("sqnr_db"), _two),
+        Column("largest error", _get("max_abs_error"), _short),
+        Column("amax", _get("amax"), _short),
+        Column("smallest scale", _get("scale_min"), _short),
+        Column("largest scale", _get("scale_max"), _short),
+        Column("zeros", _get("zeros"), percent),
+        Column("saturated", _get("saturated"), percent),
+        Column("input amax", _get("input_amax"), _short),
+        Column("shape", lambda row: " x ".join(map(str, row["shape"])), numeric=False),
+        Column("scheme", _get("scheme"), numeric=False),
+    ]
+    worst = sorted(document["tensors"], key=lambda row: (-row["relative_error"], row["format"], row["name"]))[:SHOWN]
+    return make("Tensors with the largest relative error", columns, worst)
+
+
+def components(document: Mapping[str, Any]) -> Table | None:
+    """Parameters and bytes by component, with a total."""
+    sizes = {"in": "checkpoint"} | {form: FORMS[form] for form in document["formats"]}
+    columns = [
+        Column("component", _get("name"), numeric=False),
+        Column("parameters", _get("parameters"), number),
+        *(Column(title, _get(key), size) for key, title in sizes.items()),
+        Column("what happened to it", _get("action"), numeric=False),
+    ]
+    rows = [{"name": name, "action": document["actions"][name]} | row for name, row in document["components"].items()]
+    table = make("Components", columns, rows)
+    if table is not None:
+        sums = [sum(row.get(key, 0) for row in rows) for key in ("parameters", *sizes)]
+        table.foot.extend(["total", number(sums[0]), *map(size, sums[1:]), ""])
+    return table
+
+
+def datasets(document: Mapping[str, Any]) -> Table | None:
+    """What the calibration sequences were made from."""
+    columns = [
+        Column("dataset", _get("name"), numeric=False),
+        Column("kind", _get("kind"), numeric=False),
+        Column("weight", _get("weight"), "{:g}".format),
+        Column("documents", _get("documents"), number),
+        Column("sequences", _get("sequences"), number),
+        Column("tokens", _get("tokens"), number),
+        Column("sha256", _get("sha256"), lambda digest: digest[:12], numeric=False),
+    ]
+    return make("Datasets", columns, (document.get("calibration") or {}).get("datasets", []))
+
+
+def schemes(document: Mapping[str, Any]) -> Table | None:
+    """How linears were quantized."""
+    columns = [
+        Column("output", lambda row: FORMS[row["format"]], numeric=False),
+        Column("scheme", _get("name"), numeric=False),
+        Column("linears", _get("count"), number),
+    ]
+    rows = [
+        {"format": form, "name": name, "count": count}
+        for form, counts in document["schemes"].items()
+        for name, count in counts.items()
+    ]
+    return make("Schemes", columns, rows)
+
+
+def versions(document: Mapping[str, Any]) -> Table | None:
+    """Packages that the figures depend on."""
+    columns = [Column("package", _get("name"), numeric=False), Column("version", _get("version"), numeric=False)]
+    return make("Versions", columns, ({"name": name, "version": found} for name, found in document["versions"].items()))
+
+
+def names(caption: str, found: Iterable[str], reasons: Mapping[str, str] | None = None) -> Table | None:
+    """Names by pattern with how many each stands for, and why where there is a reason."""
+    columns = [
+        Column("name (* is a number)", _get("name"), numeric=False),
+        Column("count", _get("count"), number),
+        Column("why", _get("why"), numeric=False),
+    ]
+    counts = Counter((views.pattern(name), (reasons or {}).get(name)) for name in found)
+    return make(caption, columns, ({"name": name, "why": why, "count": count} for (name, why), count in counts.items()))
+
+
+def _get(key: str, then: Callable[[Any], Any] = lambda value: value) -> Value:
+    def value(row: Mapping[str, Any]) -> Any:
+        found = row.get(key)
+        return None if found is None else then(found)
+
+    return value
+
+
+def _short(value: float) -> str:
+    return f"{value:#.4g}"
+
+
+def _two(value: float) -> str:
+    return f"{value:.2f}"

@@ -1,0 +1,183 @@
+"""The two streams of activations, reference and quantized, that go through the layers side by side with the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mptq.arch.forward import embed, final_norm, logits, run_layer
+from mptq.arch.naming import CORE_ATTENTION, megatron_layer
+from mptq.calibrate.activations import Activations, Batch, batches, chunks, flat
+from mptq.calibrate.fidelity import Deviation, NextTokens
+from mptq.errors import CheckpointError
+from mptq.experts import Coverage
+from mptq.quantize.fp8 import E4M3_MAX
+from mptq.quantize.observers import CACHE, Observers
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    from mptq.arch.naming import Linear
+    from mptq.calibrate.data import TokenData
+    from mptq.plan import Plan
+
+LOGITS = 2**23
+"""Logits of a stream computed at once: 32 MB in float32."""
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """Where and in what pieces the activations are computed; `folder` holds what is over `memory` bytes."""
+
+    device: torch.device
+    batch_size: int
+    memory: int
+    folder: Path
+    moe_min_tokens: int = 0
+
+
+@dataclass
+class Calibrated:
+    """What the calibration of a layer found: float32 [] magnitudes by linear, and of K and V."""
+
+    observers: Observers
+    amax: dict[str, torch.Tensor]
+    experts: dict[str, Any] | None = None
+
+    def cache(self) -> dict[str, torch.Tensor]:
+        """The magnitudes of "key" and "value", or nothing without an FP8 cache."""
+        return {name: self.amax[name] for name in CACHE if name in self.amax}
+
+
+class Streams:
+    """Hidden states of the held-out and calibration sequences by both streams, before the layer that comes next.
+
+    Held-out tokens come first. The quantized stream holds those, and the calibration tokens only where they calibrate
+    (`propagate: quantized`). Memory: tokens * hidden * 2 bytes for each stream, up to a budget; then they are in files.
+    """
+
+    def __init__(self, plan: Plan, tokens: TokenData, options: StreamOptions) -> None:
+        self.plan, self.options = plan, options
+        self.config = plan.model
+        self.propagates = plan.recipe.calibration.propagate == "quantized"
+        self.ids = flat([*tokens.held_out, *tokens.calibration])
+        held_out, calibration = ([len(sequence) for sequence in part] for part in (tokens.held_out, tokens.calibration))
+        self.held_out = batches(held_out, options.batch_size)
+        self.calibration = batches(calibration, options.batch_size, sum(held_out))
+        self.sequences = batches(held_out, 1)
+        wide = sum(held_out) + sum(calibration)
+        counts = (sum(held_out), wide) if self.propagates else (wide, sum(held_out))
+        dtype = getattr(torch, self.config.dtype)
+        self.bytes = sum(counts) * self.config.hidden_size * dtype.itemsize
+        self.on_disk = self.bytes > options.memory
+        folder = options.folder if self.on_disk else None
+        self.reference, self.quantized = (
+            Activations(count, self.config.hidden_size, dtype, folder, name)
+            for count, name in zip(counts, ("reference", "quantized"), strict=True)
+        )
+
+    def embed(self, table: torch.Tensor) -> None:
+        """Start both streams from the embedding's weight [vocabulary, hidden]."""
+        for stream in (self.reference, self.quantized):
+            for batch in [*self.held_out, *self.calibration]:
+                if batch.tokens.stop <= len(stream.states):
+                    ids = self.ids[batch.tokens].view(batch.count, batch.length)
+                    stream.write(batch, embed(ids.to(table.device), table))
+
+    def calibrate(self, index: int, layer: TransformerLayer, static: Sequence[Linear]) -> Calibrated:
+        """Run the reference stream through `layer`, which has its own weights, and find the scales of its activations.
+
+        `static` are the linears whose inputs have one. Raises CheckpointError for activations that are not finite.
+        """
+        core = CORE_ATTENTION if self.plan.kv_cache else None
+        observers = Observers((linear.module for linear in static), core, self.plan.recipe.calibration)
+        coverage = Coverage(self.plan.linears)
+        with observers.collecting(layer), coverage.counting(layer):
+            self._collect(layer)
+        # Without calibration data, the held-out tokens are those that the report counts.
+        with nullcontext() if self.calibration else coverage.counting(layer):
+            for batch in self.held_out:
+                self.reference.write(batch, self._run(layer, self.reference, batch))
+        where = megatron_layer(index).rstrip(".")
+        # What is always zero has scale 1, as an all-zero block of a weight has.
+        magnitudes = {name: found for name, found in observers.magnitudes(where).items() if found is not None}
+        amax = {name: torch.where(found == 0, E4M3_MAX, found) for name, found in magnitudes.items()}
+        for name in CACHE:
+            if name in amax:
+                amax[name] = _representable(amax[name])
+        return Calibrated(observers, amax, coverage.complete(amax, self.options.moe_min_tokens))
+
+    def _collect(self, layer: TransformerLayer) -> None:
+        """Run the calibration sequences through a layer with its own weights."""
+        source = self.quantized if self.propagates else self.reference
+        for batch in self.calibration:
+            out = self._run(layer, source, batch)
+            if not self.propagates:  # else the quantized layer hands on
+                source.write(batch, out)
+
+    def compare(self, index: int, layer: TransformerLayer, calibrated: Calibrated) -> dict[str, float] | None:
+        """Run the quantized stream through `layer`, which has its quantized weights now; how far it is from the reference.
+
+        None without held-out tokens. Raises CheckpointError for activations that are not finite.
+        """
+        deviation = Deviation()
+        with calibrated.observers.quantizing(layer, calibrated.amax):
+            for batch in [*self.held_out, *(self.calibration if self.propagates else ())]:
+                out = self._run(layer, self.quantized, batch)
+                self.quantized.write(batch, out)
+                if batch.tokens.stop <= len(self.reference.states):
+                    deviation.add(self.reference.read(batch, out.device), out)
+        if not math.isfinite(deviation.noise + deviation.signal):
+            raise CheckpointError(f"layer {index}: the held-out data leads to activations that are not finite")
+        if not self.held_out:
+            return None
+        return {"hidden_relative_error": deviation.relative_error, "hidden_cosine": deviation.cosine}
+
+    def finish(self, norm: torch.Tensor, head: torch.Tensor) -> dict[str, Any] | None:
+        """Compare the distributions of the next token on the held-out sequences; None without any.
+
+        `norm` [hidden] is the final norm's weight, `head` [vocabulary and its padding, hidden] the output layer's. Raises
+        CheckpointError for distributions that are not finite, or that hold the held-out tokens for impossible.
+        """
+        norm, head = norm.to(self.options.device), head[: self.config.vocab_size].to(self.options.device).float()
+        found = NextTokens()
+        for sequence in self.sequences:
+            predicting = slice(sequence.start, sequence.tokens.stop - 1)
+            pieces = chunks(predicting, max(1, LOGITS // self.config.vocab_size))
+            found.add(self._piece(piece, norm, head) for piece in pieces)
+        self.close()
+        if not self.sequences:
+            return None
+        if not found.finite:
+            raise CheckpointError("output layer: the held-out data leads to probabilities whose logarithms are not finite")
+        return found.document
+
+    def close(self) -> None:
+        """Give memory and files back."""
+        self.reference.close()
+        self.quantized.close()
+
+    def _run(self, layer: TransformerLayer, stream: Activations, batch: Batch) -> torch.Tensor:
+        return run_layer(layer, self.config, stream.read(batch, self.options.device))
+
+    def _piece(self, piece: slice, norm: torch.Tensor, head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Float32 logits of both streams at some tokens, and the tokens that follow them."""
+        left, right = (
+            logits(final_norm(stream.states[piece].to(self.options.device), norm, self.config), head)
+            for stream in (self.reference, self.quantized)
+        )
+        return left, right, self.ids[piece.start + 1 : piece.stop + 1].to(self.options.device)
+
+
+def _representable(amax: torch.Tensor) -> torch.Tensor:
+    """The least magnitude, no less than `amax`, whose scale (amax / 448) is a bfloat16: engines store the cache's scales so."""
+    scale = amax / E4M3_MAX
+    rounded = scale.bfloat16()
+    above = torch.nextafter(rounded, torch.tensor(math.inf, dtype=torch.bfloat16))
+    return torch.where(rounded.float() >= scale, rounded, above).float() * E4M3_MAX

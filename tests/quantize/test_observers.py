@@ -1,0 +1,191 @@
+"""What the observers find and do, against hooks of a few lines."""
+
+import contextlib
+
+import pytest
+import torch
+
+from mptq.arch.config import from_args
+from mptq.arch.forward import run_layer
+from mptq.arch.layer import build_layer
+from mptq.arch.naming import CORE_ATTENTION, layer_linears
+from mptq.errors import CheckpointError
+from mptq.quantize.observers import Observers
+from mptq.recipe import Calibration
+from tests.arch.test_config import ARGS, MOE_ARGS, TENSORS
+from tests.arch.test_layer import filled
+
+
+@pytest.fixture(params=[(ARGS, "bfloat16"), (ARGS, "float32"), (MOE_ARGS, "bfloat16")], ids=["bf16", "float32", "mixture"])
+def layer(request):
+    """A config, its layer, the names of its linears, and two batches of hidden states."""
+    config, module = filled(*request.param)
+    torch.manual_seed(1)
+    batches = [torch.randn(2, length, config.hidden_size).to(getattr(torch, config.dtype)) for length in (7, 12)]
+    return config, module, [linear.module for linear in layer_linears(config)], batches
+
+
+def observe(module, config, batches, observers):
+    with observers.collecting(module):
+        return [run_layer(module, config, batch) for batch in batches]
+
+
+@contextlib.contextmanager
+def seen(module, names):
+    """Inputs of the linears, and K and V as they come into the core attention, in the order of calls."""
+    found = {name: [] for name in (*names, "key", "value")}
+
+    def attend(_module, arguments):
+        found["key"].append(arguments[1].clone())
+        found["value"].append(arguments[2].clone())
+
+    hooks = [
+        module.get_submodule(name).register_forward_pre_hook(lambda _, arguments, name=name: found[name].append(arguments[0]))
+        for name in names
+    ]
+    hooks.append(module.get_submodule(CORE_ATTENTION).register_forward_pre_hook(attend))
+    yield found
+    for hook in hooks:
+        hook.remove()
+
+
+def test_collecting_changes_nothing_and_finds_the_exact_largest(layer):
+    config, module, names, batches = layer
+    with seen(module, names) as inputs:
+        plain = [run_layer(module, config, batch) for batch in batches]
+    observers = Observers(names, CORE_ATTENTION, Calibration())
+    observed = observe(module, config, batches, observers)
+    assert all(torch.equal(left, right) for left, right in zip(plain, observed, strict=True))
+    found = observers.magnitudes("layer")
+    assert found.keys() == inputs.keys()
+    for name, parts in inputs.items():
+        assert found[name].dtype == torch.float32
+        assert found[name].shape == ()
+        assert float(found[name]) == max(float(part.abs().max()) for part in parts if part.numel()), name
+    # Nothing is left on the layer.
+    after = run_layer(module, config, batches[0])
+    assert torch.equal(after, plain[0])
+
+
+def turned(keys, base):
+    """Keys [length, sequences, heads, dim] after the rotary embedding, in float64: halves of the dimension are pairs."""
+    length, dim = keys.shape[0], keys.shape[-1]
+    angles = torch.arange(length).double()[:, None, None, None] / base ** (torch.arange(0, dim, 2).double() / dim)
+    left, right = keys.double().chunk(2, dim=-1)
+    return torch.cat([left * angles.cos() - right * angles.sin(), right * angles.cos() + left * angles.sin()], dim=-1)
+
+
+def test_keys_are_observed_after_the_rotary_embedding(layer):
+    config, module, _, batches = layer
+    fused = []
+    hook = module.self_attention.linear_qkv.register_forward_hook(lambda _module, _arguments, out: fused.append(out[0]))
+    observers = Observers((), CORE_ATTENTION, Calibration())
+    observe(module, config, [batches[1].repeat(1, 20, 1)], observers)
+    hook.remove()
+    parts = fused[0].unflatten(-1, (config.num_query_groups, -1, config.head_dim))
+    found = observers.magnitudes("layer")
+    # Megatron turns them in BF16, with angles whose cosines are rounded to it: three roundings of 2^-9.
+    close = 3 * 2.0**-9 if config.dtype == "bfloat16" else 1e-4
+    assert float(found["key"]) == pytest.approx(float(turned(parts[:, :, :, -2], config.rotary_base).abs().max()), rel=close)
+    assert float(found["key"]) != float(parts[:, :, :, -2].abs().max())
+    assert float(found["value"]) == float(parts[:, :, :, -1].abs().max())
+
+
+@pytest.mark.parametrize("percentile", [90.0, 99.9, 100.0])
+def test_percentile_is_torchs_quantile_within_a_bin(layer, percentile):
+    config, module, names, batches = layer
+    with seen(module, names) as inputs:
+        for batch in batches:
+            run_layer(module, config, batch)
+    observers = Observers(names, CORE_ATTENTION, Calibration(method="percentile", percentile=percentile))
+    observe(module, config, batches, observers)
+    for name, amax in observers.magnitudes("layer").items():
+        values = torch.cat([part.float().abs().flatten() for part in inputs[name]])
+        first = next(part for part in inputs[name] if part.numel())
+        width = float(first.float().abs().max()) / 2048  # ModelOpt's histogram: the first batch says how wide a bin is
+        least, most = (float(torch.quantile(values, percentile / 100, interpolation=side)) for side in ("lower", "higher"))
+        assert least - 1.01 * width <= float(amax) <= most + 1.01 * width, name
+
+
+def rounded(values, amax):
+    """E4M3 with the scale amax / 448, back in the dtype of `values`."""
+    scale = amax / 448
+    return ((values.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale).to(values.dtype)
+
+
+def test_quantizing_rounds_inputs_keys_and_values_to_e4m3(layer):
+    """Every module gets its input rounded, and no other change: the linear's output is that of the rounded input."""
+    config, module, names, batches = layer
+    observers = Observers(names, CORE_ATTENTION, Calibration())
+    observe(module, config, batches, observers)
+    # Half the magnitude for some: what is beyond saturates and does not become NaN.
+    amax = {
+        name: value * (0.5 if index % 2 else 1) for index, (name, value) in enumerate(observers.magnitudes("layer").items())
+    }
+    # Hooks run in the order of their registration: those inside see what quantizing hands on, those outside what it gets.
+    with seen(module, names) as raw, observers.quantizing(module, amax), seen(module, names) as handed_on:
+        out = run_layer(module, config, batches[1])
+    assert out.isfinite().all()
+    for name, parts in raw.items():
+        assert any(part.numel() for part in parts), name
+        for before, after in zip(parts, handed_on[name], strict=True):
+            expected = rounded(before, amax[name])
+            # ModelOpt multiplies by 448 / amax where this divides by amax / 448: a last bit of float32, by which BF16's values,
+            # many of them ties of E4M3, go either way. Then both results are equally near (to a rounding of the dtype).
+            limit, ulp = amax[name], 2.0**-8 if before.dtype == torch.bfloat16 else 2.0**-20
+            exact, found, wanted = (part.float().clamp(-limit, limit) for part in (before, after, expected))
+            assert ((found - exact).abs() <= (wanted - exact).abs() + wanted.abs() * ulp).all(), name
+            assert ((found - wanted).abs() > wanted.abs() * 2.0**-22).sum() <= 0.03 * found.numel(), name
+    assert not torch.equal(out, run_layer(module, config, batches[1]))
+
+
+def test_what_nothing_passed_has_no_magnitude():
+    config, module = filled(MOE_ARGS, "bfloat16")
+    names = [linear.module for linear in layer_linears(config)]
+    observers = Observers(names, None, Calibration())
+    observe(module, config, [torch.randn(1, 1, config.hidden_size).bfloat16()], observers)
+    found = observers.magnitudes("layer")
+    experts = {name: amax for name, amax in found.items() if "experts" in name}
+    assert sum(amax is not None for amax in experts.values()) == 2 * config.moe_topk
+    assert all(amax is not None for name, amax in found.items() if name not in experts)
+    assert all(amax is None for amax in Observers(names, CORE_ATTENTION, Calibration()).magnitudes("layer").values())
+
+
+def test_nothing_to_observe():
+    observers = Observers((), None, Calibration())
+    assert not observers
+    assert observers.magnitudes("layer") == {}
+    assert Observers((), CORE_ATTENTION, Calibration())
+
+
+@pytest.mark.parametrize(
+    "calibration", [Calibration(), Calibration(method="percentile", percentile=99.0)], ids=["max", "percentile"]
+)
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_activations_that_are_not_finite_are_refused_by_name(calibration, value):
+    config, module = filled(ARGS, "bfloat16")
+    observers = Observers(["self_attention.linear_proj", "mlp.linear_fc2"], None, calibration)
+    hidden = torch.randn(1, 5, config.hidden_size).bfloat16()
+    with torch.no_grad():
+        module.mlp.linear_fc1.weight[3] = value
+    observe(module, config, [hidden, hidden], observers)
+    with pytest.raises(CheckpointError, match=r"^decoder\.layers\.7\.mlp\.linear_fc2: .* not finite$"):
+        observers.magnitudes("decoder.layers.7")
+
+
+@pytest.mark.parametrize("method", ["max", "percentile"])
+def test_inputs_of_zeros_only_are_no_failure(method):
+    """A dead layer: the scale is the smallest, and zeros stay zeros."""
+    config = from_args(ARGS, "args", TENSORS)
+    module = build_layer(config, 0)
+    weights = {name: torch.zeros(weight.shape, dtype=weight.dtype) for name, weight in module.named_parameters()}
+    module.load_state_dict(weights, assign=True)
+    calibration = Calibration() if method == "max" else Calibration(method="percentile", percentile=99.0)
+    names = [linear.module for linear in layer_linears(config)]
+    observers = Observers(names, CORE_ATTENTION, calibration)
+    hidden = torch.randn(1, 5, config.hidden_size).bfloat16()
+    observe(module, config, [hidden, hidden], observers)
+    amax = observers.magnitudes("layer")
+    assert all(value == 0 for value in amax.values())
+    with observers.quantizing(module, amax):
+        assert torch.equal(run_layer(module, config, hidden), hidden)
