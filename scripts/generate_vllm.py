@@ -1,20 +1,115 @@
-"""Greedy continuations from a Hugging Face directory with vLLM on the CPU (run by check_vllm.sh)."""
+"""Greedy continuations from a Hugging Face directory with vLLM on the CPU, and what vLLM made of its scales.
 
+    python scripts/generate_vllm.py [--emulate] OUT        # in the environment that check_vllm.sh makes
+
+Every linear of the loaded model is asked for columns of its weight, which are compared with the file's, and so are the scales
+of the cache (hf_output.py). Exits with 1 where they differ.
+"""
+
+from __future__ import annotations
+
+import argparse
 import os
 import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
 
-os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+import hf_output
+import torch
 
-PROMPTS = ["The capital of France is", "Water boils at", "def fibonacci(n):"]
+# One process, in which the loaded model can be looked at and operators can be added.
+SETTINGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+
+
+def methods(model: torch.nn.Module) -> Counter[str]:
+    """How many linears of each name have which quantization method, scheme and kernel of vLLM's."""
+    found: Counter[str] = Counter()
+    for name, layer in linears(model).items():
+        scheme = getattr(layer, "scheme", None)
+        owner = scheme or layer.quant_method
+        kernel = next((value for key, value in vars(owner).items() if key.endswith(("linear", "kernel"))), None)
+        parts = [type(part).__name__ for part in (layer.quant_method, scheme, kernel) if part is not None]
+        found[f"{name.rpartition('.')[2]}: {' / '.join(parts)}"] += 1
+    return found
+
+
+def linears(model: torch.nn.Module) -> dict[str, Any]:
+    """The linears of the layers, fused as vLLM fuses them."""
+    from vllm.model_executor.layers.linear import LinearBase
+
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LinearBase)}
+
+
+def check_linears(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> bool:
+    """Print what became of the linears; whether all compute what the file says."""
+    for line, count in sorted(methods(model).items()):
+        print(f"  {count:3} {line}")
+    packed = getattr(model, "packed_modules_mapping", {})
+    worst = {True: (0.0, ""), False: (0.0, "")}
+    for name, layer in linears(model).items():
+        owner, _, last = name.rpartition(".")
+        modules = [f"{owner}.{member}" for member in packed.get(last, [last])]
+        fp8 = tensors[f"{modules[0]}.weight"].dtype == torch.float8_e4m3fn
+        worst[fp8] = max(
+            worst[fp8], (hf_output.column_error(lambda units, layer=layer: layer(units)[0], modules, tensors), name)
+        )
+    for fp8, (error, name) in worst.items():
+        print(f"  {'FP8' if fp8 else 'BF16'} weights against the file's: {error:.1e} at most {name and f'({name})'}")
+    return max(worst.values())[0] < hf_output.NOISE
+
+
+def check_cache(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> bool:
+    """Print what became of the scales of K and V; whether they are the file's."""
+    from vllm.model_executor.layers.attention import Attention
+
+    layers = [layer for layer in model.modules() if isinstance(layer, Attention)]
+    found = [(layer._k_scale_float, layer._v_scale_float) for layer in layers]
+    stored = [hf_output.kv_scales(tensors, index) for index in range(len(layers))]
+    right = [
+        layer.kv_cache_dtype.startswith("fp8") and (one == two) for layer, one, two in zip(layers, found, stored, strict=True)
+    ]
+    if stored[0] is None:
+        print(f"  cache: {layers[0].kv_cache_dtype}, no scales")
+        return True
+    first = ", ".join(f"{scale:.6g}" for scale in (*found[0], *found[-1]))
+    print(
+        f"  cache: {layers[0].kv_cache_dtype}, K and V of the first and last layer {first}; {sum(right)} of {len(right)} equal"
+    )
+    return all(right)
+
+
+def load(folder: str, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
+    """The model as vLLM has it; the output decides on the cache's precision, but in DeepSeek's form vLLM must be told."""
+    from vllm import LLM
+
+    asked = "fp8" if config.get("quant_method") == "fp8" and hf_output.kv_scales(tensors, 0) else "auto"
+    return LLM(folder, max_model_len=512, enforce_eager=True, dtype="bfloat16", kv_cache_dtype=asked)
 
 
 def main() -> None:
-    """Load with the output's own quantization config and print what it says."""
-    from vllm import LLM, SamplingParams
+    """Load with the output's own quantization config, look at it, and print what it says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--emulate", action="store_true", help="add what vLLM's CPU build lacks (vllm_cpu.py)")
+    options = parser.parse_args()
+    os.environ |= SETTINGS | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    if options.emulate:
+        import vllm_cpu
 
-    model = LLM(sys.argv[1], max_model_len=512, enforce_eager=True, dtype="bfloat16")
-    for request in model.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=24), use_tqdm=False):
-        print(f"{request.prompt!r} -> {request.outputs[0].text!r}")
+        vllm_cpu.add_missing_operators()
+        vllm_cpu.add_missing_kernels()
+    from vllm import SamplingParams
+
+    config, tensors = hf_output.load_config(options.out), hf_output.load_tensors(options.out)
+    model = load(str(options.out), config, tensors)
+    print(f"{options.out.name}: {config.get('quant_method', 'not quantized')}{', emulated' if options.emulate else ''}")
+    checks = [check_linears, check_cache]
+    right = [model.apply_model(lambda inner, check=check: check(inner, tensors))[0] for check in checks]
+    for request in model.generate(hf_output.PROMPTS, SamplingParams(temperature=0, max_tokens=24), use_tqdm=False):
+        print(f"  {request.prompt!r} -> {request.outputs[0].text!r}")
+    if not all(right):
+        sys.exit(f"{options.out}: vLLM does not compute with the weights and scales of the file")
 
 
 if __name__ == "__main__":
