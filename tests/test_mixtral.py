@@ -139,9 +139,9 @@ def test_one_expert_of_a_stack(mixtral):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("options", "processes"), [(["--ep", 2], 2), (["--per-layer"], 1)], ids=["ep2", "per-layer"])
-def test_same_bytes_however_it_was_saved(mixtral_hf, quantized_mixtral, tmp_path, options, processes):
-    checkpoint = make_checkpoint(mixtral_hf, tmp_path / "ckpt", *options, processes=processes)
+@pytest.mark.parametrize(("flags", "processes"), [(["--ep", 2], 2), (["--per-layer"], 1)], ids=["ep2", "per-layer"])
+def test_same_bytes_however_it_was_saved(mixtral_hf, quantized_mixtral, tmp_path, flags, processes):
+    checkpoint = make_checkpoint(mixtral_hf, tmp_path / "ckpt", *flags, processes=processes)
     run(make_plan(checkpoint, "fp8-blockwise", ("hf", "megatron")), tmp_path / "out", Options(device="cpu"))
     first, second = files(quantized_mixtral["fp8-blockwise"]), files(tmp_path / "out")
     assert first.keys() == second.keys()
