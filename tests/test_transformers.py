@@ -1,7 +1,6 @@
 """Forms of the Hugging Face output that transformers itself loads, by what its linears compute: scripts/hf_output.py."""
 
 import hf_output
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
@@ -9,7 +8,6 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from mptq import Options, load_recipe, make_plan, run
 from mptq.calibrate.data import DataOptions
 from mptq.recipe import recipe_from
-from tests.calibrate.conftest import write_indexed
 
 BLOCKS = {"description": "of a test", "weights": {"scale": "block", "block_size": 128}, "hf": "deepseek-fp8"}
 TENSORS = {"description": "of a test", "weights": {"scale": "tensor"}, "activations": "static", "hf": "compressed-tensors"}
@@ -18,15 +16,6 @@ ATTENTION_BY_ROWS = [{"pattern": "*self_attn*", "recipe": "fp8-per-channel"}]
 FIRST_KEPT = [{"pattern": "decoder.layers.0.*", "recipe": "none"}]
 E4M3 = 1e-2
 """What is nearer to the source than this is not quantized."""
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory):
-    """A Megatron indexed dataset of 40 documents of 20 random tokens."""
-    prefix = tmp_path_factory.mktemp("tokens") / "random"
-    numbers = np.random.default_rng(0)
-    write_indexed(prefix, [numbers.integers(0, 500, 20) for _ in range(40)])
-    return str(prefix)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +30,7 @@ def written(aligned, tokens, tmp_path_factory):
         "blocks, first kept": BLOCKS | {"overrides": FIRST_KEPT},
         "rows, first kept": ROWS | {"overrides": FIRST_KEPT},
     }
-    options = Options(device="cpu", data=DataOptions((tokens,), calib_size=4, eval_size=1, seq_length=16))
+    options = Options(device="cpu", data=DataOptions((str(tokens),), calib_size=4, eval_size=1, seq_length=16))
     folder, made = tmp_path_factory.mktemp("written"), {}
     for name, fields in changes.items():
         made[name] = folder / name.replace(", ", "-").replace(" ", "-")
@@ -106,7 +95,7 @@ def test_a_wrong_scale_shows(written, tmp_path):
 
 def test_transformers_does_not_read_modelopts_form(aligned, tokens, tmp_path):
     """It loads the float8 values as weights, says so in a warning and goes on (docs/formats.md): not an engine for `fp8`."""
-    options = Options(device="cpu", data=DataOptions((tokens,), calib_size=4, eval_size=0, seq_length=16))
+    options = Options(device="cpu", data=DataOptions((str(tokens),), calib_size=4, eval_size=0, seq_length=16))
     run(make_plan(aligned, load_recipe("fp8")), tmp_path / "out", options)
     tensors = hf_output.load_tensors(tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
