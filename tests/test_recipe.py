@@ -1,3 +1,4 @@
+import modelopt.torch.quantization as mtq
 import pytest
 
 from mptq.errors import RecipeError
@@ -117,3 +118,12 @@ def test_modelopts_exclusions_are_overrides():
     recipe = load_recipe("MAMBA_MOE_FP8_CONSERVATIVE_CFG")
     assert {"*q_proj*", "*self_attention.linear_qkv*"} <= {override.pattern for override in recipe.overrides}
     assert all(override.optional and override.scheme is None for override in recipe.overrides)
+
+
+def test_modelopts_exclusions_reach_the_linears_that_they_name(monkeypatch):
+    kept = ("*gate_proj*", "*.down_proj.*", "*o_proj.weight_quantizer")
+    rules = [{"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": (4, 3), "axis": 0}}]
+    rules += [{"quantizer_name": name, "enable": False} for name in kept]
+    monkeypatch.setattr(mtq, "MINE_CFG", {"quant_cfg": rules, "algorithm": "max"}, raising=False)
+    patterns = [override.pattern for override in load_recipe("MINE_CFG").overrides]
+    assert patterns == ["*gate_proj*", "*.down_proj.*", "*.down_proj", "*o_proj"]

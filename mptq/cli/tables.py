@@ -142,8 +142,8 @@ def _experts(document: Mapping[str, Any]) -> list[str]:
     count = sum(map(len, poor.values()))
     if not count:
         return []
-    shown = ", ".join(f"{expert} of layer {layer}" for layer, experts in poor.items() for expert in experts[:2])[:60]
-    return [f"experts     {count} saw too few tokens and have their layer's static scales: {shown}..."]
+    names = [f"{expert} of layer {layer}" for layer, experts in poor.items() for expert in experts]
+    return [f"experts     {count} saw too few tokens and have their layer's static scales: {_shortened(names)}"]
 
 
 def inspection(document: Mapping[str, Any]) -> RenderableType:

@@ -22,20 +22,6 @@ _MEANINGS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Quantizers that mptq knows -> what their scales may belong to -> the fields of a recipe that say so."""
 _E4M3 = (4, 3)
-_OUTSIDE = (
-    "gate",
-    "router",
-    "lm_head",
-    "output_layer",
-    "proj_out",
-    "conv1d",
-    "in_proj",
-    "mtp",
-    "output.",
-    "vis",
-    "multi_modal",
-)
-"""Parts of the names that ModelOpt's configs switch off and that mptq never quantizes: no linear of a layer is among them."""
 
 
 def recipe_fields(name: str) -> dict[str, Any]:
@@ -87,7 +73,7 @@ def _translated(name: str, config: dict[str, Any]) -> dict[str, Any]:
         pattern, settings = rule["quantizer_name"], rule.get("cfg")
         if settings is not None and rule.get("enable", True):
             problems += _read_quantizer(pattern, settings, fields)
-        elif pattern != "*" and not rule.get("parent_class") and not any(part in pattern for part in _OUTSIDE):
+        elif pattern != "*" and not rule.get("parent_class"):
             overrides += _switched_off(pattern)
     if "weights" not in fields and not problems:
         problems.append("it quantizes no weights")
@@ -99,11 +85,15 @@ def _translated(name: str, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _switched_off(pattern: str) -> list[dict[str, Any]]:
-    """An override for a rule that switches the weights of some linears off; its names are of many architectures."""
+    """Overrides for a rule that switches the weights of some modules off; its names are of many architectures.
+
+    ModelOpt matches names of quantizers, mptq those of the linears that have them: `*q_proj.*` is of `q_proj` itself too.
+    """
     if pattern.endswith("input_quantizer"):
         return []
     modules = pattern.removesuffix("weight_quantizer").removesuffix(".")
-    return [{"pattern": modules, "recipe": "none", "optional": True}]
+    patterns = [modules, modules.removesuffix(".*")] if modules.endswith(".*") else [modules]
+    return [{"pattern": found, "recipe": "none", "optional": True} for found in patterns]
 
 
 def _read_quantizer(pattern: str, settings: dict[str, Any], fields: dict[str, Any]) -> list[str]:

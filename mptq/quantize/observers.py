@@ -37,9 +37,6 @@ class Observers:
         settings = QuantizerAttributeConfig(num_bits=(4, 3), axis=None, calibrator=kind)
         self.quantizers = {name: TensorQuantizer(settings) for name in (*names, *(CACHE if core_attention is not None else ()))}
 
-    def __bool__(self) -> bool:
-        return bool(self.quantizers)
-
     @contextlib.contextmanager
     def collecting(self, layer: torch.nn.Module) -> Iterator[None]:
         """What passes through `layer` goes on as it is, and its magnitudes are kept."""

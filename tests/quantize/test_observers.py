@@ -152,10 +152,7 @@ def test_what_nothing_passed_has_no_magnitude():
 
 
 def test_nothing_to_observe():
-    observers = Observers((), None, Calibration())
-    assert not observers
-    assert observers.magnitudes("layer") == {}
-    assert Observers((), CORE_ATTENTION, Calibration())
+    assert Observers((), None, Calibration()).magnitudes("layer") == {}
 
 
 @pytest.mark.parametrize(
