@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.zoo import Builder
+
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts"
 
@@ -211,6 +213,12 @@ def smollm2_checkpoints(smollm2, tmp_path_factory) -> dict[int, Path]:
     """The same as Megatron checkpoints."""
     folder = tmp_path_factory.mktemp("smollm2-ckpt")
     return {hidden: make_checkpoint(hf, folder / str(hidden)) for hidden, hf in smollm2.items()}
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory) -> Builder:
+    """`zoo(name)` is the folder of a tiny model of tests/zoo.py, built by megatron-core: its checkpoint and its logits."""
+    return Builder(tmp_path_factory.mktemp("zoo"), run)
 
 
 def files(root: Path) -> dict[str, bytes]:
