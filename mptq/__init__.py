@@ -5,10 +5,10 @@ The public functions are what the command line calls. Importing the package impo
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from mptq.inspection import inspect as inspect
     from mptq.pipeline import Options as Options
     from mptq.pipeline import run as run
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from mptq.recipe import load_recipe as load_recipe
     from mptq.verification import verify as verify
 
-__version__ = version("mptq")
 __all__ = ["Options", "inspect", "load_recipe", "make_plan", "run", "verify"]
 
 _HOMES = {
@@ -30,7 +29,11 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public function when it is first used."""
+    """Import a public function, or look up the version, when it is first used."""
+    if name == "__version__":
+        from importlib.metadata import version  # which takes as long to import as all else
+
+        return version("mptq")
     if name not in _HOMES:
         raise AttributeError(f"module 'mptq' has no attribute {name!r}")
     import importlib

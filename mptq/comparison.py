@@ -10,7 +10,7 @@ from mptq import report
 from mptq.arch import naming
 from mptq.checkpoint.reader import Reader
 from mptq.errors import CheckpointError
-from mptq.plan import Plan, open_source
+from mptq.plan import Plan, Source
 from mptq.quantize.fp8 import first_out_of_bound, reference_scale
 from mptq.recipe import Scheme, recipe_from
 from mptq.types import Fp8Weight
@@ -18,19 +18,17 @@ from mptq.writers import manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from mptq.arch.naming import Copy, Linear
     from mptq.verification import Output
 
 
-def compare(outputs: list[Output], made: dict[str, Any], path: Path) -> tuple[int, list[str]]:
-    """Compare `outputs`, whose manifest is `made`, with the checkpoint at `path`: tensors compared, and failures.
+def compare(outputs: list[Output], made: dict[str, Any], source: Source) -> tuple[int, list[str]]:
+    """Compare `outputs`, whose manifest is `made`, with the checkpoint `source`: tensors compared, and failures.
 
-    Raises CheckpointError when `path` is another checkpoint than the manifest's. Memory: one linear of the source and of the
+    Raises CheckpointError when that is another checkpoint than the manifest's. Memory: one linear of the source and of the
     output, and its scales.
     """
-    source = open_source(path)
     if source.checkpoint.fingerprint != made["source"]["metadata_sha256"]:
         raise CheckpointError(f"{source.checkpoint.directory} is not the checkpoint that this output was made from")
     plan = Plan(source, recipe_from(made["recipe"], manifest.NAME), tuple(made["formats"]))
@@ -44,7 +42,7 @@ def compare(outputs: list[Output], made: dict[str, Any], path: Path) -> tuple[in
             failures += comparison.copied(output, copy, layer)
             compared += 1
         for layer in range(plan.model.num_layers):
-            for linear in plan.linears:
+            for linear in plan.linears(layer):
                 failures += comparison.linear(output, linear, layer)
                 compared += 1
     return compared, failures
@@ -62,10 +60,11 @@ def _check_account(plan: Plan, made: dict[str, Any]) -> Iterator[str]:
 
 
 def _copies(plan: Plan) -> Iterator[tuple[Copy, int | None]]:
-    for copy in naming.outer_copies(plan.model):
+    before, after = naming.outer_copies(plan.model)
+    for copy in (*before, *after, *plan.carried):
         yield copy, None
-    for layer in range(plan.model.num_layers):
-        for copy in naming.layer_copies(plan.model):
+    for layer in plan.layers:
+        for copy in plan.copies(layer):
             yield copy, layer
 
 
@@ -84,9 +83,13 @@ class _Comparison:
     def copied(self, output: Output, copy: Copy, layer: int | None) -> list[str]:
         """A copy equals its source bit for bit."""
         inner = copy.megatron if layer is None else naming.megatron_layer(layer) + copy.megatron
-        spec = self.plan.copy_spec(output.form, copy, layer)
-        kept = self.source(inner, copy.shape)[: spec.shape[0]]
-        return _same(spec.name, output.load(spec.name), kept, inner)
+        specs = self.plan.copy_specs(output.form, copy, layer)
+        if not specs:
+            return []
+        source = self.source(inner, copy.shape)
+        parts = copy.for_hf(source) if output.form == "hf" else source.split([spec.shape[0] for spec in specs])
+        pairs = zip(specs, parts, strict=True)
+        return [line for spec, part in pairs for line in _same(spec.name, output.load(spec.name), part, inner)]
 
     def linear(self, output: Output, linear: Linear, layer: int) -> list[str]:
         """A linear has the scales of its source and every element within half a step of E4M3, or is a copy."""

@@ -15,6 +15,12 @@ class UnsupportedModelError(MptqError):
     """The checkpoint holds a model with a feature that mptq does not quantize."""
 
 
+class OptionError(MptqError):
+    """An option has a value that it cannot have."""
+
+    exit_code = 2
+
+
 class RecipeError(MptqError):
     """The recipe does not exist, is malformed, or cannot be applied to this model."""
 

@@ -17,21 +17,21 @@ IMPORTS_BYTES = 1_000_000_000
 """Resident memory of a process that has imported torch, megatron-core's layer and ModelOpt (scripts/bench_quantize.py)."""
 SERVING_TP = (2, 4, 8)
 _COMPONENTS = (
+    ("mtp.", "multi-token prediction"),
+    ("mixer", "mamba"),
     ("norm", "norms"),
-    ("embed", "embedding"),
-    ("attn", "attention"),
+    ("embedding", "embedding"),
     ("attention", "attention"),
+    ("shared_experts", "shared experts"),
     ("experts", "experts"),
     ("router", "router"),
-    ("gate.weight", "router"),
     ("mlp", "mlp"),
     ("output_layer", "output layer"),
-    ("lm_head", "output layer"),
 )
 
 
 def component(name: str) -> str:
-    """The part of the model that a tensor or module belongs to, for people."""
+    """The part of the model that an inner tensor or a module of Megatron belongs to, for people."""
     return next(found for part, found in _COMPONENTS if part in name)
 
 
@@ -53,17 +53,27 @@ def peak_memory(plan: Plan, work: Work | None = None) -> int:
     layer as it was, its input and output in float32 where the sums are made (on a CPU), and at the end the output layer's
     weight in its own and in float32.
     """
-    outer = max(plan.copy_spec("megatron", copy).nbytes for copy in naming.outer_copies(plan.model))
-    numels = [TensorSpec("", "uint8", linear.shape).numel for linear in plan.linears]
-    largest = max(numels)
-    layer = 2 * (sum(numels) - largest) + 13 * largest
+    copies = [copy for group in naming.outer_copies(plan.model) for copy in group]
+    outer = max(spec.nbytes for copy in (*copies, *plan.carried) for spec in plan.copy_specs("megatron", copy))
+    kinds = {kind: layer for layer, kind in enumerate(plan.model.kinds)}
+    layer = max(_layer_memory(plan, layer, work) for layer in kinds.values())
     if work is None:
         return IMPORTS_BYTES + max(2 * outer, layer)
-    widest = max(sum(linear.shape) for linear in plan.linears)
-    batch = 8 * work.batch_tokens * widest
-    layer = 2 * sum(numels) + max(layer, batch + 4 * largest)
     head = 3 * outer + _LOGITS_BYTES if work.compares else 0
     return IMPORTS_BYTES + work.stored_bytes + max(2 * outer, layer, head)
+
+
+def _layer_memory(plan: Plan, layer: int, work: Work | None) -> int:
+    linears = plan.linears(layer)
+    numels = [TensorSpec("", "uint8", linear.shape).numel for linear in linears]
+    if not numels:
+        return 0
+    largest = max(numels)
+    compressed = 2 * (sum(numels) - largest) + 13 * largest
+    if work is None:
+        return compressed
+    batch = 8 * work.batch_tokens * max(sum(linear.shape) for linear in linears)
+    return 2 * sum(numels) + max(compressed, batch + 4 * largest)
 
 
 _LOGITS_BYTES = 6 * 4 * 2**23
@@ -72,27 +82,39 @@ _LOGITS_BYTES = 6 * 4 * 2**23
 
 def warnings(plan: Plan) -> list[str]:
     """What the user should know before starting."""
-    return [*_precision(plan), *_vocabulary(plan), *_differences(plan), *_serving(plan)]
+    return [*_precision(plan), *_vocabulary(plan), *_differences(plan), *_serving(plan), *_left_out(plan), *_settings(plan)]
+
+
+def _left_out(plan: Plan) -> list[str]:
+    notes = []
+    if plan.carried and "hf" in plan.formats:
+        notes.append(f"{len(plan.carried)} tensors of multi-token prediction layers are not in the hf output")
+    if plan.model.not_run and plan.recipe.scheme is not None:
+        notes.append(f"no fidelity figures: this model has {'; '.join(plan.model.not_run)}")
+    return notes
+
+
+def _settings(plan: Plan) -> list[str]:
+    return [f"the checkpoint's sources disagree: {conflict}" for conflict in plan.model.settings.conflicts]
 
 
 def _precision(plan: Plan) -> list[str]:
     if "hf" not in plan.formats:
         return []
     found: dict[str, dict[str, None]] = {}
-    for layer in range(plan.model.num_layers):
-        for linear in plan.linears:
-            wanted = plan.wanted[layer, linear.megatron]
-            if wanted is None or linear.fits(wanted.unit):
-                continue
-            kept = plan.scheme("hf", layer, linear)
-            into = f"stay {plan.model.dtype}" if kept is None else "get one scale a row"
-            names = found.setdefault(f"not multiples of {max(wanted.unit)}, so they {into} in the hf output", {})
-            names |= dict.fromkeys(member.rpartition(".")[2] for member in linear.hf)
+    for layer, linear in plan.every_linear():
+        wanted = plan.wanted[layer, linear.megatron]
+        if wanted is None or linear.fits(wanted.unit):
+            continue
+        kept = plan.scheme("hf", layer, linear)
+        into = f"stay {plan.model.dtype}" if kept is None else "get one scale a row"
+        names = found.setdefault(f"not multiples of {max(wanted.unit)}, so they {into} in the hf output", {})
+        names |= dict.fromkeys(member.rpartition(".")[2] for member in linear.hf)
     return [f"{', '.join(names)}: {what} (engines read a ragged grid of scales wrongly)" for what, names in found.items()]
 
 
 def _vocabulary(plan: Plan) -> list[str]:
-    if plan.source.checkpoint.args.get("vocab_size") or "hf" not in plan.formats:
+    if plan.model.settings.get("vocab_size") or "hf" not in plan.formats:
         return []
     return [
         "the checkpoint does not say the size of its vocabulary: the hf output keeps all "
@@ -110,9 +132,7 @@ def _serving(plan: Plan) -> list[str]:
     """The largest TP of SERVING_TP whose shards are whole blocks, when that is not the last."""
     if "hf" not in plan.formats:
         return []
-    quantized = [
-        linear for linear in plan.linears if any(_in_blocks(plan, layer, linear) for layer in range(plan.model.num_layers))
-    ]
+    quantized = {linear for layer, linear in plan.every_linear() if _in_blocks(plan, layer, linear)}
     # Column-parallel linears are cut by rows of each member, row-parallel ones by columns.
     cut = [rows for linear in quantized if not linear.fusion.plain for rows in linear.fusion.rows]
     cut += [linear.in_features for linear in quantized if linear.fusion.plain]
@@ -136,15 +156,15 @@ def components(plan: Plan) -> dict[str, dict[str, int]]:
             spec = TensorSpec(inner, plan.source.dtype(inner), part.shape)
             row.update({"parameters": spec.numel, "in": spec.nbytes})
     for form in plan.formats:
-        for spec in plan.specs(form):
-            table[component(spec.name)][form] += spec.nbytes
+        for inner, specs in plan.by_inner(form):
+            table[component(inner)][form] += sum(spec.nbytes for spec in specs)
     return {name: dict(row) for name, row in table.items()}
 
 
 def actions(plan: Plan) -> dict[str, str]:
     """What happens to each component, in words."""
     words = dict.fromkeys(components(plan), "copied")
-    for name in {component(linear.megatron) for linear in plan.linears}:
+    for name in {component(linear.megatron) for _, linear in plan.every_linear()}:
         by_form = {form: _action(plan, form, name) for form in plan.formats}
         if len(set(by_form.values())) == 1:
             words[name] = by_form[plan.formats[0]]
@@ -155,11 +175,10 @@ def actions(plan: Plan) -> dict[str, str]:
 
 def _action(plan: Plan, form: str, name: str) -> str:
     counts: Counter[str] = Counter()
-    for layer in range(plan.model.num_layers):
-        for linear in plan.linears:
-            if component(linear.megatron) == name:
-                scheme = plan.scheme(form, layer, linear)
-                counts[scheme.words if scheme else "copied"] += 1
+    for layer, linear in plan.every_linear():
+        if component(linear.megatron) == name:
+            scheme = plan.scheme(form, layer, linear)
+            counts[scheme.words if scheme else "copied"] += 1
     if len(counts) == 1:
         return next(iter(counts))
     return "; ".join(f"{words} ({count} of {counts.total()})" for words, count in counts.most_common())
@@ -167,5 +186,5 @@ def _action(plan: Plan, form: str, name: str) -> str:
 
 def schemes(plan: Plan, form: str) -> dict[str, int]:
     """How many of Megatron's linears an output holds in which scheme, in words."""
-    found = [plan.scheme(form, layer, linear) for layer in range(plan.model.num_layers) for linear in plan.linears]
+    found = [plan.scheme(form, layer, linear) for layer, linear in plan.every_linear()]
     return dict(Counter(scheme.words if scheme else plan.model.dtype for scheme in found))

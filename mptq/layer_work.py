@@ -27,21 +27,25 @@ if TYPE_CHECKING:
 
 
 def place(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Make `tensor` the parameter `name` of a layer, frozen."""
+    """Make `tensor` the parameter (or buffer) `name` of a layer, frozen."""
     owner, _, attribute = name.rpartition(".")
-    setattr(module.get_submodule(owner), attribute, torch.nn.Parameter(tensor, requires_grad=False))
+    held = module.get_submodule(owner)
+    buffer = attribute in held._buffers
+    setattr(held, attribute, tensor if buffer else torch.nn.Parameter(tensor, requires_grad=False))
 
 
 class LayerWork:
     """One layer on its way from the checkpoint to the writers.
 
-    `module` is the layer that is quantized for good. Where activations go along, `live` is the layer that they go through:
+    `module` is the layer that is quantized for good, `copies` are the tensors of it that are not, as the
+    checkpoint has them. Where activations go along, `live` is the layer that they go through:
     first as it was, then with the numbers that are stored (the Hugging Face form's, where it is written).
     """
 
     def __init__(self, stream: LayerStream, index: int, module: TransformerLayer, output: LayerOutput) -> None:
         self.plan, self.record, self.progress = stream.plan, stream.record, stream.progress
         self.stream, self.index, self.module, self.output = stream, index, module, output
+        self.copies: dict[str, torch.Tensor] = {}
         self.live: TransformerLayer | None = None
         self.calibrated: Calibrated | None = None
         self.row: dict[str, Any] = {"layer": index}
@@ -50,13 +54,14 @@ class LayerWork:
         """Load the layer as it is, and let the reference stream through it."""
         plan, stream = self.plan, self.stream
         live = build_layer(plan.model, self.index)
-        for copy in naming.layer_copies(plan.model):
-            place(live, copy.megatron, self.module.get_parameter(copy.megatron).data.to(stream.compute_dtype))
-        for linear in plan.linears:
+        for copy in plan.copies(self.index):
+            source = self.copies[copy.megatron].to(stream.device)
+            place(live, copy.parameter, source if copy.exact else source.to(stream.compute_dtype))
+        for linear in plan.linears(self.index):
             weight = stream.read(self._inner(linear), linear.shape, stream.compute_dtype)
             require_finite(weight, self._inner(linear))
             place(live, f"{linear.module}.weight", weight)
-        static = [linear for linear in plan.linears if self._is_static(linear)]
+        static = [linear for linear in plan.linears(self.index) if self._is_static(linear)]
         for expert in {linear.module.rpartition(".")[0] for linear in static if linear.expert is not None}:
             weigh_output(live.get_submodule(expert))
         self.progress.doing("calibrating" if activations.calibration else "running the reference")
@@ -64,7 +69,7 @@ class LayerWork:
             self.calibrated = activations.calibrate(self.index, live, static)
         self.live = live
         self.row["experts"] = self.calibrated.experts
-        if plan.kv_cache:
+        if plan.has_cache(self.index):
             self._cache(self.calibrated.cache())
 
     def compare(self, activations: Streams) -> None:
@@ -106,7 +111,7 @@ class LayerWork:
         target = self.module.get_submodule(linear.module)
         tensors, self.output.blobs[f"{owner}_extra_state/shard_0_1"] = megatron_state(target)
         weight = target.get_parameter("weight").data if fused is None else fused.data
-        tensors |= zip(linear.keys, weight.chunk(len(linear.keys)), strict=True)
+        tensors |= zip(linear.keys, weight.split(linear.key_rows), strict=True)
         self.output.tensors["megatron"] |= {owner + key: tensor.cpu() for key, tensor in tensors.items()}
         scheme = self.plan.scheme("megatron", self.index, linear)
         if fused is not None and scheme is not None:

@@ -119,6 +119,7 @@ def check(plan: Plan, out: Path, options: Options) -> Checked:
     Raises OutputError for an output that cannot be written and for a `--tokenizer` that holds none, and DataError for data
     that the recipe or a gate needs and that is not there.
     """
+    plan.require_runnable()
     needed = sum(plan.bytes_out(form) for form in plan.formats) + SLACK_BYTES
     work = _work(plan, options)
     check_output(out, plan.source.checkpoint.location.root, needed + work.file_bytes, options.overwrite)
@@ -128,12 +129,12 @@ def check(plan: Plan, out: Path, options: Options) -> Checked:
     has_data = tokenizer is not None or not needs_tokenizer(options.data)
     if not has_data:
         _require_no_data(plan, options, missing)
-        if options.data.eval_size:
+        if options.data.eval_size and plan.runs:
             notes.append(f"no fidelity figures ({missing}): pass --tokenizer DIR, or --eval-size 0 to want none")
     if tokenizer is None and "hf" in plan.formats:
         notes.append(f"no tokenizer in the output ({missing}): pass --tokenizer DIR")
     runs = has_data and (plan.recipe.needs_data or options.data.eval_size > 0)
-    return Checked(tokenizer, work if runs else None, notes)
+    return Checked(tokenizer, work if runs and plan.runs else None, notes)
 
 
 def _work(plan: Plan, options: Options) -> forecast.Work:
@@ -224,6 +225,7 @@ def _finish(writer: HfWriter | MegatronWriter, plan: Plan, tokenizer: Path | Non
     from mptq.quantize.modelopt import modelopt_state
 
     common = plan.source.checkpoint.directory / "common.pt"
+    assert plan.recipe.scheme is not None
     state = modelopt_state(plan.recipe.scheme, plan.kv_cache, plan.deviating)
     return writer.finish(state, common.read_bytes() if common.is_file() else None)
 

@@ -11,17 +11,33 @@ from functools import cached_property
 from pathlib import Path
 
 from mptq.arch import naming
-from mptq.arch.config import ModelConfig, from_args
+from mptq.arch.config import ModelConfig, model_config
+from mptq.arch.families import family_of, nearest
+from mptq.arch.ladder import settings_of
 from mptq.arch.naming import Copy, Linear
-from mptq.arch.places import Part, dropped, locate
+from mptq.arch.places import Part, carried, dropped, locate
+from mptq.checkpoint.contents import require_weights
 from mptq.checkpoint.index import Checkpoint, open_checkpoint
-from mptq.errors import RecipeError
+from mptq.errors import RecipeError, UnsupportedModelError
 from mptq.recipe import CARRIED, ROWS, Recipe, Scheme, load_recipe, recipe_names
 from mptq.schemes import schemes_by_linear
 from mptq.types import TensorSpec
 from mptq.writers.dialects import DIALECTS, Contents
 
 FORMATS = ("hf", "megatron")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceOptions:
+    """Which checkpoint of a root is meant, and what the user says of its architecture.
+
+    `iteration` is one of the root's, None for its latest. `config` are `key=value`, `hf_config` is a Hugging Face directory or
+    config.json; both stand above what the checkpoint says.
+    """
+
+    iteration: int | None = None
+    config: tuple[str, ...] = ()
+    hf_config: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -43,11 +59,16 @@ class Source:
         return self.checkpoint.tensors[self.places[inner][0].key].spec.dtype
 
 
-def open_source(path: Path) -> Source:
-    """Open the checkpoint at `path` and find its model; raises CheckpointError or UnsupportedModelError."""
-    checkpoint = open_checkpoint(path)
+def open_source(path: Path, options: SourceOptions | None = None) -> Source:
+    """Open the checkpoint at `path` and find its model.
+
+    Raises CheckpointError, also for one without weights to quantize, UnsupportedModelError, or OptionError for bad `options`.
+    """
+    options = options or SourceOptions()
+    checkpoint = open_checkpoint(path, options.iteration)
+    require_weights(checkpoint)
     specs = checkpoint.specs
-    model = from_args(checkpoint.args, checkpoint.args_source, specs)
+    model = model_config(settings_of(checkpoint, options.config, options.hf_config), specs)
     return Source(checkpoint, model, locate(specs, model))
 
 
@@ -64,15 +85,29 @@ class Plan:
         """The model's config."""
         return self.source.model
 
+    @property
+    def layers(self) -> range:
+        """The layers' numbers, from 0."""
+        return range(self.model.num_layers)
+
+    def linears(self, layer: int) -> tuple[Linear, ...]:
+        """The linears of a layer."""
+        return naming.layer_linears(self.model, layer)
+
+    def copies(self, layer: int) -> tuple[Copy, ...]:
+        """The tensors of a layer that keep their precision."""
+        return naming.layer_copies(self.model, layer)
+
     @cached_property
-    def linears(self) -> tuple[Linear, ...]:
-        """The linears of each layer."""
-        return naming.layer_linears(self.model)
+    def carried(self) -> tuple[Copy, ...]:
+        """The tensors that only the Megatron output has, as they are."""
+        places = self.source.places
+        return tuple(Copy(name, (), places[name][0].shape, places[name][0].shape[0]) for name in carried(places))
 
     @cached_property
     def wanted(self) -> Mapping[tuple[int, str], Scheme | None]:
         """What the recipe says of each linear, before its dimensions are looked at; raises RecipeError for bad patterns."""
-        return schemes_by_linear(self.recipe, self.model.num_layers, self.linears)
+        return schemes_by_linear(self.recipe, self.model)
 
     def scheme(self, form: str, layer: int, linear: Linear) -> Scheme | None:
         """How an output holds a linear, or None for one that keeps its precision."""
@@ -81,27 +116,28 @@ class Plan:
             return wanted
         return ROWS if self.recipe.misaligned == "per-channel" else None
 
-    def _layer_linears(self) -> Iterator[tuple[int, Linear]]:
-        return ((layer, linear) for layer in range(self.model.num_layers) for linear in self.linears)
+    def every_linear(self) -> Iterator[tuple[int, Linear]]:
+        """The linears of all layers, with their layers."""
+        return ((layer, linear) for layer in self.layers for linear in self.linears(layer))
 
     @cached_property
     def contents(self) -> Contents:
         """What the Hugging Face output holds: modules by scheme, and those that engines must not expect in FP8."""
         groups: dict[Scheme | None, list[str]] = {None: ["lm_head"]}
-        # A copied matrix of a layer (a router) is a linear to engines.
-        routers = [copy.hf.removesuffix(".weight") for copy in naming.layer_copies(self.model) if len(copy.shape) == 2]
-        for layer in range(self.model.num_layers):
-            prefix = naming.hf_layer(layer)
-            groups[None] += [prefix + name for name in routers]
-            for linear in self.linears:
+        for layer in self.layers:
+            prefix = naming.hf_layer(self.model, layer)
+            # A copied matrix of a layer (a router) is a linear to engines.
+            matrices = [copy for copy in self.copies(layer) if len(copy.shape) == 2]
+            groups[None] += [prefix + name.removesuffix(".weight") for copy in matrices for name in copy.hf]
+            for linear in self.linears(layer):
                 groups.setdefault(self.scheme("hf", layer, linear), []).extend(prefix + name for name in linear.hf)
         excluded = groups.pop(None)
         return Contents({scheme: found for scheme, found in groups.items() if scheme}, excluded, self.kv_cache)
 
     @property
     def excluded(self) -> list[str]:
-        """Hugging Face modules that keep their precision."""
-        return list(self.contents.excluded)
+        """Hugging Face modules that keep their precision beside those that do not."""
+        return list(self.contents.excluded) if self.contents.groups else []
 
     @property
     def kv_cache(self) -> bool:
@@ -112,6 +148,8 @@ class Plan:
     def dialect(self) -> str:
         """The dialect of the Hugging Face output: the recipe's, unless it cannot hold all the schemes together."""
         used = [scheme.name for scheme in self.contents.groups]
+        if not used:
+            return "plain"
         alone = self.recipe.hf == "compressed-tensors" or len(used) == 1
         return self.recipe.hf if alone and set(used) <= set(CARRIED[self.recipe.hf]) else "compressed-tensors"
 
@@ -120,7 +158,7 @@ class Plan:
         """Megatron's modules that the Megatron output does not hold in the recipe's own scheme."""
         found = {
             naming.megatron_layer(layer) + linear.megatron: self.scheme("megatron", layer, linear)
-            for layer, linear in self._layer_linears()
+            for layer, linear in self.every_linear()
         }
         return {name: scheme for name, scheme in found.items() if scheme != self.recipe.scheme}
 
@@ -129,7 +167,7 @@ class Plan:
         """Inner names of the weights that the two outputs cannot hold with the same numbers."""
         return [
             f"{naming.megatron_layer(layer)}{linear.megatron}.weight"
-            for layer, linear in self._layer_linears()
+            for layer, linear in self.every_linear()
             if not self.same_numbers(layer, linear)
         ]
 
@@ -142,7 +180,7 @@ class Plan:
         """Output tensors of one linear in the Hugging Face form: of each projection its weight, scale and input scale."""
         dialect, scheme = DIALECTS[self.dialect], self.scheme("hf", layer, linear)
         for member, shape in linear.members:
-            name = naming.hf_layer(layer) + member
+            name = naming.hf_layer(self.model, layer) + member
             if scheme is None:
                 yield TensorSpec(f"{name}.weight", self.source.dtype(_inner(layer, linear)), shape)
                 continue
@@ -157,8 +195,8 @@ class Plan:
         rows, columns = linear.shape
         scheme = self.scheme("megatron", layer, linear)
         dtype = self.source.dtype(_inner(layer, linear)) if scheme is None else "float8_e4m3fn"
-        for key in linear.keys:
-            yield TensorSpec(f"{name}.{key}", dtype, (rows // len(linear.keys), columns))
+        for key, count in zip(linear.keys, linear.key_rows, strict=True):
+            yield TensorSpec(f"{name}.{key}", dtype, (count, columns))
         if scheme is None:
             return
         grid = scheme.grid(rows, columns)
@@ -171,31 +209,68 @@ class Plan:
     def kv_specs(self, form: str, layer: int) -> tuple[TensorSpec, TensorSpec]:
         """The scales (Hugging Face) or largest magnitudes (Megatron) of a layer's K and V."""
         if form == "hf":
-            return DIALECTS[self.dialect].kv_scales(naming.hf_layer(layer))
+            return DIALECTS[self.dialect].kv_scales(naming.hf_layer(self.model, layer))
         prefix = f"{naming.megatron_layer(layer)}{naming.CORE_ATTENTION}."
         key, value = (TensorSpec(f"{prefix}{kind}_bmm_quantizer._amax", "float32", ()) for kind in "kv")
         return key, value
 
-    def copy_spec(self, form: str, copy: Copy, layer: int | None = None) -> TensorSpec:
-        """The output tensor of a copied one."""
+    def copy_specs(self, form: str, copy: Copy, layer: int | None = None) -> tuple[TensorSpec, ...]:
+        """The output tensors of a copied one."""
         prefix = "" if layer is None else naming.megatron_layer(layer)
         dtype = self.source.dtype(prefix + copy.megatron)
-        if form == "megatron":
-            return TensorSpec(prefix + (copy.key or copy.megatron), dtype, copy.shape)
-        return TensorSpec(copy.hf if layer is None else naming.hf_layer(layer) + copy.hf, dtype, copy.hf_shape)
+        if form == "hf":
+            prefix = "" if layer is None else naming.hf_layer(self.model, layer)
+            named = zip(copy.hf, copy.hf_shapes, strict=True) if copy.hf else ()
+            return tuple(TensorSpec(prefix + name, dtype, shape) for name, shape in named)
+        first, *rest = self.source.places[prefix + copy.megatron]
+        if not copy.keys:
+            # Under the name that the checkpoint has for it: models of Transformer Engine and of megatron-core fuse norms apart.
+            return (TensorSpec(prefix + copy.megatron if rest else first.spelled, dtype, copy.shape),)
+        owner = (prefix + copy.megatron).rpartition(".")[0]
+        parts = zip(copy.keys, copy.key_rows, strict=True)
+        return tuple(TensorSpec(f"{owner}.{key}", dtype, (rows, *copy.shape[1:])) for key, rows in parts)
 
     def specs(self, form: str) -> list[TensorSpec]:
         """Every tensor of an output, in the order in which it is written."""
+        return self._specs[form]
+
+    @cached_property
+    def _specs(self) -> dict[str, list[TensorSpec]]:
+        return {form: [spec for _, specs in self.by_inner(form) for spec in specs] for form in FORMATS}
+
+    def by_inner(self, form: str) -> Iterator[tuple[str, tuple[TensorSpec, ...]]]:
+        """The tensors of an output, by the inner name of what they are made from; scales of a cache by their attention's."""
         by_linear = self.hf_linear_specs if form == "hf" else self.megatron_linear_specs
-        first, *last = naming.outer_copies(self.model)
-        specs = [self.copy_spec(form, first)]
-        for layer in range(self.model.num_layers):
-            specs += [self.copy_spec(form, copy, layer) for copy in naming.layer_copies(self.model)]
-            for linear in self.linears:
-                specs += by_linear(layer, linear)
-            if self.kv_cache:
-                specs += self.kv_specs(form, layer)
-        return specs + [self.copy_spec(form, copy) for copy in last]
+        before, after = naming.outer_copies(self.model)
+        for copy in before:
+            yield copy.megatron, self.copy_specs(form, copy)
+        for layer in self.layers:
+            prefix = naming.megatron_layer(layer)
+            for copy in self.copies(layer):
+                yield prefix + copy.megatron, self.copy_specs(form, copy, layer)
+            for linear in self.linears(layer):
+                yield f"{prefix}{linear.megatron}.weight", tuple(by_linear(layer, linear))
+            if self.has_cache(layer):
+                yield prefix + naming.CORE_ATTENTION, self.kv_specs(form, layer)
+        for copy in (*after, *self.carried):
+            yield copy.megatron, self.copy_specs(form, copy)
+
+    @property
+    def runs(self) -> bool:
+        """Whether activations can go through the layers; where nothing is quantized, they would find nothing."""
+        return not self.model.not_run and self.recipe.scheme is not None
+
+    def require_runnable(self) -> None:
+        """Raise UnsupportedModelError where the recipe calibrates on data and the model does not run here."""
+        if self.recipe.needs_data and self.model.not_run:
+            raise UnsupportedModelError(
+                f"recipe {self.recipe.name} calibrates on data, and this model has {'; '.join(self.model.not_run)}: use a "
+                "recipe without data (see `mptq recipes`)"
+            )
+
+    def has_cache(self, layer: int) -> bool:
+        """Whether a layer's K and V have scales in the outputs."""
+        return self.kv_cache and self.model.kinds[layer].mixer in ("attention", "mla")
 
     @property
     def bytes_in(self) -> int:
@@ -215,16 +290,16 @@ def _inner(layer: int, linear: Linear) -> str:
     return f"{naming.megatron_layer(layer)}{linear.megatron}.weight"
 
 
-def make_plan(path: Path, recipe: Recipe | str, formats: Sequence[str] = ("hf",)) -> Plan:
-    """Plan a run on the checkpoint at `path`.
+def make_plan(path: Path, recipe: Recipe | str, formats: Sequence[str] = ("hf",), options: SourceOptions | None = None) -> Plan:
+    """Plan a run on the checkpoint at `path`, which `options` choose and describe further.
 
-    Raises CheckpointError, UnsupportedModelError or RecipeError when the run cannot succeed; reads metadata only.
+    Raises CheckpointError, OptionError, UnsupportedModelError or RecipeError when the run cannot succeed; reads metadata only.
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     unknown = sorted(set(formats) - set(FORMATS))
     if unknown or not formats:
         raise RecipeError(f"unknown format {', '.join(unknown) or '(none)'}: there are {', '.join(FORMATS)}")
-    return plan_source(open_source(path), recipe, tuple(form for form in FORMATS if form in formats))
+    return plan_source(open_source(path, options), recipe, tuple(form for form in FORMATS if form in formats))
 
 
 def plan_source(source: Source, recipe: Recipe, formats: tuple[str, ...]) -> Plan:
@@ -237,9 +312,16 @@ def plan_source(source: Source, recipe: Recipe, formats: tuple[str, ...]) -> Pla
 def check_schemes(plan: Plan) -> None:
     """Refuse, with RecipeError, a recipe that quantizes nothing of an output or mixes what no engine reads together."""
     wanted = {scheme for scheme in plan.wanted.values() if scheme is not None}
-    if not wanted:
+    if plan.recipe.scheme is None and "megatron" in plan.formats:
+        raise RecipeError(
+            f"{plan.recipe.name} converts to Hugging Face's form, and the checkpoint is Megatron's: use --format hf"
+        )
+    if not wanted and plan.recipe.scheme is not None:
         raise RecipeError(f"{plan.recipe.name}: every linear is ignored, so nothing would be quantized")
     if "hf" not in plan.formats:
+        return
+    _require_family(plan)
+    if not wanted:
         return
     if plan.recipe.misaligned == "error":
         _refuse_misaligned(plan)
@@ -254,12 +336,21 @@ def check_schemes(plan: Plan) -> None:
         )
 
 
+def _require_family(plan: Plan) -> None:
+    if family_of(plan.model) is None:
+        near = nearest(plan.model)
+        raise UnsupportedModelError(
+            f"no Hugging Face architecture that mptq writes has all of this model; the nearest, {near.name}, lacks "
+            f"{'; '.join(near.missing(plan.model))}: use --format megatron"
+        )
+
+
 def _misaligned(plan: Plan) -> list[str]:
     """Modules of the first layer that has any whose dimensions rule the recipe's scheme out in the hf output."""
-    for layer in range(plan.model.num_layers):
+    for layer in plan.layers:
         found = [
-            naming.hf_layer(layer) + name
-            for linear in plan.linears
+            naming.hf_layer(plan.model, layer) + name
+            for linear in plan.linears(layer)
             if (wanted := plan.wanted[layer, linear.megatron]) is not None and not linear.fits(wanted.unit)
             for name in linear.hf
         ]
@@ -278,10 +369,12 @@ def _refuse_misaligned(plan: Plan) -> None:
 
 
 def _refuse_nothing(plan: Plan) -> None:
-    others = [name for name in recipe_names() if load_recipe(name).scheme.unit == (1, 1)]
-    sizes = sorted({size for linear in plan.linears for _, shape in linear.members for size in shape})
+    schemes = {name: load_recipe(name).scheme for name in recipe_names()}
+    others = [name for name, scheme in schemes.items() if scheme is not None and scheme.unit == (1, 1)]
+    sizes = sorted({size for _, linear in plan.every_linear() for _, shape in linear.members for size in shape})
+    assert plan.recipe.scheme is not None
     raise RecipeError(
         f"{plan.recipe.name}: no linear of this model has rows and columns that are all multiples of "
-        f"{plan.recipe.weights.block_size} (sizes {', '.join(map(str, sizes))}), so nothing would be quantized in the hf "
+        f"{max(plan.recipe.scheme.unit)} (sizes {', '.join(map(str, sizes))}), so nothing would be quantized in the hf "
         f"output: use --recipe {' or '.join(others)}, or --format megatron"
     )

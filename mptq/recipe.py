@@ -17,13 +17,14 @@ from mptq.errors import RecipeError
 
 Scale = Literal["block", "row", "tensor", "mx"]
 KEEP = "none"
-"""In the place of a recipe's name: the weights keep their precision."""
+"""The recipe by which weights keep their precision."""
 BLOCK_SIZES = {"block": 128, "mx": 32}
 """What a scale belongs to -> the block's size: 128 x 128 in rows and columns, or 32 columns of one row."""
 CARRIED = {
     "deepseek-fp8": ("block",),
     "compressed-tensors": ("tensor", "row", "block", "tensor-static"),
     "modelopt": ("tensor-static", "mx"),
+    "plain": (),
 }
 """Dialect of the Hugging Face output -> the schemes that it carries (mptq/writers/dialects.py)."""
 
@@ -147,52 +148,63 @@ class Override(BaseModel):
     @field_validator("recipe")
     @classmethod
     def _is_known(cls, name: str) -> str:
-        if name != KEEP and name not in recipe_names():
-            raise ValueError(f"unknown recipe {name!r}: {_nearest(name, [KEEP, *recipe_names()])}")
+        if name not in recipe_names():
+            raise ValueError(f"unknown recipe {name!r}: {_nearest(name, recipe_names())}")
         return name
 
     @property
     def scheme(self) -> Scheme | None:
         """What the matching linears get."""
-        return None if self.recipe == KEEP else load_recipe(self.recipe).scheme
+        return load_recipe(self.recipe).scheme
 
 
 class Recipe(BaseModel):
     """What to do to a model. `hf` names the dialect of the Hugging Face output (mptq/writers/dialects.py).
 
     `misaligned` says what becomes of weights whose dimensions rule the scheme out in an output: they keep their precision,
-    or get one scale a row, or stop the run. Of `overrides`, the last that matches counts.
+    or get one scale a row, or stop the run. Of `overrides`, the last that matches counts. Without `weights` nothing is
+    quantized: the checkpoint is converted.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     description: str = Field(min_length=1)
-    weights: Weights
+    weights: Weights | None
     activations: Literal["dynamic", "static"] = "dynamic"
     kv_cache: Literal["none", "fp8"] = "none"
-    hf: Literal["deepseek-fp8", "compressed-tensors", "modelopt"]
+    hf: Literal["deepseek-fp8", "compressed-tensors", "modelopt", "plain"]
     misaligned: Literal["keep", "per-channel", "error"] = "keep"
     calibration: Calibration = Calibration()
     overrides: tuple[Override, ...] = ()
 
     @model_validator(mode="after")
     def _contradictions(self) -> Self:
+        if self.weights is None:
+            return self._converts()
         problems = []
         if self.activations == "static" and self.weights.scale != "tensor":
             problems.append("`activations: static` goes with `scale: tensor` (engines read no other static form)")
-        elif self.scheme.name not in CARRIED[self.hf]:
-            problems.append(f"`hf: {self.hf}` carries {' or '.join(CARRIED[self.hf])} weights, not {self.scheme.name}")
+        elif self.scheme is not None and self.scheme.name not in CARRIED[self.hf]:
+            carried = " or ".join(CARRIED[self.hf]) or "no quantized"
+            problems.append(f"`hf: {self.hf}` carries {carried} weights, not {self.scheme.name}")
         if self.misaligned == "per-channel" and self.weights.scale != "block":
             problems.append("`misaligned: per-channel` goes with `scale: block`")
         if problems:
             raise ValueError("; ".join(problems))
         return self
 
+    def _converts(self) -> Self:
+        others = {"activations": "dynamic", "kv_cache": "none", "hf": "plain", "misaligned": "keep", "overrides": ()}
+        wrong = [name for name, value in others.items() if getattr(self, name) != value]
+        if wrong:
+            raise ValueError(f"without weights to quantize there is no {', '.join(wrong)} to choose (and `hf` is plain)")
+        return self
+
     @cached_property
-    def scheme(self) -> Scheme:
-        """What a linear gets that no override matches."""
-        return Scheme(self.weights.scale, self.activations == "static")
+    def scheme(self) -> Scheme | None:
+        """What a linear gets that no override matches, None for a recipe that only converts."""
+        return None if self.weights is None else Scheme(self.weights.scale, self.activations == "static")
 
     @property
     def needs_data(self) -> bool:

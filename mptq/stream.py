@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mptq.arch import naming
-from mptq.arch.layer import build_layer
+from mptq.arch.layer import build_layer, hold_linears
 from mptq.checkpoint.index import read_blob
 from mptq.checkpoint.reader import Reader
 from mptq.layer_work import LayerWork, place
@@ -19,8 +19,6 @@ from mptq.quantize.fp8 import require_finite
 from mptq.types import LayerOutput
 
 if TYPE_CHECKING:
-    from megatron.core.transformer.transformer_layer import TransformerLayer
-
     from mptq.arch.naming import Copy
     from mptq.plan import Plan
     from mptq.record import Progress, Record
@@ -55,9 +53,9 @@ class LayerStream:
 
     def outputs(self) -> Iterator[LayerOutput]:
         """The embedding, every layer, and what follows the layers."""
-        first, *last = naming.outer_copies(self.plan.model)
+        before, after = naming.outer_copies(self.plan.model)
         layers = self.plan.model.num_layers
-        yield self.outer(0, [first])
+        yield self.outer(0, before)
         self.start()
         gc.collect()
         gc.freeze()  # what the imports made is not looked through again after every layer
@@ -68,7 +66,7 @@ class LayerStream:
         finally:
             gc.unfreeze()
         self.finish()
-        final = self.outer(layers + 1, last)
+        final = self.outer(layers + 1, after)
         checkpoint = self.plan.source.checkpoint
         # The training arguments go over byte by byte: what is never unpickled is never executed.
         final.blobs = {
@@ -77,6 +75,9 @@ class LayerStream:
             if name.partition("/")[0] == "common_state"
         }
         yield final
+        if "megatron" in self.plan.formats:
+            for number, copy in enumerate(self.plan.carried):
+                yield self.outer(layers + 2 + number, [copy])
 
     def outer(self, index: int, copies: Sequence[Copy]) -> LayerOutput:
         """Tensors outside the layers, as they are, the vocabulary's padding cut off for Hugging Face."""
@@ -84,44 +85,53 @@ class LayerStream:
         for copy in copies:
             tensor = self.read(copy.megatron, copy.shape)
             require_finite(tensor, copy.megatron)
-            for form in self.plan.formats:
-                kept = tensor if form == "megatron" else tensor[: copy.hf_rows]
-                output.tensors[form][self.plan.copy_spec(form, copy).name] = kept
+            self.copied(output, copy, tensor)
         return output
+
+    def copied(self, output: LayerOutput, copy: Copy, tensor: torch.Tensor, layer: int | None = None) -> None:
+        """Add to an output what each format stores of a tensor that keeps its precision."""
+        for form in self.plan.formats:
+            specs = self.plan.copy_specs(form, copy, layer)
+            if specs:
+                parts = copy.for_hf(tensor) if form == "hf" else tensor.split([spec.shape[0] for spec in specs])
+                output.tensors[form] |= {spec.name: part for spec, part in zip(specs, parts, strict=True)}
 
     def start(self) -> None:
         """Let both streams of activations through what stands before the layers."""
         if self.activations:
-            first, *_ = naming.outer_copies(self.plan.model)
+            before, _ = naming.outer_copies(self.plan.model)
             with self.record.timed("forward"):
-                self.activations.embed(self.read(first.megatron, first.shape, self.compute_dtype))
+                self.activations.embed([self.read(copy.megatron, copy.shape, self.compute_dtype) for copy in before])
 
     def finish(self) -> None:
         """Let both streams of activations through what follows the layers, and record what they say."""
         if not self.activations:
             return
-        first, norm, *rest = naming.outer_copies(self.plan.model)
-        head = rest[0] if rest else first  # tied
+        (words, *_), norms = naming.outer_copies(self.plan.model)
+        if self.plan.model.tied_embeddings:
+            norms = (*norms, words)
         with self.record.timed("forward"):
             self.progress.doing("measuring the fidelity")
-            states = [self.read(copy.megatron, copy.shape, self.compute_dtype) for copy in (norm, head)]
-            self.record.fidelity = self.activations.finish(*states)
+            *norm, head = (self.read(copy.megatron, copy.shape, self.compute_dtype) for copy in norms)
+            self.record.fidelity = self.activations.finish(norm, head)
 
-    def layer(self, index: int) -> tuple[TransformerLayer, LayerOutput]:
+    def layer(self, index: int) -> tuple[torch.nn.Module, LayerOutput]:
         """One layer of megatron-core, quantized for good and frozen, and what the writers store of it."""
         output = LayerOutput(index + 1, {form: {} for form in self.plan.formats})
-        module = build_layer(self.plan.model, index)
+        runs = not self.plan.model.not_run
+        module = build_layer(self.plan.model, index) if runs else hold_linears(self.plan.model, index)
+        work = LayerWork(self, index, module, output)
         prefix = naming.megatron_layer(index)
-        for copy in naming.layer_copies(self.plan.model):
+        for copy in self.plan.copies(index):
             tensor = self.read(prefix + copy.megatron, copy.shape)
             require_finite(tensor, prefix + copy.megatron)
-            place(module, copy.megatron, tensor.to(self.device))
-            for form in self.plan.formats:
-                output.tensors[form][self.plan.copy_spec(form, copy, index).name] = tensor
-        work = LayerWork(self, index, module, output)
+            work.copies[copy.megatron] = tensor
+            if runs:
+                place(module, copy.parameter, tensor.to(self.device))
+            self.copied(output, copy, tensor, index)
         if self.activations:
             work.calibrate(self.activations)
-        for linear in self.plan.linears:
+        for linear in self.plan.linears(index):
             work.linear(linear)
         if self.activations:
             work.compare(self.activations)

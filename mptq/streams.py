@@ -82,22 +82,22 @@ class Streams:
             for count, name in zip(counts, ("reference", "quantized"), strict=True)
         )
 
-    def embed(self, table: torch.Tensor) -> None:
-        """Start both streams from the embedding's weight [vocabulary, hidden]."""
+    def embed(self, tables: Sequence[torch.Tensor]) -> None:
+        """Start both streams from the embeddings of words [vocabulary, hidden] and, where there is one, of positions."""
         for stream in (self.reference, self.quantized):
             for batch in [*self.held_out, *self.calibration]:
                 if batch.tokens.stop <= len(stream.states):
                     ids = self.ids[batch.tokens].view(batch.count, batch.length)
-                    stream.write(batch, embed(ids.to(table.device), table))
+                    stream.write(batch, embed(ids.to(tables[0].device), tables))
 
     def calibrate(self, index: int, layer: TransformerLayer, static: Sequence[Linear]) -> Calibrated:
         """Run the reference stream through `layer`, which has its own weights, and find the scales of its activations.
 
         `static` are the linears whose inputs have one. Raises CheckpointError for activations that are not finite.
         """
-        core = CORE_ATTENTION if self.plan.kv_cache else None
+        core = CORE_ATTENTION if self.plan.has_cache(index) else None
         observers = Observers((linear.module for linear in static), core, self.plan.recipe.calibration)
-        coverage = Coverage(self.plan.linears)
+        coverage = Coverage(self.plan.linears(index))
         with observers.collecting(layer), coverage.counting(layer):
             self._collect(layer)
         # Without calibration data, the held-out tokens are those that the report counts.
@@ -139,13 +139,15 @@ class Streams:
             return None
         return {"hidden_relative_error": deviation.relative_error, "hidden_cosine": deviation.cosine}
 
-    def finish(self, norm: torch.Tensor, head: torch.Tensor) -> dict[str, Any] | None:
+    def finish(self, norm: Sequence[torch.Tensor], head: torch.Tensor) -> dict[str, Any] | None:
         """Compare the distributions of the next token on the held-out sequences; None without any.
 
-        `norm` [hidden] is the final norm's weight, `head` [vocabulary and its padding, hidden] the output layer's. Raises
-        CheckpointError for distributions that are not finite, or that hold the held-out tokens for impossible.
+        `norm` [hidden] are the final norm's weight and, where it has one, bias; `head` [vocabulary and its padding, hidden] is
+        the output layer's weight. Raises CheckpointError for distributions that are not finite, or that hold the held-out
+        tokens for impossible.
         """
-        norm, head = norm.to(self.options.device), head[: self.config.vocab_size].to(self.options.device).float()
+        norm = [weight.to(self.options.device) for weight in norm]
+        head = head[: self.config.vocab_size].to(self.options.device).float()
         found = NextTokens()
         for sequence in self.sequences:
             predicting = slice(sequence.start, sequence.tokens.stop - 1)
@@ -166,7 +168,9 @@ class Streams:
     def _run(self, layer: TransformerLayer, stream: Activations, batch: Batch) -> torch.Tensor:
         return run_layer(layer, self.config, stream.read(batch, self.options.device))
 
-    def _piece(self, piece: slice, norm: torch.Tensor, head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _piece(
+        self, piece: slice, norm: Sequence[torch.Tensor], head: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Float32 logits of both streams at some tokens, and the tokens that follow them."""
         left, right = (
             logits(final_norm(stream.states[piece].to(self.options.device), norm, self.config), head)

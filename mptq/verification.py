@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mptq.arch.places import MTP
 from mptq.checkpoint.index import open_checkpoint
 from mptq.inspection import read_headers
 from mptq.recipe import Scheme, scheme_named
@@ -17,6 +18,8 @@ from mptq.writers.dialects import DIALECTS
 
 if TYPE_CHECKING:
     import torch
+
+    from mptq.plan import SourceOptions
 
 Load = Callable[[str], "torch.Tensor"]
 
@@ -53,8 +56,10 @@ class Output:
     load: Load
 
 
-def verify(path: Path, against: Path | None = None) -> Verification:
+def verify(path: Path, against: Path | None = None, options: SourceOptions | None = None) -> Verification:
     """Check the output at `path`, and with `against` its numbers against the checkpoint that it was made from.
+
+    `options` are those with which the output was made.
 
     Raises OutputError when `path` is no output of mptq, CheckpointError when `against` is no checkpoint. Memory: one
     linear in float32, whatever the number of layers.
@@ -74,8 +79,9 @@ def verify(path: Path, against: Path | None = None) -> Verification:
             found.failures += check_config(output, made)
     if against is not None and not found.failures:
         from mptq.comparison import compare
+        from mptq.plan import open_source
 
-        found.compared, failures = compare(outputs, made, against)
+        found.compared, failures = compare(outputs, made, open_source(against, options))
         found.failures += failures
     return found
 
@@ -146,7 +152,7 @@ def check_names(output: Output, made: dict[str, Any]) -> Iterator[str]:
         elif want != have:
             yield f"{name} is {have.dtype} {list(have.shape)}, not {want.dtype} {list(want.shape)}"
     for inner, entry in made["tensors"].items():
-        if not entry.get(output.form):
+        if not entry.get(output.form) and not (output.form == "hf" and inner.startswith(MTP)):
             yield f"{inner} of the source is not accounted for in the {output.form} output"
 
 
@@ -196,10 +202,13 @@ def _scales_of(form: str, inner: str, weights: list[dict[str, Any]], scheme: Sch
 
 def check_config(output: Output, made: dict[str, Any]) -> Iterator[str]:
     """The exclude list of config.json is exactly the matrices of layers that are not in FP8, and the index covers all."""
-    try:
-        config = json.loads((output.directory / "config.json").read_text())["quantization_config"]
-        listed = set(config.get("modules_to_not_convert") or config.get("ignore") or [])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    index = output.directory / "model.safetensors.index.json"
+    if index.is_file() and _indexed(index) != set(output.specs):
+        yield f"{index.name} does not list the tensors of the files"
+    if made["dialect"] == "plain":
+        return
+    listed = _excluded(output.directory / "config.json")
+    if listed is None:
         yield "config.json has no quantization_config that engines read"
         return
     plain = {"lm_head"}
@@ -208,6 +217,21 @@ def check_config(output: Output, made: dict[str, Any]) -> Iterator[str]:
         plain |= {item["name"].removesuffix(".weight") for item in weights if item["dtype"] != "float8_e4m3fn"}
     if listed != plain:
         yield f"config.json excludes {sorted(listed ^ plain)[:3]} wrongly: engines would misread them"
-    index = output.directory / "model.safetensors.index.json"
-    if index.is_file() and set(json.loads(index.read_text())["weight_map"]) != set(output.specs):
-        yield "model.safetensors.index.json does not list the tensors of the files"
+
+
+def _excluded(path: Path) -> set[str] | None:
+    """The modules that a config.json excludes from quantization, or None where it does not say."""
+    try:
+        config = json.loads(path.read_text())["quantization_config"]
+        listed = set(config.get("modules_to_not_convert") or config.get("ignore") or [])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return listed if all(isinstance(name, str) for name in listed) else None
+
+
+def _indexed(path: Path) -> set[str] | None:
+    """The tensors that an index lists, or None where it is none."""
+    try:
+        return set(json.loads(path.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None

@@ -105,7 +105,7 @@ def largest_inputs(driven):
     """The largest magnitudes that the Hugging Face output's scales stand for, by Megatron's module; of K and V the scales."""
     plan, found, cache = driven.streams.plan, {}, {}
     for layer in range(plan.model.num_layers):
-        for part in plan.linears:
+        for part in plan.linears(layer):
             scales = {float(driven.tensors["hf"][f"model.layers.{layer}.{member}.input_scale"]) for member in part.hf}
             assert len(scales) == 1
             found[f"layers.{layer}.{part.module}"] = scales.pop()

@@ -6,7 +6,7 @@ import torch
 from mptq.arch.forward import run_layer
 from mptq.arch.naming import layer_linears
 from mptq.experts import Coverage
-from tests.arch.test_config import ARGS, MOE_ARGS
+from tests.arch.models import ARGS, MOE_ARGS
 from tests.arch.test_layer import filled
 
 
@@ -14,7 +14,7 @@ from tests.arch.test_layer import filled
 def mixture():
     """A config, its layer, and its linears."""
     config, layer = filled(MOE_ARGS, "bfloat16")
-    return config, layer, layer_linears(config)
+    return config, layer, layer_linears(config, 0)
 
 
 def counted(mixture, *shapes):
@@ -103,7 +103,7 @@ def test_static_scales_of_one_linear_fall_back_alone(mixture):
 
 def test_a_dense_layer_has_no_experts():
     config, layer = filled(ARGS, "bfloat16")
-    coverage = Coverage(layer_linears(config))
+    coverage = Coverage(layer_linears(config, 0))
     with coverage.counting(layer):
         run_layer(layer, config, torch.randn(1, 4, config.hidden_size).bfloat16())
     amax = {"mlp.linear_fc1": torch.tensor(1.0)}

@@ -28,8 +28,8 @@ ALLOWED = {
     "layer_work": SHARED | STAGES | {"plan", "record", "report", "stream", "streams"},  # of stream: a type
     "stream": SHARED | STAGES | {"layer_work", "plan", "record", "report", "streams"},
     "pipeline": {"errors", "forecast", "plan", "types", "record", "report", "stream", "streams"} | STAGES,
-    "inspection": SHARED | {"checkpoint", "writers"},
-    "verification": SHARED | {"checkpoint", "writers", "inspection", "comparison"},
+    "inspection": SHARED | {"checkpoint", "forecast", "plan", "report", "writers"},
+    "verification": SHARED | {"checkpoint", "writers", "inspection", "comparison", "plan"},
     "comparison": SHARED | STAGES | {"plan", "report", "verification"},  # of verification: a type
     "cli": {"calibrate", "errors", "recipe", "record", "plan", "pipeline", "report", "inspection", "units", "verification"},
     "__main__": {"cli"},

@@ -1,4 +1,5 @@
 import functools
+import io
 import re
 import shutil
 import signal
@@ -325,17 +326,17 @@ def test_report(quantized):
 
 
 def spoil_a_weight(root, name, value):
-    """Overwrite one BF16 value of a tensor in its shard."""
+    """Store another BF16 value in a tensor's shard, as training would have."""
     checkpoint = open_checkpoint(root)
     record = checkpoint.tensors[name].chunks[0].record
-    path = checkpoint.directory / record.file
-    raw = bytearray(path.read_bytes())
-    part = raw[record.offset : record.offset + record.length]
-    weight = torch.load(__import__("io").BytesIO(part), weights_only=True)
-    place = part.find(bits(weight.flatten()[:64]).numpy().tobytes())
-    assert place > 0
-    raw[record.offset + place : record.offset + place + 2] = bits(torch.tensor([value], dtype=torch.bfloat16)).numpy().tobytes()
-    path.write_bytes(raw)
+    raw = bytearray((checkpoint.directory / record.file).read_bytes())
+    weight = torch.load(io.BytesIO(raw[record.offset : record.offset + record.length]), weights_only=True)
+    weight.view(-1)[0] = value
+    saved = io.BytesIO()
+    torch.save(weight, saved)
+    assert len(saved.getvalue()) == record.length
+    raw[record.offset : record.offset + record.length] = saved.getvalue()
+    (checkpoint.directory / record.file).write_bytes(raw)
 
 
 @pytest.mark.parametrize(

@@ -3,19 +3,20 @@ from pathlib import Path
 import pytest
 
 from mptq import forecast, make_plan
-from mptq.arch.config import from_args
+from mptq.arch.naming import outer_copies
 from mptq.arch.places import locate
 from mptq.checkpoint.index import Checkpoint, Tensor
 from mptq.checkpoint.layout import Location
-from mptq.errors import RecipeError
+from mptq.errors import RecipeError, UnsupportedModelError
 from mptq.plan import Source, plan_source
 from mptq.recipe import load_recipe, recipe_from
 from mptq.types import TensorSpec
+from tests.arch.models import model
 
 BLOCK, TENSOR = load_recipe("fp8-blockwise"), load_recipe("fp8-per-tensor")
 
 
-def source(hidden, ffn, heads, groups, head_dim, layers=2, tied=True, experts=0) -> Source:
+def source(hidden, ffn, heads, groups, head_dim, layers=2, tied=True, experts=0, **others) -> Source:
     """A checkpoint that exists as metadata only; with experts, each has `ffn`."""
     args = {
         "num_layers": layers,
@@ -35,6 +36,7 @@ def source(hidden, ffn, heads, groups, head_dim, layers=2, tied=True, experts=0)
         "untie_embeddings_and_output_weights": not tied,
         "num_experts": experts,
         "moe_router_topk": 2,
+        **others,
     }
     layer = {
         "self_attention.linear_qkv.layer_norm_weight": (hidden,),
@@ -56,8 +58,8 @@ def source(hidden, ffn, heads, groups, head_dim, layers=2, tied=True, experts=0)
     specs = {name: TensorSpec(name, "bfloat16", shape) for name, shape in shapes.items()}
     tensors = {name: Tensor(spec, ()) for name, spec in specs.items()}
     checkpoint = Checkpoint(Location(Path("/c/iter_0000001"), Path("/c"), 1), tensors, {}, args, "args", "0" * 64)
-    model = from_args(args, "args", specs)
-    return Source(checkpoint, model, locate(specs, model))
+    config = model(args, specs)
+    return Source(checkpoint, config, locate(specs, config))
 
 
 def test_llama_7b_in_blocks():
@@ -155,7 +157,7 @@ def test_overrides_by_pattern():
     ("patterns", "message"),
     [
         (["decoder.layer.0.*"], r"'decoder\.layer\.0\.\*' matches no linear of the 2 layers: patterns are of names such as"),
-        (["*.q_proj"], r"give q_proj, k_proj, v_proj of layer 0 different schemes, and engines fuse them"),
+        (["*.q_proj"], r"give .*q_proj, .*k_proj, .*v_proj different schemes, and engines fuse them"),
         (["*"], "every linear is ignored"),
     ],
 )
@@ -181,6 +183,53 @@ def test_nothing_to_quantize_in_hf_suggests_what_works():
         plan_source(small, BLOCK, ("hf", "megatron"))
     plan_source(small, BLOCK, ("megatron",))
     plan_source(small, TENSOR, ("hf",))
+
+
+def test_without_quantization_the_checkpoint_is_converted():
+    checkpoint, none = source(576, 1536, 9, 3, 64, tied=False), load_recipe("none")
+    plan = plan_source(checkpoint, none, ("hf",))
+    assert (plan.dialect, plan.deviating, plan.differing) == ("plain", {}, [])
+    assert set(forecast.actions(plan).values()) == {"copied"}
+    assert {spec.dtype for spec in plan.specs("hf")} == {"bfloat16"}
+    assert not [spec.name for spec in plan.specs("hf") if "scale" in spec.name]
+    assert plan.bytes_out("hf") == plan.bytes_in - 2 * 24 * 576 * 2
+    with pytest.raises(RecipeError, match="none converts to Hugging Face's form, and the checkpoint is Megatron's"):
+        plan_source(checkpoint, none, ("hf", "megatron"))
+
+
+def test_copies_have_the_dtype_and_the_shape_of_their_form():
+    plan = plan_source(source(256, 384, 4, 2, 128, tied=False), BLOCK, ("hf", "megatron"))
+    (words,), (norm, head) = outer_copies(plan.model)
+    assert plan.copy_specs("hf", words) == (TensorSpec("model.embed_tokens.weight", "bfloat16", (1000, 256)),)
+    assert plan.copy_specs("megatron", head) == (TensorSpec("output_layer.weight", "bfloat16", (1024, 256)),)
+    assert plan.copy_specs("hf", norm) == (TensorSpec("model.norm.weight", "bfloat16", (256,)),)
+    (first, _) = plan.copies(1)
+    assert plan.copy_specs("hf", first, 1)[0].name == "model.layers.1.input_layernorm.weight"
+    # Under the name that the checkpoint has for it.
+    assert [spec.name for spec in plan.copy_specs("megatron", first, 1)] == [
+        "decoder.layers.1.self_attention.linear_qkv.layer_norm_weight"
+    ]
+
+
+def test_a_model_of_no_architecture_is_quantized_for_megatron_alone():
+    checkpoint = source(256, 384, 4, 2, 128, rotary_percent=0.5)
+    with pytest.raises(UnsupportedModelError, match=r"nearest, Llama, lacks partial rotary embeddings: yes: use --format meg"):
+        plan_source(checkpoint, BLOCK, ("hf",))
+    plan = plan_source(checkpoint, BLOCK, ("megatron",))
+    assert {linear.megatron for _, linear in plan.every_linear()} == {
+        "self_attention.linear_qkv",
+        "self_attention.linear_proj",
+        "mlp.linear_fc1",
+        "mlp.linear_fc2",
+    }
+    assert plan.bytes_out("megatron") < plan.bytes_in
+
+
+def test_scales_of_a_cache_are_of_layers_with_attention():
+    plan = plan_source(source(256, 384, 4, 2, 128), BLOCK.changed(kv_cache="fp8"), ("hf", "megatron"))
+    assert [plan.has_cache(layer) for layer in plan.layers] == [True, True]
+    assert sum("_bmm_quantizer" in spec.name for spec in plan.specs("megatron")) == 4
+    assert not plan_source(source(256, 384, 4, 2, 128), BLOCK, ("hf",)).has_cache(0)
 
 
 def test_unknown_format(aligned):

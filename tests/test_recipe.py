@@ -8,12 +8,23 @@ GOOD = "description: x\nweights: {scale: block, block_size: 128}\nhf: deepseek-f
 
 
 def test_built_in_recipes():
-    assert recipe_names() == ["fp8", "fp8-blockwise", "fp8-per-channel", "fp8-per-tensor", "mxfp8"]
-    schemes = [load_recipe(name).scheme for name in recipe_names()]
+    assert recipe_names() == ["fp8", "fp8-blockwise", "fp8-per-channel", "fp8-per-tensor", "mxfp8", "none"]
+    *schemes, nothing = (load_recipe(name).scheme for name in recipe_names())
+    assert nothing is None
     assert [scheme.name for scheme in schemes] == ["tensor-static", "block", "row", "tensor", "mx"]
     assert [scheme.grid(300, 128) for scheme in schemes] == [(), (3, 1), (300, 1), (), (300, 4)]
-    assert [load_recipe(name).needs_data for name in recipe_names()] == [True, False, False, False, False]
+    assert [load_recipe(name).needs_data for name in recipe_names()] == [True, False, False, False, False, False]
     assert all(scheme_named(scheme.name) == scheme for scheme in schemes)
+
+
+def test_the_recipe_that_only_converts():
+    none = load_recipe("none")
+    assert (none.weights, none.scheme, none.hf, none.needs_data) == (None, None, "plain", False)
+    assert recipe_from(none.model_dump(mode="json"), "again") == none
+    with pytest.raises(RecipeError, match="without weights to quantize there is no kv_cache to choose"):
+        none.changed(kv_cache="fp8")
+    with pytest.raises(RecipeError, match="there is no overrides to choose"):
+        none.changed(["decoder.layers.0.*"])
 
 
 def test_recipe_file(tmp_path):
@@ -34,7 +45,7 @@ def test_unknown_name_gives_the_nearest(name, near):
 
 
 def test_unknown_name_lists_all():
-    with pytest.raises(RecipeError, match=r"'zzz': there are fp8, fp8-blockwise, fp8-per-channel, fp8-per-tensor, mxfp8"):
+    with pytest.raises(RecipeError, match=r"'zzz': there are fp8, fp8-blockwise, fp8-per-channel, fp8-per-tensor, mxfp8, none"):
         load_recipe("zzz")
 
 
@@ -49,6 +60,9 @@ def test_unknown_name_lists_all():
         (GOOD + "calibration: {method: percentile}\n", "percentile goes with"),
         (GOOD + "overrides: [{pattern: x, recipe: fp8-blokwise}]\n", r"overrides\.0\.recipe: .*did you mean 'fp8-blockwise'"),
         (GOOD + "activations: static\nkv_cahce: fp8\n", r"kv_cahce: unknown key.*`activations: static` goes with"),
+        (GOOD.replace("deepseek-fp8", "plain"), "`hf: plain` carries no quantized weights, not block"),
+        ("description: x\nweights: null\nhf: modelopt\n", r"there is no hf to choose \(and `hf` is plain\)"),
+        ("description: x\nhf: plain\n", "weights: Field required"),
         (GOOD.replace("128", "64"), r"weights\.block_size"),
         ("- a\n", "does not hold a recipe"),
         ("a: [", "is not YAML"),

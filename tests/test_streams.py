@@ -123,7 +123,7 @@ def test_megatrons_numbers_alone(crossing, crossing_hf, tmp_path):
     driven = Driven(plan, tokens_of(IDS), tmp_path)
     stored, weights = driven.tensors["megatron"], load_file(crossing_hf / "model.safetensors")
     for layer in range(plan.model.num_layers):
-        for part in plan.linears:
+        for part in plan.linears(layer):
             name = f"decoder.layers.{layer}.{part.megatron}"
             data = torch.cat([stored[f"{name}.{key}"].view(torch.uint8) for key in part.keys]).view(torch.float8_e4m3fn)
             fused = dequantize(Fp8Weight(data, stored[f"{name}.weight_quantizer._scale"]), plan.recipe.scheme)

@@ -135,7 +135,7 @@ def test_no_output(tmp_path):
     with pytest.raises(OutputError, match="is not of schema 2"):
         verify(tmp_path)
     (tmp_path / "manifest.json").write_text('{"schema": 2, "recipe": {}}')
-    with pytest.raises(OutputError, match="lacks mptq, source"):
+    with pytest.raises(OutputError, match="recipe.name: Field required"):
         verify(tmp_path)
 
 

@@ -1,50 +1,289 @@
-"""The families of models that mptq quantizes, as data: what Hugging Face calls their parts. No torch.
+"""The architectures of Hugging Face that mptq writes, as data: what they call their parts, and what they can express. No torch.
 
-Source: transformers' modeling and configuration files of each family, and the names that `save_pretrained` writes.
+Source: transformers' modeling and configuration files of each, and the names that `save_pretrained` writes. An architecture
+is another row of `FAMILIES`; its fields in config.json are in hf_config.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from mptq.arch.features import WORDS
+
+if TYPE_CHECKING:
+    from mptq.arch.config import ModelConfig
+
+_EITHER = (True, False)
+_MODULES = {
+    "input_layernorm": "input_layernorm",
+    "pre_mlp_layernorm": "post_attention_layernorm",
+    "self_attention.linear_qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+    "self_attention.linear_proj": "self_attn.o_proj",
+    "self_attention.q_layernorm": "self_attn.q_norm",
+    "self_attention.k_layernorm": "self_attn.k_norm",
+    "self_attention.core_attention": "self_attn",
+    "mlp": "mlp.gate_proj mlp.up_proj mlp.down_proj",
+    "mlp.router": "mlp.gate",
+    "mlp.experts": "mlp.experts.{}.gate_proj mlp.experts.{}.up_proj mlp.experts.{}.down_proj",
+    "mlp.shared_experts": "mlp.shared_expert.gate_proj mlp.shared_expert.up_proj mlp.shared_expert.down_proj",
+    "mlp.shared_experts.gate": "mlp.shared_expert_gate",
+    "embedding.word_embeddings": "model.embed_tokens",
+    "decoder.final_layernorm": "model.norm",
+    "decoder.final_norm": "model.norm",
+    "output_layer": "lm_head",
+}
+_LATENT = {
+    "self_attention.linear_q_proj": "self_attn.q_proj",
+    "self_attention.linear_q_down_proj": "self_attn.q_a_proj",
+    "self_attention.linear_q_up_proj": "self_attn.q_b_proj",
+    "self_attention.linear_kv_down_proj": "self_attn.kv_a_proj_with_mqa",
+    "self_attention.linear_kv_up_proj": "self_attn.kv_b_proj",
+    "self_attention.q_layernorm": "self_attn.q_a_layernorm",
+    "self_attention.kv_layernorm": "self_attn.kv_a_layernorm",
+    "mlp.shared_experts": "mlp.shared_experts.gate_proj mlp.shared_experts.up_proj mlp.shared_experts.down_proj",
+}
+PLAIN: dict[str, Container[Any]] = {
+    "norm": ("RMSNorm",),
+    "zero centred": (False,),
+    "mlp": ("gated silu",),
+    "position": ("rope",),
+    "rope scaling": ("none", "llama3", "linear"),
+    "partial rotary": (False,),
+    "interleaved rotary": (False,),
+    "bias": (False,),
+    "qkv bias": (False,),
+    "qk norm": (False,),
+    "window": ("no layer",),
+    "no rope": (False,),
+    "sinks": (False,),
+    "attention": ("heads of their own or in groups",),
+    "head_dim": _EITHER,
+    "shared keys": _EITHER,
+    "tied": _EITHER,
+    "experts": ("no layer",),
+    "router": ("softmax of the chosen",),
+    "topk": ("several",),
+    "groups": ("none",),
+    "router scale": (False,),
+    "expert bias": (False,),
+    "shared": ("none",),
+    "glu clamp": (False,),
+    "hybrid": (False,),
+    "not mapped": ("nothing",),
+}
+"""What the plainest architecture, Llama, can express: feature (features.py) -> values."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Family:
-    """How one family is spelled in Hugging Face.
+    """One architecture of Hugging Face.
 
-    `mlp` are the modules of gate, up and down in a layer; `{}` in them stands for the expert. `router` is the module that
-    chooses experts, empty in a dense model. `sizes` maps fields of transformers' config class to those of ModelConfig,
-    beside the ones that all families share; `constants` are fields that are the same for every model.
+    `accepts` are the features in which it differs from `PLAIN`; `names` the modules in which it differs from Llama and its
+    like, by Megatron's names, several for a fused one; `layer` is the prefix of a layer; `positions` are rows that its
+    table of positions has before the first position. `config_class` and `architecture` are transformers' own.
     """
 
     name: str
     config_class: str
     architecture: str
-    mlp: tuple[str, str, str]
-    router: str = ""
-    sizes: Mapping[str, str] = field(default_factory=dict)
-    constants: Mapping[str, Any] = field(default_factory=dict)
+    accepts: Mapping[str, Container[Any]] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+    layer: str = "model.layers.{}."
+    positions: int = 0
+
+    def modules(self, megatron: str) -> tuple[str, ...]:
+        """The Hugging Face modules of a module that Megatron calls so."""
+        return tuple((self.names.get(megatron) or _MODULES[megatron]).split())
+
+    def missing(self, config: ModelConfig) -> list[str]:
+        """The features of a model that this architecture cannot express, for people."""
+        accepts = PLAIN | dict(self.accepts)
+        found = {name: value for name, value in config.features.items() if value not in accepts[name]}
+        return [WORDS[name].format({True: "yes", False: "no"}.get(value, value)) for name, value in found.items()]
 
 
-LLAMA = Family(
-    name="Llama",
-    config_class="LlamaConfig",
-    architecture="LlamaForCausalLM",
-    mlp=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-    sizes={"intermediate_size": "ffn_hidden_size"},
-    constants={"attention_bias": False, "mlp_bias": False},
+_SPARSE = ("every layer", "all but the first layers", "some layers")
+_GELU = ("gelu", "gelu_tanh")
+_DEEPSEEK: dict[str, Container[Any]] = {
+    "attention": ("multi-latent attention",),
+    "qk norm": (True,),
+    "rope scaling": ("none", "yarn"),
+    "experts": ("every layer", "all but the first layers"),
+    "shared": ("yes",),
+    "router scale": _EITHER,
+}
+_MAMBA = {
+    "norm": "norm",
+    "mixer.in_proj": "mixer.in_proj",
+    "mixer.out_proj": "mixer.out_proj",
+    "mixer": "mixer",
+    "mixer.norm": "mixer.norm",
+    "mixer.conv1d": "mixer.conv1d",
+    "input_layernorm": "norm",
+    "pre_mlp_layernorm": "norm",
+    "self_attention.linear_qkv": "mixer.q_proj mixer.k_proj mixer.v_proj",
+    "self_attention.linear_proj": "mixer.o_proj",
+    "self_attention.core_attention": "mixer",
+    "mlp": "mixer.gate_proj mixer.up_proj mixer.down_proj",
+    "mlp.router": "mixer.gate",
+    "mlp.experts": "mixer.experts.{}.gate_proj mixer.experts.{}.up_proj mixer.experts.{}.down_proj",
+    "mlp.shared_experts": "mixer.shared_experts.gate_proj mixer.shared_experts.up_proj mixer.shared_experts.down_proj",
+    "embedding.word_embeddings": "backbone.embeddings",
+    "decoder.final_norm": "backbone.norm_f",
+}
+
+FAMILIES = (
+    Family("Llama", "LlamaConfig", "LlamaForCausalLM"),
+    Family("Mistral", "MistralConfig", "MistralForCausalLM", {"window": ("every layer",)}),
+    Family("Qwen2", "Qwen2Config", "Qwen2ForCausalLM", {"qkv bias": (True,), "head_dim": (False,), "window": ("no layer",)}),
+    Family("Qwen3", "Qwen3Config", "Qwen3ForCausalLM", {"qk norm": (True,)}),
+    Family(
+        "Nemotron",
+        "NemotronConfig",
+        "NemotronForCausalLM",
+        {
+            "norm": ("LayerNorm",),
+            "zero centred": (True,),
+            "mlp": ("squared_relu",),
+            "partial rotary": _EITHER,
+            "rope scaling": ("none", "linear"),
+        },
+    ),
+    Family(
+        "OPT",
+        "OPTConfig",
+        "OPTForCausalLM",
+        {
+            "norm": ("LayerNorm",),
+            "mlp": (*_GELU, "relu"),
+            "position": ("learned_absolute",),
+            "bias": (True,),
+            "qkv bias": (True,),
+            "head_dim": (False,),
+            "shared keys": (False,),
+        },
+        {
+            "input_layernorm": "self_attn_layer_norm",
+            "pre_mlp_layernorm": "final_layer_norm",
+            "self_attention.linear_proj": "self_attn.out_proj",
+            "mlp": "fc1 fc1 fc2",
+            "embedding.word_embeddings": "model.decoder.embed_tokens",
+            "embedding.position_embeddings": "model.decoder.embed_positions",
+            "decoder.final_layernorm": "model.decoder.final_layer_norm",
+        },
+        layer="model.decoder.layers.{}.",
+        positions=2,
+    ),
+    Family(
+        "StarCoder2",
+        "Starcoder2Config",
+        "Starcoder2ForCausalLM",
+        {
+            "norm": ("LayerNorm",),
+            "mlp": _GELU,
+            "bias": (True,),
+            "qkv bias": (True,),
+            "head_dim": (False,),
+            "window": ("no layer", "every layer"),
+        },
+        {"mlp": "mlp.c_fc mlp.c_fc mlp.c_proj"},
+    ),
+    Family(
+        "Mixtral",
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        {"experts": ("every layer",), "window": ("no layer", "every layer")},
+        {
+            "mlp.router": "block_sparse_moe.gate",
+            "mlp.experts": "block_sparse_moe.experts.{}.w1 block_sparse_moe.experts.{}.w3 block_sparse_moe.experts.{}.w2",
+        },
+    ),
+    Family(
+        "Qwen2-MoE",
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        {
+            "qkv bias": _EITHER,
+            "head_dim": (False,),
+            "experts": _SPARSE,
+            "shared": ("gated",),
+            "router": ("softmax of all", "softmax of the chosen"),
+            "topk": ("one", "several"),
+        },
+    ),
+    Family(
+        "Qwen3-MoE",
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {
+            "qk norm": (True,),
+            "experts": _SPARSE,
+            "router": ("softmax of all", "softmax of the chosen"),
+            "topk": ("one", "several"),
+        },
+    ),
+    Family(
+        "DeepSeek-V3",
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        _DEEPSEEK
+        | {
+            "router": ("sigmoid",),
+            "expert bias": (True,),
+            "groups": ("none", "by the best 2 of a group"),
+            "topk": ("several",),
+        },
+        _LATENT,
+    ),
+    Family(
+        "DeepSeek-V2",
+        "DeepseekV2Config",
+        "DeepseekV2ForCausalLM",
+        _DEEPSEEK
+        | {
+            "router": ("softmax of all",),
+            "groups": ("none", "by the best 1 of a group"),
+            "topk": ("one", "several"),
+        },
+        _LATENT,
+    ),
+    Family(
+        "Nemotron-H",
+        "NemotronHConfig",
+        "NemotronHForCausalLM",
+        {
+            "hybrid": (True,),
+            "position": ("none",),
+            "mlp": ("squared_relu",),
+            "experts": (*_SPARSE, "no layer"),
+            "router": ("sigmoid",),
+            "expert bias": (True,),
+            "groups": ("none", "by the best 2 of a group"),
+            "router scale": _EITHER,
+            "shared": ("yes",),
+        },
+        _MAMBA,
+        layer="backbone.layers.{}.",
+    ),
 )
-MIXTRAL = Family(
-    name="Mixtral",
-    config_class="MixtralConfig",
-    architecture="MixtralForCausalLM",
-    mlp=("block_sparse_moe.experts.{}.w1", "block_sparse_moe.experts.{}.w3", "block_sparse_moe.experts.{}.w2"),
-    router="block_sparse_moe.gate",
-    sizes={
-        "intermediate_size": "moe_ffn_hidden_size",
-        "num_local_experts": "num_experts",
-        "num_experts_per_tok": "moe_topk",
-    },
-)
+
+
+def family_of(config: ModelConfig) -> Family | None:
+    """The first architecture that expresses every feature of the model, or None."""
+    return next((family for family in FAMILIES if not family.missing(config)), None)
+
+
+def nearest(config: ModelConfig) -> Family:
+    """The architecture that lacks fewest of the model's features; its names stand for the logical projections."""
+    return family_of(config) or min(_alike(config), key=lambda family: len(family.missing(config)))
+
+
+def _alike(config: ModelConfig) -> list[Family]:
+    """The architectures whose names cover the model's modules."""
+    kinds = {name for name in ("attention", "hybrid", "position") if config.features[name] not in PLAIN[name]}
+    found = [
+        family for family in FAMILIES if all(config.features[name] in (PLAIN | dict(family.accepts))[name] for name in kinds)
+    ]
+    return found or list(FAMILIES)

@@ -5,12 +5,13 @@ The arithmetic is megatron-core's (models/gpt/gpt_model.py); hidden states are [
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mptq.arch.layer import Norm, rotary_embedding, transformer_config
+from mptq.arch.layer import Norm, transformer_config
+from mptq.arch.positions import angles
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -18,26 +19,26 @@ if TYPE_CHECKING:
     from mptq.arch.config import ModelConfig
 
 
-def embed(ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Hidden states [tokens, hidden] of token ids int64 [tokens], from the embedding [vocabulary, hidden]."""
-    return torch.nn.functional.embedding(ids, table)
+def embed(ids: torch.Tensor, tables: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Hidden states [..., length, hidden] of token ids int64 [..., length].
 
-
-@lru_cache(maxsize=64)
-def rotary(config: ModelConfig, length: int, device: torch.device) -> torch.Tensor:
-    """Rotary angles float32 [length, 1, 1, head_dim] of positions 0, 1, ...: megatron-core's, without its call of CUDA."""
-    angles = rotary_embedding(config)
-    angles.inv_freq = angles.inv_freq.to(device)
-    freqs = angles.get_freqs_non_repeated(length)
-    return torch.cat((freqs, freqs), dim=-1)[:, None, None, :]
+    `tables` are the embedding of words [vocabulary, hidden], and that of positions [positions, hidden] where there is one.
+    """
+    words, *positions = tables
+    states = torch.nn.functional.embedding(ids, words)
+    for table in positions:
+        states = states + table[: ids.shape[-1]]
+    return states
 
 
 @torch.no_grad()
 def run_layer(layer: TransformerLayer, config: ModelConfig, hidden: torch.Tensor) -> torch.Tensor:
     """One layer on hidden states [sequences, length, hidden], every sequence on its own from position 0."""
-    positions = rotary(config, hidden.shape[1], hidden.device)
+    rotary = None
+    if config.get("position_embedding_type") in ("rope", "yarn") and not config.latent:
+        rotary = angles(config, hidden.shape[1], hidden.device)
     # Megatron's order is [length, sequences, hidden].
-    out: torch.Tensor = layer(hidden.transpose(0, 1).contiguous(), attention_mask=None, rotary_pos_emb=positions)[0]
+    out: torch.Tensor = layer(hidden.transpose(0, 1).contiguous(), attention_mask=None, rotary_pos_emb=rotary)[0]
     return out.transpose(0, 1)
 
 
@@ -63,10 +64,11 @@ def weigh_output(expert: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def final_norm(hidden: torch.Tensor, norm: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Hidden states [tokens, hidden] after the final norm, whose weight is `norm` [hidden]."""
+def final_norm(hidden: torch.Tensor, weights: Sequence[torch.Tensor], config: ModelConfig) -> torch.Tensor:
+    """Hidden states [tokens, hidden] after the final norm, whose weight, and bias where it has one, are `weights` [hidden]."""
     module = Norm(transformer_config(config), config.hidden_size, eps=config.norm_epsilon)
-    module.weight = torch.nn.Parameter(norm, requires_grad=False)
+    for name, weight in zip(("weight", "bias"), weights, strict=False):
+        setattr(module, name, torch.nn.Parameter(weight, requires_grad=False))
     out: torch.Tensor = module(hidden)
     return out
 

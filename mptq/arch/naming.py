@@ -6,19 +6,26 @@ expert (`decoder.layers.3.mlp.experts.experts.5.linear_fc1.weight`). Where a che
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
-from mptq.arch.config import ModelConfig
+from mptq.arch.config import Kind, Latent, ModelConfig
+from mptq.arch.families import Family, nearest
 from mptq.arch.fusion import Fusion
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
     """One linear of a layer: its Megatron name, its Hugging Face modules, and how its rows belong to them.
 
-    `keys` are the tensors, equal parts of its rows, in which a Megatron model that ModelOpt compressed stores the weight.
+    `keys` are the tensors in which a Megatron model that ModelOpt compressed stores the weight, of `key_rows` rows each.
     `path` is the linear's module in megatron-core's layer where that is not its name: checkpoints number experts globally.
-    `expert` is the number of the expert that it belongs to.
+    `expert` is the number of the expert that it belongs to. `bias` says whether it has one.
     """
 
     megatron: str
@@ -28,6 +35,13 @@ class Linear:
     keys: tuple[str, ...] = ("weight",)
     path: str = ""
     expert: int | None = None
+    bias: bool = False
+    parts: tuple[int, ...] = ()
+
+    @property
+    def key_rows(self) -> tuple[int, ...]:
+        """Rows of each tensor of `keys`: equal parts, unless `parts` says otherwise."""
+        return self.parts or (self.shape[0] // len(self.keys),) * len(self.keys)
 
     @property
     def kind(self) -> str:
@@ -60,114 +74,287 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A tensor that keeps its precision: inner name, Hugging Face name, and the rows that Hugging Face keeps.
+    """A tensor that keeps its precision: inner name, shape, and the Hugging Face tensors that its rows belong to.
 
-    `key` is its key in a Megatron checkpoint where that is not the inner name: megatron-core's local layer spec stores
-    its norms under the names of Transformer Engine's fused linears.
+    `rows` are those that Hugging Face keeps of a padded vocabulary, after `before` rows of zeros; with `fusion`, the tensor
+    is split. `keys` are the last parts of the names in which a compressed Megatron model stores it, where it is in parts, of
+    `key_rows` rows each.
+    `path` is the parameter in megatron-core's layer where that is not its name. An `exact` one keeps its
+    dtype in the forward pass too.
     """
 
     megatron: str
-    hf: str
+    hf: tuple[str, ...]
     shape: tuple[int, ...]
-    hf_rows: int
-    key: str = ""
+    rows: int
+    fusion: Fusion | None = None
+    before: int = 0
+    keys: tuple[str, ...] = ()
+    parts: tuple[int, ...] = ()
+    path: str = ""
+    exact: bool = False
 
     @property
-    def hf_shape(self) -> tuple[int, ...]:
-        """Shape without the rows of the vocabulary's padding."""
-        return self.hf_rows, *self.shape[1:]
+    def key_rows(self) -> tuple[int, ...]:
+        """Rows of each tensor of `keys`."""
+        return self.parts or (self.shape[0] // max(1, len(self.keys)),) * len(self.keys)
+
+    @property
+    def parameter(self) -> str:
+        """The parameter or buffer in megatron-core's layer."""
+        return self.path or self.megatron
+
+    def for_hf(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors of `hf_shapes` that `tensor` becomes."""
+        if self.fusion is not None:
+            return self.fusion.split(tensor)
+        if not self.before:
+            return [tensor[: self.rows]]
+        padded = tensor.new_zeros(self.before + self.rows, *self.shape[1:])
+        padded[self.before :] = tensor[: self.rows]
+        return [padded]
+
+    @property
+    def hf_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape of each Hugging Face tensor."""
+        if self.fusion is not None:
+            return tuple((rows, *self.shape[1:]) for rows in self.fusion.rows)
+        return ((self.before + self.rows, *self.shape[1:]),)
 
 
 CORE_ATTENTION = "self_attention.core_attention"
 """The module of a layer that sees K and V as the cache holds them: after the rotary embedding."""
 
 
-def layer_linears(config: ModelConfig) -> tuple[Linear, ...]:
+@lru_cache(maxsize=8)
+def names(config: ModelConfig) -> Family:
+    """The architecture whose names the model's logical projections bear."""
+    return nearest(config)
+
+
+@lru_cache(maxsize=64)
+def layer_linears(config: ModelConfig, layer: int) -> tuple[Linear, ...]:
     """The linears of one layer, in the order of the forward pass."""
-    heads_per_group = config.num_attention_heads // config.num_query_groups
-    qkv = Fusion(config.num_query_groups, (heads_per_group * config.head_dim, config.head_dim, config.head_dim))
-    plain = Fusion(1, (config.hidden_size,))
-    attention = (
-        Linear(
-            "self_attention.linear_qkv",
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            qkv,
-            config.hidden_size,
-        ),
-        Linear("self_attention.linear_proj", ("self_attn.o_proj",), plain, config.num_attention_heads * config.head_dim),
-    )
-    names = config.family.mlp
-    if not config.num_experts:
-        return attention + _mlp("mlp", names, config.hidden_size, config.ffn_hidden_size)
-    experts = (
-        _mlp(
-            f"mlp.experts.experts.{expert}",
-            tuple(name.format(expert) for name in names),
-            config.hidden_size,
-            config.moe_ffn_hidden_size,
-            expert,
-        )
-        for expert in range(config.num_experts)
-    )
-    return attention + tuple(linear for expert in experts for linear in expert)
+    return _linears(config, config.kinds[layer])
 
 
-def _mlp(megatron: str, hf: tuple[str, ...], hidden: int, ffn: int, expert: int | None = None) -> tuple[Linear, Linear]:
-    """The two linears of an MLP, dense or an expert; `hf` names its gate, up and down."""
-    gate, up, down = hf
-    path = megatron if expert is None else f"mlp.experts.local_experts.{expert}"
-    return (
-        Linear(
-            f"{megatron}.linear_fc1",
-            (gate, up),
-            Fusion(1, (ffn, ffn)),
-            hidden,
-            ("weight_w", "weight_v"),
-            f"{path}.linear_fc1",
-            expert,
-        ),
-        Linear(f"{megatron}.linear_fc2", (down,), Fusion(1, (hidden,)), ffn, path=f"{path}.linear_fc2", expert=expert),
-    )
-
-
-def layer_copies(config: ModelConfig) -> tuple[Copy, ...]:
+@lru_cache(maxsize=64)
+def layer_copies(config: ModelConfig, layer: int) -> tuple[Copy, ...]:
     """The tensors of one layer that keep their precision.
 
     Matrices among them (the router) are linears to engines, which expect them in FP8 unless they are excluded by name.
     """
+    return _copies(config, config.kinds[layer])
+
+
+@lru_cache(maxsize=16)
+def _linears(config: ModelConfig, kind: Kind) -> tuple[Linear, ...]:
+    return (*_MIXERS[kind.mixer](config), *_FFNS[kind.ffn](config))
+
+
+@lru_cache(maxsize=16)
+def _copies(config: ModelConfig, kind: Kind) -> tuple[Copy, ...]:
+    biases = (_bias(linear) for linear in _linears(config, kind) if linear.bias)
+    return (*_layer_norms(config, kind), *_OTHERS[kind.mixer](config), *_OTHERS[kind.ffn](config), *biases)
+
+
+def _none(_config: ModelConfig) -> Iterator[Linear]:
+    return iter(())
+
+
+def _attention(config: ModelConfig) -> Iterator[Linear]:
+    heads = config.num_attention_heads // config.num_query_groups
+    width = config.head_dim
+    hf, hidden = names(config).modules, config.hidden_size
+    qkv, proj = "self_attention.linear_qkv", "self_attention.linear_proj"
+    fusion = Fusion(config.num_query_groups, (heads * width, width, width))
+    yield Linear(qkv, hf(qkv), fusion, hidden, bias=config.bias or bool(config.get("add_qkv_bias")))
+    yield Linear(proj, hf(proj), Fusion(1, (hidden,)), config.num_attention_heads * width, bias=config.bias)
+
+
+def _latent(config: ModelConfig) -> Iterator[Linear]:
+    sizes, heads, hidden = config.latent, config.num_attention_heads, config.hidden_size
+    assert sizes is not None
+    queries = heads * (sizes.qk_dim + sizes.rotary_dim)
+    shapes = {"q_down_proj": (sizes.q_rank, hidden), "q_up_proj": (queries, sizes.q_rank)}
+    shapes = shapes if sizes.q_rank else {"q_proj": (queries, hidden)}
+    shapes |= {
+        "kv_down_proj": (sizes.kv_rank + sizes.rotary_dim, hidden),
+        "kv_up_proj": (heads * (sizes.qk_dim + sizes.v_dim), sizes.kv_rank),
+        "proj": (hidden, heads * sizes.v_dim),
+    }
+    for name, (rows, columns) in shapes.items():
+        megatron = f"self_attention.linear_{name}"
+        bias = config.bias and name == "proj"
+        yield Linear(megatron, names(config).modules(megatron), Fusion(1, (rows,)), columns, bias=bias)
+
+
+def _mamba(config: ModelConfig) -> Iterator[Linear]:
+    inner, states, heads = _mamba_sizes(config)
+    parts = (inner, inner, states, states, heads)
+    keys = tuple(f"weight.{name}" for name in ("z", "x", "B", "C", "dt"))
+    first, second = "mixer.in_proj", "mixer.out_proj"
+    yield Linear(first, names(config).modules(first), Fusion(1, (sum(parts),)), config.hidden_size, keys, parts=parts)
+    yield Linear(second, names(config).modules(second), Fusion(1, (config.hidden_size,)), inner)
+
+
+def _mamba_sizes(config: ModelConfig) -> tuple[int, int, int]:
+    """Channels of a Mamba layer, channels of its states' inputs (groups * state size), and heads."""
+    width = int(config.get("mamba_head_dim"))
+    heads = int(config.get("mamba_num_heads") or 2 * config.hidden_size // width)
+    return heads * width, int(config.get("mamba_num_groups")) * int(config.get("mamba_state_dim")), heads
+
+
+def _dense(config: ModelConfig) -> Iterator[Linear]:
+    return _mlp(config, "mlp", config.ffn_hidden_size)
+
+
+def _sparse(config: ModelConfig) -> Iterator[Linear]:
+    for expert in range(config.num_experts):
+        yield from _mlp(config, "mlp.experts", config.moe_ffn_hidden_size, expert)
+    if config.shared_ffn_hidden_size:
+        yield from _mlp(config, "mlp.shared_experts", config.shared_ffn_hidden_size)
+
+
+def _mlp(config: ModelConfig, owner: str, ffn: int, expert: int | None = None) -> Iterator[Linear]:
+    """The two linears of an MLP: dense, shared, or one of the experts."""
+    gate, up, down = (name.format(expert) for name in names(config).modules(owner))
+    megatron = path = owner
+    if expert is not None:
+        megatron, path = f"{owner}.experts.{expert}", f"{owner}.local_experts.{expert}"
+    first = ((gate, up), Fusion(1, (ffn, ffn)), ("weight_w", "weight_v"))
+    hf, fusion, keys = first if config.gated else ((up,), Fusion(1, (ffn,)), ("weight",))
+    hidden, bias = config.hidden_size, config.bias
+    yield Linear(f"{megatron}.linear_fc1", hf, fusion, hidden, keys, f"{path}.linear_fc1", expert, bias)
+    yield Linear(f"{megatron}.linear_fc2", (down,), Fusion(1, (hidden,)), ffn, ("weight",), f"{path}.linear_fc2", expert, bias)
+
+
+_MIXERS = {"attention": _attention, "mla": _latent, "mamba": _mamba, "": _none}
+_FFNS = {"mlp": _dense, "moe": _sparse, "": _none}
+
+
+def _bias(linear: Linear) -> Copy:
+    rows = linear.shape[0]
+    fusion = None if linear.fusion.plain else linear.fusion
+    hf = tuple(f"{name}.bias" for name in linear.hf)
+    keys = tuple(key.replace("weight", "bias") for key in linear.keys) if len(linear.keys) > 1 else ()
+    return Copy(f"{linear.megatron}.bias", hf, (rows,), rows, fusion, keys=keys, path=f"{linear.module}.bias")
+
+
+def _same(config: ModelConfig, name: str, shape: tuple[int, ...], module: str = "") -> Copy:
+    """The parameter `name` of a module, which Hugging Face has under the same last name unless `module` says otherwise."""
+    owner, _, last = name.rpartition(".")
+    (hf,) = names(config).modules(module or owner)
+    return Copy(name, (f"{hf}.{last}",), shape, shape[0])
+
+
+def _norm(config: ModelConfig, owner: str, size: int) -> Iterator[Copy]:
+    yield _same(config, f"{owner}.weight", (size,))
+    if config.get("normalization") == "LayerNorm":
+        yield _same(config, f"{owner}.bias", (size,))
+
+
+def _layer_norms(config: ModelConfig, kind: Kind) -> Iterator[Copy]:
     hidden = config.hidden_size
-    norms = (
-        Copy(
-            "input_layernorm.weight",
-            "input_layernorm.weight",
-            (hidden,),
-            hidden,
-            "self_attention.linear_qkv.layer_norm_weight",
-        ),
-        Copy(
-            "pre_mlp_layernorm.weight",
-            "post_attention_layernorm.weight",
-            (hidden,),
-            hidden,
-            "mlp.linear_fc1.layer_norm_weight",
-        ),
-    )
-    if not config.num_experts:
-        return norms
-    router = f"{config.family.router}.weight"
-    return (*norms, Copy("mlp.router.weight", router, (config.num_experts, hidden), config.num_experts))
+    if kind.mixer == "mamba":
+        yield from _norm(config, "norm", hidden)
+    elif kind.mixer:
+        yield from _norm(config, "input_layernorm", hidden)
+    if kind.ffn:
+        yield from _norm(config, "pre_mlp_layernorm", hidden)
 
 
-def outer_copies(config: ModelConfig) -> tuple[Copy, ...]:
-    """The tensors outside the layers; the first stands before them, the others after."""
-    hidden, padded, vocab = config.hidden_size, config.padded_vocab_size, config.vocab_size
-    copies = [
-        Copy("embedding.word_embeddings.weight", "model.embed_tokens.weight", (padded, hidden), vocab),
-        Copy("decoder.final_layernorm.weight", "model.norm.weight", (hidden,), hidden),
-    ]
+def _no_copies(_config: ModelConfig) -> Iterator[Copy]:
+    return iter(())
+
+
+def _attention_copies(config: ModelConfig) -> Iterator[Copy]:
+    if config.get("qk_layernorm"):
+        yield from _norm(config, "self_attention.q_layernorm", config.head_dim)
+        yield from _norm(config, "self_attention.k_layernorm", config.head_dim)
+    if config.get("softmax_type") == "learnable":
+        heads = config.num_attention_heads
+        (owner,) = names(config).modules(CORE_ATTENTION)
+        yield Copy(f"{CORE_ATTENTION}.softmax_offset", (f"{owner}.sinks",), (heads,), heads)
+
+
+def _latent_copies(config: ModelConfig) -> Iterator[Copy]:
+    assert isinstance(config.latent, Latent)
+    if config.get("qk_layernorm"):
+        if config.latent.q_rank:
+            yield from _norm(config, "self_attention.q_layernorm", config.latent.q_rank)
+        yield from _norm(config, "self_attention.kv_layernorm", config.latent.kv_rank)
+
+
+_KERNEL = 4
+"""Width of the causal convolution, which megatron-core does not let a model choose (ssm/mamba_mixer.py)."""
+
+
+def _mamba_copies(config: ModelConfig) -> Iterator[Copy]:
+    inner, states, heads = _mamba_sizes(config)
+    channels = inner + 2 * states
+    for name, shape in (("weight", (channels, 1, _KERNEL)), ("bias", (channels,))):
+        keys = tuple(f"{name}.{part}" for part in ("x", "B", "C"))
+        copy = _same(config, f"mixer.conv1d.{name}", shape, "mixer.conv1d")
+        yield replace(copy, keys=keys, parts=(inner, states, states), path=f"mixer.conv1d_{name}")
+    for name in ("A_log", "D", "dt_bias"):
+        yield _same(config, f"mixer.{name}", (heads,))
+    yield _same(config, "mixer.norm.weight", (inner,), "mixer.norm")
+
+
+def _sparse_copies(config: ModelConfig) -> Iterator[Copy]:
+    experts, hidden = config.num_experts, config.hidden_size
+    yield _same(config, "mlp.router.weight", (experts, hidden))
+    (router,) = names(config).modules("mlp.router")
+    if config.get("moe_router_enable_expert_bias"):
+        name = f"{router}.e_score_correction_bias"
+        yield Copy("mlp.router.expert_bias", (name,), (experts,), experts, exact=True)
+    if config.bias:
+        yield _same(config, "mlp.router.bias", (experts,))
+    if config.shared_ffn_hidden_size and config.get("moe_shared_expert_gate"):
+        (gate,) = names(config).modules("mlp.shared_experts.gate")
+        yield Copy("mlp.shared_experts.gate_weight", (f"{gate}.weight",), (1, hidden), 1)
+
+
+_OTHERS = {
+    "attention": _attention_copies,
+    "mla": _latent_copies,
+    "mamba": _mamba_copies,
+    "moe": _sparse_copies,
+    "mlp": _no_copies,
+    "": _no_copies,
+}
+
+
+@lru_cache(maxsize=8)
+def outer_copies(config: ModelConfig) -> tuple[tuple[Copy, ...], tuple[Copy, ...]]:
+    """The tensors before the layers, words first, and those after them, the final norm first and the output layer last."""
+    return tuple(_before(config)), tuple(_after(config))
+
+
+def _before(config: ModelConfig) -> Iterator[Copy]:
+    hidden = config.hidden_size
+    yield _vocabulary(config, "embedding.word_embeddings")
+    if config.get("position_embedding_type") == "learned_absolute":
+        module, count = "embedding.position_embeddings", config.max_position_embeddings
+        hf = names(config).modules(module) if names(config).positions else (module,)
+        yield Copy(f"{module}.weight", (f"{hf[0]}.weight",), (count, hidden), count, before=names(config).positions)
+
+
+def _after(config: ModelConfig) -> Iterator[Copy]:
+    yield from _norm(config, final_norm(config), config.hidden_size)
     if not config.tied_embeddings:
-        copies.append(Copy("output_layer.weight", "lm_head.weight", (padded, hidden), vocab))
-    return tuple(copies)
+        yield _vocabulary(config, "output_layer")
+
+
+def final_norm(config: ModelConfig) -> str:
+    """The module that follows the layers."""
+    return "decoder.final_norm" if config.get("hybrid_layer_pattern") else "decoder.final_layernorm"
+
+
+def _vocabulary(config: ModelConfig, owner: str) -> Copy:
+    (hf,) = names(config).modules(owner)
+    return Copy(f"{owner}.weight", (f"{hf}.weight",), (config.padded_vocab_size, config.hidden_size), config.vocab_size)
 
 
 def megatron_layer(index: int) -> str:
@@ -175,6 +362,6 @@ def megatron_layer(index: int) -> str:
     return f"decoder.layers.{index}."
 
 
-def hf_layer(index: int) -> str:
+def hf_layer(config: ModelConfig, index: int) -> str:
     """Prefix of a layer's Hugging Face names."""
-    return f"model.layers.{index}."
+    return names(config).layer.format(index)

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+_UNREADABLE = (OSError, ValueError, TypeError, AttributeError, LookupError, ImportError)
+"""What transformers raises for files that are missing or malformed, for code of its own, and for packages it lacks."""
+
+
 def tokenizer_directory(source: Path | str) -> Path:
     """The directory of a tokenizer, given itself or a file inside of it; raises DataError when there is none."""
     path = Path(source)
@@ -30,7 +34,10 @@ def load_tokenizer(source: Path | str, trust_remote_code: bool = False) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # for a file that it cannot read, `tokenizers` raises Exception itself
+    except Exception as error:
+        # For a file that it cannot read, `tokenizers` raises Exception itself, of no class of its own.
+        if type(error) is not Exception and not isinstance(error, _UNREADABLE):
+            raise
         raise DataError(f"tokenizer {directory} cannot be loaded: {one_line(error)}") from error
 
 

@@ -1,48 +1,33 @@
 """The safe metadata index: every tensor and byte item of a torch_dist checkpoint, and where its bytes are. No torch.
 
-Format: `.metadata` is a pickle of torch.distributed.checkpoint.metadata.Metadata; shards are `*.distcp` files in which
-each chunk is a whole `torch.save` file at an offset (torch/distributed/checkpoint/filesystem.py).
+Format: `.metadata` says what there is (metadata.py); shards are `*.distcp` files in which each chunk is a whole
+`torch.save` file at an offset (torch/distributed/checkpoint/filesystem.py, records.py).
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+import os
+import stat
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from operator import add, attrgetter, gt
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mptq.checkpoint.layout import Location, locate
-from mptq.checkpoint.pickles import Inert, load_pickle, load_torch_zip
+from mptq.checkpoint.metadata import Chunk, Tensor, parse
+from mptq.checkpoint.pickles import Inert, gc_paused
+from mptq.checkpoint.records import Record, load_torch_file, open_record
+from mptq.checkpoint.sources import run_config
 from mptq.errors import CheckpointError
-from mptq.types import DTYPE_BYTES, TensorSpec
+from mptq.types import TensorSpec
 
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """`length` bytes at `offset` of `file`, relative to the checkpoint directory: one `torch.save` file."""
-
-    file: str
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A box of a tensor, at `offsets` with extents `sizes`, and where it is stored."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    record: Record
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """A tensor of the checkpoint with its chunks."""
-
-    spec: TensorSpec
-    chunks: tuple[Chunk, ...]
+__all__ = ["Checkpoint", "Chunk", "Record", "Tensor", "open_checkpoint", "read_blob"]
+_METADATA = 4 << 30  # bytes of the largest metadata file: a trillion parameters take 100 MB
+_DEPTH, _VALUES = 100, 1_000_000  # of the training arguments, which are about 800 in 4 levels
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +35,8 @@ class Checkpoint:
     """Everything that the metadata says: nothing is read from the shards but the training run's arguments.
 
     `args` is the Namespace of the training run as a dict, its enums and other classes inert, and `args_source` names
-    where it was found. `fingerprint` is the SHA-256 of `.metadata`.
+    where it was found. `config` is the run config beside the weights, plain data with `model` and `tokenizer`, and
+    `config_source` its file. `fingerprint` is the SHA-256 of `.metadata`.
     """
 
     location: Location
@@ -59,6 +45,8 @@ class Checkpoint:
     args: Mapping[str, Any]
     args_source: str
     fingerprint: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    config_source: str = "no run config"
 
     @property
     def directory(self) -> Path:
@@ -71,87 +59,69 @@ class Checkpoint:
         return {name: tensor.spec for name, tensor in self.tensors.items()}
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Index the checkpoint at `path` (a root or an `iter_*` directory).
+def open_checkpoint(path: Path, iteration: int | None = None) -> Checkpoint:
+    """Index the checkpoint at `path` (a root, of which `iteration` picks one, or one directory; see layout.py).
 
-    Raises CheckpointError when it is damaged: unreadable metadata, a missing or truncated shard file, missing chunks.
-    Memory: the index only, about 1 kB a chunk.
+    Raises CheckpointError when it is damaged: unreadable metadata, a missing or truncated shard file, missing or overlapping
+    chunks or records. Memory: about 2 kB a chunk while the metadata is read, and 300 bytes after.
     """
-    location = locate(path)
+    location = locate(path, iteration)
     metadata_file = location.directory / ".metadata"
+    if metadata_file.stat().st_size > _METADATA:
+        raise CheckpointError(f"{metadata_file} has {metadata_file.stat().st_size} bytes: that is not a checkpoint's metadata")
     raw = metadata_file.read_bytes()
-    metadata = load_pickle(raw, str(metadata_file))
-    try:
-        tensors, blobs = _entries(metadata)
-    except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
-        raise CheckpointError(f"{metadata_file} is not the metadata of a torch_dist checkpoint ({error!r})") from error
-    records = [chunk.record for tensor in tensors.values() for chunk in tensor.chunks] + list(blobs.values())
-    _check_files(location.directory, records)
-    for tensor in tensors.values():
-        _check_complete(tensor)
+    with gc_paused():
+        tensors, blobs = parse(raw, str(metadata_file))
+        chunks = chain.from_iterable(tensor.chunks for tensor in tensors.values())
+        _check_records(location.directory, chain((chunk.record for chunk in chunks), blobs.values()))
     args, args_source = _args(location.directory, blobs)
-    return Checkpoint(location, tensors, blobs, args, args_source, hashlib.sha256(raw).hexdigest())
+    config, config_source = run_config(location)
+    digest = hashlib.sha256(raw).hexdigest()
+    return Checkpoint(location, tensors, blobs, args, args_source, digest, config, config_source)
 
 
-def _entries(metadata: Inert) -> tuple[dict[str, Tensor], dict[str, Record]]:
-    """The tensors and byte items of an inert `Metadata`."""
-    records: dict[tuple[str, tuple[int, ...] | None], Record] = {}
-    for index, info in metadata.state["storage_data"].items():
-        offset = index.state.get("offset")  # torch leaves out fields that are None
-        place = None if offset is None else _size(offset)
-        records[index.state["fqn"], place] = Record(*(info.state[key] for key in ("relative_path", "offset", "length")))
-
-    tensors, blobs = {}, {}
-    for name, entry in metadata.state["state_dict_metadata"].items():
-        if entry.global_name.endswith(".BytesStorageMetadata"):
-            blobs[name] = records[name, None]
-            continue
-        dtype = entry.state["properties"].state[0].global_name.removeprefix("torch.")
-        if dtype not in DTYPE_BYTES:
-            raise ValueError(f"{name} has the unknown dtype {dtype}")
-        chunks = []
-        for chunk in entry.state["chunks"]:
-            offsets = _size(chunk.state["offsets"])
-            chunks.append(Chunk(offsets, _size(chunk.state["sizes"]), records[name, offsets]))
-        tensors[name] = Tensor(TensorSpec(name, dtype, _size(entry.state["size"])), tuple(chunks))
-    return tensors, blobs
-
-
-def _size(value: Any) -> tuple[int, ...]:
-    """The dimensions of an inert torch.Size."""
-    return tuple(int(dim) for dim in value.args[0])
-
-
-def _check_files(directory: Path, records: list[Record]) -> None:
-    """Every record lies within its file, and no file lies outside the checkpoint."""
-    ends: dict[str, int] = {}
+def _check_records(directory: Path, records: Iterable[Record]) -> None:
+    """Every record lies within its file and overlaps no other, and no file lies outside the checkpoint."""
+    files: defaultdict[str, list[Record]] = defaultdict(list)
     for record in records:
-        ends[record.file] = max(ends.get(record.file, 0), record.offset + record.length)
-    for name, end in sorted(ends.items()):
-        file = directory / name
-        if Path(name).name != name:
-            raise CheckpointError(f"{directory}/.metadata names the shard {name!r}, which is outside the checkpoint")
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing: copy the whole checkpoint")
-        if file.stat().st_size < end:
-            raise CheckpointError(f"{file} is cut short: {file.stat().st_size} bytes of at least {end}; copy it again")
+        files[record.file].append(record)
+    for name, places in sorted(files.items()):
+        size = _shard_size(directory, name)
+        if set(map(type, chain(map(_offset, places), map(_length, places)))) != {int}:
+            raise CheckpointError(f"{directory}/.metadata has records of {name} that are no places in a file: it is damaged")
+        places.sort(key=_offset)
+        offsets = list(map(_offset, places))
+        ends = list(map(add, offsets, map(_length, places)))
+        if offsets[0] < 0 or any(map(gt, offsets, ends)) or any(map(gt, ends, offsets[1:])):
+            raise CheckpointError(f"{directory}/.metadata has records of {name} that overlap: the checkpoint is damaged")
+        if size < ends[-1]:
+            raise CheckpointError(f"{directory / name} is cut short: {size} bytes of at least {ends[-1]}; copy it again")
 
 
-def _check_complete(tensor: Tensor) -> None:
-    """The chunks have as many elements as the tensor."""
-    stored = sum(math.prod(chunk.sizes) for chunk in tensor.chunks)
-    if stored != tensor.spec.numel:
-        raise CheckpointError(
-            f"{tensor.spec.name} {list(tensor.spec.shape)} has chunks for {stored} of {tensor.spec.numel} elements: "
-            "the checkpoint is incomplete"
-        )
+_offset, _length = attrgetter("offset"), attrgetter("length")
+
+
+def _shard_size(directory: Path, name: str) -> int:
+    """Bytes of a shard, which is a file (or a link to one) whose name stays within the directory."""
+    path = PurePosixPath(name) if name.isprintable() else PurePosixPath("..")
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in name:
+        raise CheckpointError(f"{directory}/.metadata names the shard {ascii(name)[:200]}, which is outside the checkpoint")
+    try:
+        found = (directory / path).stat()
+    except OSError as error:
+        raise CheckpointError(f"{directory / path} is missing ({error.strerror}): copy the whole checkpoint") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"{directory / path} is not a file: copy the whole checkpoint")
+    return found.st_size
 
 
 def read_blob(directory: Path, record: Record) -> bytes:
-    """The bytes of a byte item: one `torch.save` file."""
-    with (directory / record.file).open("rb") as file:
-        file.seek(record.offset)
-        return file.read(record.length)
+    """The bytes of a byte item, one `torch.save` file; raises CheckpointError when they are not what was written."""
+    file = directory / record.file
+    with open_record(file, f"{file} at byte {record.offset}", record.offset, record.length) as archive:
+        for name, member in archive.members.items():
+            archive.read(name, member.size)
+        return os.pread(archive.descriptor, record.length, record.offset)
 
 
 def _args(directory: Path, blobs: Mapping[str, Record]) -> tuple[dict[str, Any], str]:
@@ -159,13 +129,39 @@ def _args(directory: Path, blobs: Mapping[str, Record]) -> tuple[dict[str, Any],
     common = directory / "common.pt"
     item = next((name for name in blobs if name.partition("/")[0] == "common_state"), None)
     if common.is_file():
-        source, state = "common.pt", load_torch_zip(common.read_bytes(), str(common))
+        source, where = "common.pt", str(common)
+        state = load_torch_file(common, where)
     elif item is not None:
-        source, state = "common_state", load_torch_zip(read_blob(directory, blobs[item]), f"{directory}: {item}")
+        source, where = "common_state", f"{directory}: {item}"
+        state = load_torch_file(directory / blobs[item].file, where, blobs[item])
         state = state[0] if isinstance(state, list) and state else state
     else:
         return {}, "nowhere"
     args = state.get("args") if isinstance(state, dict) else None
     if isinstance(args, Inert) and isinstance(args.state, dict):
+        _require_plain(args.state, where)
         return args.state, f"args in {source}"
     return {}, f"no args in {source}"
+
+
+def _require_plain(args: dict[Any, Any], where: str) -> None:
+    """The arguments can be printed: they are not too many, nest little, and their text is whole characters."""
+    values: list[Any] = [args]
+    for _ in range(_DEPTH):
+        values = list(islice(chain.from_iterable(map(_inside, values)), _VALUES))
+        if not values:
+            return
+        if len(values) == _VALUES:
+            break
+        if any(isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value) for value in values):
+            raise CheckpointError(f"{where}: the arguments have text that is not Unicode: the checkpoint is damaged")
+    raise CheckpointError(f"{where}: the arguments are too many or nest too deeply: the checkpoint is damaged")
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    """What a value holds directly; a pickle can make that itself."""
+    if isinstance(value, dict):
+        return chain(value, value.values())
+    if isinstance(value, Inert):
+        return (*value.args, value.state)
+    return value if isinstance(value, list | tuple | set | frozenset) else ()

@@ -1,40 +1,56 @@
 """Read pickles without executing anything from them, and without torch.
 
-A pickle is a program that may call any importable function. Here every global except a few plain containers becomes a
-subclass of `Inert`: a record of the name, the arguments and the state that the pickle gave it. Nothing is imported.
+A pickle is a program that may call any importable function. Here every global becomes a subclass of `Inert`: a record of
+the name, the arguments and the state that the pickle gave it. Nothing is imported. What is made of the few globals in
+`_PLAIN`, and of those that a caller names, cannot hold or cost more than the bytes that describe it.
 """
 
 from __future__ import annotations
 
-import collections
+import gc
 import io
 import pickle
-import zipfile
-from functools import cache
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
+from mptq.checkpoint.opcodes import OpcodeError, check
 from mptq.errors import CheckpointError
 
-_CONTAINERS = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("builtins", "set"): set,
-    ("builtins", "frozenset"): frozenset,
-    ("builtins", "bytearray"): bytearray,
-    ("builtins", "complex"): complex,
-}
+_GLOBALS = 4096  # distinct ones in a pickle; a class takes 1 kB, and checkpoints name dozens
+_TUPLES = 10_000  # nested tuples whose hash fits any thread's stack
+_HASH_FRAME = 256  # bytes of stack for the hash of a tuple inside of another: more than twice what it takes
+_DAMAGE = (
+    pickle.UnpicklingError,
+    OpcodeError,
+    EOFError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    OverflowError,
+    MemoryError,
+)
 
 
 class Inert:
-    """Stands for an object of a class that is not imported; `global_name` is that class, as in `torch.Size`."""
+    """Stands for an object of a class that is not imported; `global_name` is that class, as in `torch.Size`.
 
+    It has two slots and no more, so that a pickle cannot give it attributes of other names.
+    """
+
+    __slots__ = ("args", "state")
     global_name = ""
-    args: tuple[Any, ...] = ()
-    state: Any = None
+    args: tuple[Any, ...]
+    state: Any
 
     def __new__(cls, *args: Any, **_kwargs: Any) -> Inert:
         """Record the arguments; nothing else happens."""
         self = object.__new__(cls)
         self.args = args
+        self.state = None
         return self
 
     def __init__(self, *_args: Any, **_kwargs: Any) -> None:
@@ -56,43 +72,123 @@ class Inert:
         """Ignore the items of a dict subclass."""
 
     def __repr__(self) -> str:
-        shown = ", ".join(map(repr, self.args))
-        return f"{self.global_name}({shown})"
+        # What is inside of an argument is not shown: a pickle can make it contain itself.
+        shown = (repr(arg) if isinstance(arg, str | int | float | None) else "..." for arg in self.args)
+        return f"{self.global_name}({', '.join(shown)})"
 
 
-@cache
-def _inert_class(module: str, name: str) -> type[Inert]:
-    return type(name, (Inert,), {"global_name": f"{module}.{name}"})
+class Call:
+    """A function that a pickle may call. A pickle may also give any object on its stack a state: this one takes none."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        """What the function makes of the arguments."""
+        return self._function(*args)
+
+    def __setstate__(self, state: Any) -> NoReturn:
+        raise pickle.UnpicklingError("a function has no state")
+
+
+class _Elements:
+    """The lists that sets are made of: every element has been written once, so copies of them are no more than the bytes."""
+
+    def __init__(self, most: int) -> None:
+        self.left = most
+
+    def __call__(self, items: Any) -> list[Any]:
+        if type(items) is not list or len(items) > self.left:
+            raise pickle.UnpicklingError("a set of something else than a list of its own")
+        self.left -= len(items)
+        return items
 
 
 class _Unpickler(pickle.Unpickler):
+    def __init__(self, data: bytes, known: Mapping[str, Any]) -> None:
+        super().__init__(io.BytesIO(data))
+        elements = _Elements(len(data))
+        # No function here refers to the unpickler: in a cycle, its memo would outlive it.
+        self._globals: dict[str, Any] = {
+            "collections.OrderedDict": Call(dict[Any, Any]().copy),  # its items follow
+            "builtins.set": Call(lambda items: set(elements(items))),
+            "builtins.frozenset": Call(lambda items: frozenset(elements(items))),
+            **known,
+        }
+
     def find_class(self, module: str, name: str) -> Any:
-        return _CONTAINERS.get((module, name)) or _inert_class(module, name)
+        # The protocols up to 2, torch.save's among them, call the builtins what Python 2 did.
+        full = f"{'builtins' if module == '__builtin__' else module}.{name}"
+        found = self._globals.get(full)
+        if found is None:
+            if len(self._globals) >= _GLOBALS:
+                raise pickle.UnpicklingError(f"more than {_GLOBALS} globals")
+            found = self._globals[full] = type(name, (Inert,), {"__slots__": (), "global_name": full})
+        return found
 
     def persistent_load(self, pid: Any) -> Any:
         """Tensor storages are named here and never read."""
-        return _inert_class("torch", "Storage")(pid)
+        return self.find_class("torch", "Storage")(pid)
 
 
-def load_pickle(data: bytes, where: str) -> Any:
-    """The object that the pickle `data` describes, with every unknown class inert.
+def load_pickle(data: bytes, where: str, known: Mapping[str, Any] | None = None) -> Any:
+    """The object that the pickle `data` describes, with every class inert but those in `known`, by their full names.
 
-    Raises CheckpointError naming `where` when `data` is not a whole pickle.
+    Raises CheckpointError naming `where` when `data` is not a whole pickle of plain data. Memory: at most 300 bytes for
+    each byte of `data`.
     """
     try:
-        return _Unpickler(io.BytesIO(data)).load()
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        raise CheckpointError(f"{where} is not a readable pickle ({error}): the checkpoint is damaged") from error
+        check(data)
+        with gc_paused():
+            return _with_stack_for(data, _Unpickler(data, known or {}).load)
+    except _DAMAGE as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{where} is not a readable pickle ({reason}): the checkpoint is damaged") from error
 
 
-def load_torch_zip(data: bytes, where: str) -> Any:
-    """The object in a file that `torch.save` wrote, given as bytes; its tensors stay inert.
-
-    Raises CheckpointError naming `where` when `data` is no such file.
-    """
+@contextmanager
+def gc_paused() -> Iterator[None]:
+    """Nothing becomes garbage while an index is made, and looking for it takes longer than making it."""
+    enabled = gc.isenabled()
+    gc.disable()
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            member = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-            return load_pickle(archive.read(member), where)
-    except (zipfile.BadZipFile, StopIteration) as error:
-        raise CheckpointError(f"{where} was not written by torch.save (torch 1.6 or later)") from error
+        yield
+    finally:
+        if enabled:
+            # To the oldest generation with all of it, and back into use: else the next collection goes through it at once.
+            gc.freeze()
+            gc.unfreeze()
+            gc.enable()
+
+
+def _with_stack_for(data: bytes, load: Callable[[], Any]) -> Any:
+    """Run `load` where hashing the deepest tuple that `data` can spell does not overflow the stack.
+
+    CPython hashes nested tuples by recursion in C, unguarded: a dict's key of 100 kB of TUPLE1 would end the process.
+    """
+    most = len(data) - len(data.translate(None, b"t\x85\x86\x87"))
+    if most <= _TUPLES:
+        return load()
+    result: list[Any] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            result.append(load())
+        except (*_DAMAGE, CheckpointError) as error:
+            failure.append(error)
+
+    before = threading.stack_size((most * _HASH_FRAME + (1 << 20)) // 4096 * 4096)
+    try:
+        thread = threading.Thread(target=run)
+        thread.start()
+    except RuntimeError as error:
+        raise MemoryError("it may nest tuples deeper than there is memory") from error
+    finally:
+        threading.stack_size(before)
+    thread.join()
+    if failure:
+        raise failure[0]
+    return result[0]

@@ -1,98 +1,55 @@
-"""Read tensors of a checkpoint, whole or one layer or expert out of a stack, with torch's own DCP planning.
+"""Read tensors of a checkpoint, whole or one layer or expert out of a stack, straight into where they are wanted.
 
-Only the chunks that overlap the request are read, each decoded by `torch.load(weights_only=True)`.
+Only the chunks that overlap the request are read, and none of them is unpickled by torch. Every byte that a storage has
+is checked by the CRC-32 in its zip when it is first read; what is then read again of a stack of layers is not.
 """
 
 from __future__ import annotations
 
-import pickle
-from typing import TYPE_CHECKING, Any
+import math
+from collections import defaultdict
+from typing import TYPE_CHECKING
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from mptq.checkpoint.records import open_record
+from mptq.checkpoint.stored import Stored, Stream, stored_tensor
 from mptq.errors import CheckpointError
 
 if TYPE_CHECKING:
-    import io
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from mptq.arch.places import Part
-    from mptq.checkpoint.index import Checkpoint, Tensor
+    from mptq.checkpoint.index import Checkpoint, Chunk, Record
 
-
-class _Into(LoadPlanner):
-    """Directs every read item into its box of one destination tensor."""
-
-    def __init__(self, destination: torch.Tensor) -> None:
-        self.destination = destination
-
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        box = self.destination
-        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            box = box.narrow(dim, start, length)
-        return box
-
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """Nothing is left to do: the reader has copied into the destination."""
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise AssertionError(f"{read_item} is a byte item")
-
-    def set_up_planner(self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False) -> None:
-        raise AssertionError("the plan is made in Reader.read")
-
-    create_local_plan = create_global_plan = finish_plan = set_up_planner  # type: ignore[assignment]
+_BLOCK = 4 << 20  # bytes that are cast or scattered at once
 
 
 class Reader:
-    """Random access to the tensors of one checkpoint."""
+    """Random access to the tensors of one checkpoint. Memory: the places of the chunks of the stacks that were read."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self._storage = FileSystemReader(checkpoint.directory)
-        self._metadata = {name: _dcp_metadata(tensor) for name, tensor in checkpoint.tensors.items()}
-        index = {
-            MetadataIndex(name, torch.Size(chunk.offsets)): _StorageInfo(
-                chunk.record.file, chunk.record.offset, chunk.record.length
-            )
-            for name, tensor in checkpoint.tensors.items()
-            for chunk in tensor.chunks
-        }
-        metadata = Metadata(state_dict_metadata=dict(self._metadata), storage_data=index)
-        self._storage.set_up_storage_reader(metadata, is_coordinator=True)
+        self._stacks: dict[tuple[str, int], _Stack] = {}
+        self._checked: dict[Record, Stored] = {}
 
     def read(self, name: str, out: torch.Tensor, index: tuple[int, ...] = ()) -> torch.Tensor:
         """Fill `out` with tensor `name`, or with `name[index]` of a stack of layers (or experts); casts to the dtype of `out`.
 
-        Raises CheckpointError naming the file and the tensor when a record cannot be decoded.
-        Peak memory: `out` and the largest chunk.
+        Raises CheckpointError naming the file and the tensor when a record is not what the metadata says, or has changed.
+        Peak memory: `out` and 8 MB; for a chunk that is stored transposed, that chunk too.
         """
-        metadata = self._metadata[name]
-        destination = out[(None,) * len(index)]
-        origin = (*index, *[0] * out.dim())
-        assert len(origin) == len(metadata.size), f"{name}: {list(metadata.size)} into {list(out.shape)}"
-        wanted = ChunkStorageMetadata(offsets=torch.Size(origin), sizes=destination.shape)
-        items = create_read_items_for_chunk_list(name, metadata, [wanted])
-        # DCP finds chunks by the index it gives them; ours are found by offset alone.
-        for item in items:
-            object.__setattr__(item.storage_index, "index", None)
-        try:
-            self._storage.read_data(LoadPlan(items), _Into(destination))
-        except (RuntimeError, ValueError, EOFError, OSError, AssertionError, pickle.UnpicklingError) as error:
-            files = sorted({chunk.record.file for chunk in self.checkpoint.tensors[name].chunks})
-            reason = str(error).partition("\n")[0]
-            raise CheckpointError(f"{name} in {self.checkpoint.directory} ({', '.join(files[:3])}): {reason}") from error
+        tensor = self.checkpoint.tensors[name]
+        assert tensor.spec.shape[len(index) :] == tuple(out.shape), f"{name}: {list(tensor.spec.shape)} into {list(out.shape)}"
+        key = name, len(index)
+        if key not in self._stacks:
+            self._stacks[key] = _Stack(tensor.chunks, len(index))
+        for chunk in self._stacks[key].at(index):
+            try:
+                self._read_chunk(name, chunk, out, index)
+            except OSError as error:
+                file = self.checkpoint.directory / chunk.record.file
+                raise CheckpointError(f"{name} in {file} cannot be read: {error.strerror or error}") from error
         return out
 
     def read_parts(self, parts: Sequence[Part], out: torch.Tensor) -> torch.Tensor:
@@ -103,10 +60,84 @@ class Reader:
             row += part.shape[0]
         return out
 
+    def _read_chunk(self, name: str, chunk: Chunk, out: torch.Tensor, index: tuple[int, ...]) -> None:
+        """Fill the part of `out` that `chunk` has."""
+        if 0 in chunk.sizes:
+            return
+        depth = len(index)
+        target = out
+        for dim, (start, size) in enumerate(zip(chunk.offsets[depth:], chunk.sizes[depth:], strict=True)):
+            target = target.narrow(dim, start, size)
+        place = [number - start for number, start in zip(index, chunk.offsets, strict=False)]
+        record = chunk.record
+        file = self.checkpoint.directory / record.file
+        where = f"{name} in {file} at byte {record.offset}"
+        with open_record(file, where, record.offset, record.length) as archive:
+            known = self._checked.get(record)
+            stored = known or _as_said(stored_tensor(archive), chunk, self.checkpoint.tensors[name].spec.dtype)
+            _copy(Stream(archive.descriptor, stored, check=known is None), stored, place, target)
+        if math.prod(chunk.sizes[:depth]) > 1:  # others of the stack are in this chunk too
+            self._checked[record] = stored
 
-def _dcp_metadata(tensor: Tensor) -> TensorStorageMetadata:
-    return TensorStorageMetadata(
-        properties=TensorProperties(dtype=getattr(torch, tensor.spec.dtype)),
-        size=torch.Size(tensor.spec.shape),
-        chunks=[ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)) for chunk in tensor.chunks],
-    )
+
+class _Stack:
+    """The chunks of a tensor by their place in its leading dimensions."""
+
+    def __init__(self, chunks: Sequence[Chunk], depth: int) -> None:
+        self._single: defaultdict[tuple[int, ...], list[Chunk]] = defaultdict(list)
+        self._several: list[Chunk] = []
+        for chunk in chunks:
+            if math.prod(chunk.sizes[:depth]) == 1:
+                self._single[chunk.offsets[:depth]].append(chunk)
+            else:
+                self._several.append(chunk)
+
+    def at(self, index: tuple[int, ...]) -> Iterator[Chunk]:
+        """The chunks that have something of `tensor[index]`."""
+        yield from self._single.get(index, ())
+        for chunk in self._several:
+            edges = zip(index, chunk.offsets, chunk.sizes, strict=False)
+            if all(start <= number < start + size for number, start, size in edges):
+                yield chunk
+
+
+def _as_said(stored: Stored, chunk: Chunk, dtype: str) -> Stored:
+    """The stored tensor, which is what the metadata says of the chunk."""
+    if (stored.dtype, stored.sizes) != (dtype, chunk.sizes):
+        raise CheckpointError(
+            f"{stored.where} is {stored.dtype} {list(stored.sizes)}, but the metadata says {dtype} {list(chunk.sizes)}: "
+            "the checkpoint is damaged"
+        )
+    return stored
+
+
+def _copy(stream: Stream, stored: Stored, place: list[int], target: torch.Tensor) -> None:
+    """Fill `target` with `stored[place]`."""
+    dtype: torch.dtype = getattr(torch, stored.dtype)
+    if stored.contiguous:
+        strides = (math.prod(stored.sizes[dim + 1 :]) for dim in range(len(place)))
+        first = stored.start + sum(number * stride for number, stride in zip(place, strides, strict=True))
+        stream.skip_to(first * dtype.itemsize)
+        _fill(stream, target, dtype)
+        stream.finish()
+    else:
+        storage = torch.empty(stored.member.size // dtype.itemsize, dtype=dtype)
+        stream.read_into(_bytes(storage))
+        stream.finish()
+        target.copy_(storage.as_strided(stored.sizes, stored.strides, stored.start)[tuple(place)])
+
+
+def _fill(stream: Stream, target: torch.Tensor, dtype: torch.dtype) -> None:
+    """Fill `target` with what comes next: directly, or by blocks of rows where it is cast or scattered."""
+    if target.dtype == dtype and target.is_contiguous():
+        stream.read_into(_bytes(target))
+        return
+    rows = target if target.dim() else target[None]
+    for block in rows.split(max(1, _BLOCK // (rows[0].numel() * dtype.itemsize))):
+        buffer = torch.empty(block.shape, dtype=dtype)
+        stream.read_into(_bytes(buffer))
+        block.copy_(buffer)
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())

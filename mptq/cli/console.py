@@ -16,9 +16,9 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 out = Console(highlight=False, soft_wrap=True)
 
 
-def show(content: RenderableType, console: Console = out) -> None:
-    """Print tables whole: on a narrow terminal lines wrap, and nothing is cut."""
-    Console(file=console.file, highlight=False, soft_wrap=True, width=max(console.width, 160)).print(content)
+def show(content: RenderableType, console: Console = out, width: int = 160) -> None:
+    """Print tables whole, which are up to `width` characters wide: on a narrow terminal lines wrap, and nothing is cut."""
+    Console(file=console.file, highlight=False, soft_wrap=True, width=max(console.width, width)).print(content)
 
 
 def result(text: str) -> None:

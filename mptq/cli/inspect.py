@@ -7,22 +7,26 @@ from typing import Annotated
 
 import typer
 
-from mptq.cli import console, tables
+from mptq.cli import console, inspection_tables, options
 
 
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="CKPT_OR_OUTPUT", help="A checkpoint, or an output of mptq or others.")],
+    iteration: options.Iteration = None,
+    config: options.Config = None,
+    hf_config: options.HfConfig = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what a checkpoint or an output holds, from its metadata alone."""
     from mptq.inspection import SCHEMA
     from mptq.inspection import inspect as look
+    from mptq.plan import SourceOptions
 
-    models = look(path)
+    models = look(path, SourceOptions(iteration, tuple(config or ()), hf_config))
     if as_json:
         console.document({"schema": SCHEMA, "models": models})
         return
     for index, model in enumerate(models):
         if index:
             console.result("")
-        console.show(tables.inspection(model))
+        console.show(inspection_tables.inspection(model), width=inspection_tables.WIDEST)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mptq.cli import console, tables
+from mptq.cli import console, options, tables
 from mptq.cli.progress import LiveProgress
 from mptq.errors import GateError
 
@@ -44,7 +44,7 @@ _DATA = "Calibration and fidelity"
 
 
 def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
-    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint root or iter_* directory.")],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint root, iter_* or NeMo 2 directory.")],
     recipe: Annotated[str, typer.Option(help="Recipe name (see `mptq recipes`), YAML file, or ModelOpt's name of one.")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Output directory.", show_default="CKPT-RECIPE, beside CKPT")
@@ -61,6 +61,9 @@ def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
         Path | None,
         typer.Option(help="Tokenizer directory, used and copied into the output.", show_default="the checkpoint's"),
     ] = None,
+    iteration: options.Iteration = None,
+    config: options.Config = None,
+    hf_config: options.HfConfig = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
     device: Annotated[str, typer.Option(help="Where to quantize: auto, cpu, cuda or cuda:N.")] = "auto",
     calib_dataset: Annotated[
@@ -114,7 +117,7 @@ def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
     """Quantize a Megatron checkpoint to FP8 and write a model that engines load."""
     from mptq import pipeline, report
     from mptq.calibrate.data import DataOptions
-    from mptq.plan import make_plan
+    from mptq.plan import SourceOptions, make_plan
     from mptq.recipe import load_recipe
 
     data = DataOptions(
@@ -126,7 +129,7 @@ def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
         seed=seed,
         trust_remote_code=trust_remote_code,
     )
-    options = pipeline.Options(
+    settings = pipeline.Options(
         tokenizer=tokenizer,
         max_shard_bytes=parse_size(max_shard_size),
         overwrite=overwrite,
@@ -137,14 +140,15 @@ def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
         moe_min_tokens=moe_min_tokens,
         gates=report.Gates(max_kl, parse_percent(max_ppl_increase)),
     )
-    plan = make_plan(checkpoint, load_recipe(recipe).changed(ignore or (), kv_cache), tuple(formats.split(",")))
+    chosen = SourceOptions(iteration, tuple(config or ()), hf_config)
+    plan = make_plan(checkpoint, load_recipe(recipe).changed(ignore or (), kv_cache), tuple(formats.split(",")), chosen)
     out = output or pipeline.default_output(plan, checkpoint)
     if dry_run:
-        checked = pipeline.check(plan, out.resolve(), options)
+        checked = pipeline.check(plan, out.resolve(), settings)
         document = report.describe(plan, checked.work) | {"warnings": checked.notes, "output": str(out)}
         _show_plan(document, as_json, quiet)
         return
-    document = _run(plan, out, options, None if quiet else LiveProgress(verbose))
+    document = _run(plan, out, settings, None if quiet else LiveProgress(verbose))
     if not quiet:
         console.show(tables.summary(document), console.err)
         console.err.print(f"written to  {out}", markup=False)

@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from mptq.cli import console
-from mptq.recipe import load_recipe, recipe_names
 
 
 def recipes(
@@ -15,6 +14,8 @@ def recipes(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the recipes, or show one."""
+    from mptq.recipe import load_recipe, recipe_names
+
     if name is not None:
         recipe = load_recipe(name)
         if as_json:

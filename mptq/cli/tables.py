@@ -14,7 +14,8 @@ from mptq.units import number, size, uncertain
 _FORM = {"hf": "HF", "megatron": "Megatron"}
 
 
-def _grid(*columns: str) -> Table:
+def grid(*columns: str) -> Table:
+    """A table without lines, its first column to the left and the others to the right."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
@@ -24,13 +25,13 @@ def _grid(*columns: str) -> Table:
 def components(document: Mapping[str, Any]) -> Table:
     """What happens to each component, its parameters and bytes, with a total."""
     rows, forms = document["components"], document["formats"]
-    table = _grid("component", "parameters", "in", *(f"out ({_FORM[form]})" for form in forms), "")
+    table = grid("component", "parameters", "in", *(f"out ({_FORM[form]})" for form in forms), "")
     table.columns[-1].justify = "left"
     total: dict[str, int] = {}
     for name, row in rows.items():
         for key, value in row.items():
             total[key] = total.get(key, 0) + value
-        table.add_row(*_component_cells(name, row, forms), document["actions"][name])
+        table.add_row(*_component_cells(escape(name), row, forms), escape(document["actions"][name]))
     table.add_section()
     table.add_row(*_component_cells("total", total, forms), "", style="bold")
     return table
@@ -44,7 +45,7 @@ def plan(document: Mapping[str, Any]) -> RenderableType:
     """What a run will do."""
     forms = document["formats"]
     lines: list[RenderableType] = [
-        f"{escape(document['source']['path'])}  [bold]{document['recipe']['name']}[/] to {' and '.join(forms)}",
+        f"{escape(document['source']['path'])}  [bold]{escape(document['recipe']['name'])}[/] to {' and '.join(forms)}",
         components(document),
         f"excluded    {_shortened(document['excluded'])}",
         f"dropped     {_reasons(document['dropped'])}",
@@ -74,23 +75,23 @@ def summary(document: Mapping[str, Any]) -> RenderableType:
     """What a run did."""
     forms = document["formats"]
     worst = sorted(document["layers"], key=lambda row: -max(row.get(form) or 0 for form in forms))[:3]
-    table = _grid("worst layers", *(f"weight error ({_FORM[form]})" for form in forms), "hidden-state error")
+    table = grid("worst layers", *(f"weight error ({_FORM[form]})" for form in forms), "hidden-state error")
     for row in worst:
         table.add_row(str(row["layer"]), *(_percent(row.get(form)) for form in forms), _percent(row["hidden_relative_error"]))
     last = document["layers"][-1]["hidden_relative_error"]
     whole = [_percent(document["relative_error"][form]) for form in forms]
     table.add_row("all layers", *whole, _percent(last), style="bold")
     times = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in document["seconds"].items())
+    # A conversion has no errors to show, and excludes nothing from what it does not do.
+    errors: list[RenderableType] = [table, "", *fidelity(document)] if document["tensors"] else []
     lines: list[RenderableType] = [
-        f"[bold]{document['recipe']['name']}[/]  {escape(document['recipe']['description'])}",
+        f"[bold]{escape(document['recipe']['name'])}[/]  {escape(document['recipe']['description'])}",
         components(document),
         "",
-        table,
-        "",
-        *fidelity(document),
-        *([f"excluded    {_shortened(document['excluded'])}"] if "hf" in forms else []),
+        *errors,
+        *([f"excluded    {_shortened(document['excluded'])}"] if "hf" in forms and document["tensors"] else []),
         *([f"differing   {_shortened(document['differing'])}"] if len(forms) > 1 else []),
-        f"time        {times}",
+        f"time        {escape(times)}",
         f"peak memory {size(document['peak_rss_bytes'])}",
     ]
     return Group(*lines, *warnings(document))
@@ -118,22 +119,27 @@ def gate(row: Mapping[str, Any]) -> str:
 
 def fidelity(document: Mapping[str, Any]) -> list[str]:
     """Lines of what quantization cost on held-out text."""
-    found, data = document["fidelity"], document["calibration"]
-    if found is None:
+    if document["fidelity"] is None:
         return []
+    lines = figures(document)
+    lines += _experts(document)
+    lines += [f"limit       {'met' if row['met'] else '[red]missed[/]'}: {gate(row)}" for row in document["gates"]]
+    return lines
+
+
+def figures(document: Mapping[str, Any]) -> list[str]:
+    """Lines of the figures of fidelity, and of the text that they were measured on."""
+    found, data = document["fidelity"], document["calibration"]
     kl, perplexity, agreement = found["kl"], found["perplexity"], found["top1_agreement"]
     where = "default data" if data["default_data"] else ", ".join(row["name"] for row in data["datasets"])
     ratio = uncertain(perplexity["ratio"], perplexity["ratio_standard_error"])
     same = uncertain(100 * agreement["mean"], agreement["standard_error"] and 100 * agreement["standard_error"])
-    lines = [
+    return [
         f"KL          {uncertain(kl['mean'], kl['standard_error'])} nats a token",
         f"perplexity  {perplexity['reference']:.3f} -> {perplexity['quantized']:.3f}, times {ratio}",
         f"top-1       {same} % of tokens keep their likeliest successor",
-        f"            on {found['tokens']} held-out tokens of {found['sequences']} sequences of {where}",
+        f"            on {found['tokens']} held-out tokens of {found['sequences']} sequences of {escape(where)}",
     ]
-    lines += _experts(document)
-    lines += [f"limit       {'met' if row['met'] else '[red]missed[/]'}: {gate(row)}" for row in document["gates"]]
-    return lines
 
 
 def _experts(document: Mapping[str, Any]) -> list[str]:
@@ -144,16 +150,3 @@ def _experts(document: Mapping[str, Any]) -> list[str]:
         return []
     names = [f"{expert} of layer {layer}" for layer, experts in poor.items() for expert in experts]
     return [f"experts     {count} saw too few tokens and have their layer's static scales: {_shortened(names)}"]
-
-
-def inspection(document: Mapping[str, Any]) -> RenderableType:
-    """What `mptq inspect` found."""
-    lines: list[RenderableType] = [f"{escape(document['path'])}  [bold]{document['kind']}[/]"]
-    width = max(map(len, document["facts"]))
-    facts = [f"{name:<{width}}  {escape(str(value))}" for name, value in document["facts"].items() if value not in ("", None)]
-    table = _grid("component", "parameters", "bytes", "dtypes")
-    for row in document["components"]:
-        table.add_row(row["component"], number(row["parameters"]), size(row["bytes"]), ", ".join(row["dtypes"]))
-    table.add_section()
-    table.add_row("total", number(document["parameters"]), size(document["bytes"]), "", style="bold")
-    return Group(*lines, *facts, "", table)

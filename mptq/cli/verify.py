@@ -7,19 +7,23 @@ from typing import Annotated
 
 import typer
 
-from mptq.cli import console
+from mptq.cli import console, options
 from mptq.errors import VerificationError
 
 
 def verify(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="An output of mptq.")],
     against: Annotated[Path | None, typer.Option(metavar="CKPT", help="Compare every number with this checkpoint too.")] = None,
+    iteration: options.Iteration = None,
+    config: options.Config = None,
+    hf_config: options.HfConfig = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Re-read an output: hashes, names, shapes, scales, and every number against its source. Exit code 3 if it fails."""
+    from mptq.plan import SourceOptions
     from mptq.verification import verify as check
 
-    found = check(output, against)
+    found = check(output, against, SourceOptions(iteration, tuple(config or ()), hf_config))
     if as_json:
         console.document(found.document)
     else:

@@ -8,7 +8,7 @@ import platform
 import resource
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,7 +90,7 @@ def describe(plan: Plan, work: forecast.Work | None = None) -> dict[str, Any]:
             "iteration": checkpoint.location.iteration,
             "metadata_sha256": checkpoint.fingerprint,
         },
-        "model": asdict(plan.model),
+        "model": plan.model.document,
         "formats": list(plan.formats),
         "bytes": {"in": plan.bytes_in} | {form: plan.bytes_out(form) for form in plan.formats},
         "components": forecast.components(plan),
@@ -166,7 +166,7 @@ def manifest(plan: Plan, files: Mapping[str, Any]) -> dict[str, Any]:
             "iteration": plan.source.checkpoint.location.iteration,
             "metadata_sha256": plan.source.checkpoint.fingerprint,
         },
-        "model": asdict(plan.model) | {"tokenizer": None},
+        "model": plan.model.document | {"tokenizer": None},
         "formats": list(plan.formats),
         "excluded": plan.excluded if "hf" in plan.formats else [],
         "dialect": plan.dialect if "hf" in plan.formats else None,
@@ -189,14 +189,15 @@ def tensor_account(plan: Plan) -> dict[str, dict[str, Any]]:
         } | {form: spec_rows(specs) for form, specs in outputs.items()}
         return account[inner]
 
-    for copy in naming.outer_copies(plan.model):
-        add(copy.megatron, {form: [plan.copy_spec(form, copy)] for form in plan.formats})
+    before, after = naming.outer_copies(plan.model)
+    for copy in (*before, *after, *plan.carried):
+        add(copy.megatron, {form: plan.copy_specs(form, copy) for form in plan.formats})
     by_form = {"hf": plan.hf_linear_specs, "megatron": plan.megatron_linear_specs}
-    for layer in range(plan.model.num_layers):
-        for copy in naming.layer_copies(plan.model):
+    for layer in plan.layers:
+        for copy in plan.copies(layer):
             inner = naming.megatron_layer(layer) + copy.megatron
-            add(inner, {form: [plan.copy_spec(form, copy, layer)] for form in plan.formats})
-        for linear in plan.linears:
+            add(inner, {form: plan.copy_specs(form, copy, layer) for form in plan.formats})
+        for linear in plan.linears(layer):
             inner = f"{naming.megatron_layer(layer)}{linear.megatron}.weight"
             entry = add(inner, {form: by_form[form](layer, linear) for form in plan.formats})
             found = {form: plan.scheme(form, layer, linear) for form in plan.formats}
@@ -211,7 +212,7 @@ def spec_rows(specs: Iterable[TensorSpec]) -> list[dict[str, Any]]:
 
 def cache_account(plan: Plan) -> dict[str, list[dict[str, Any]]]:
     """The tensors that each output has of the KV cache's calibration, which no tensor of the source has."""
-    layers = range(plan.model.num_layers) if plan.kv_cache else ()
+    layers = [layer for layer in plan.layers if plan.has_cache(layer)]
     return {form: spec_rows(spec for layer in layers for spec in plan.kv_specs(form, layer)) for form in plan.formats}
 
 
@@ -239,4 +240,6 @@ def write(root: Path, document: dict[str, Any]) -> None:
 
 def read(root: Path) -> dict[str, Any]:
     """The report of the mptq output at `root`; raises OutputError where there is none that this version reads."""
-    return read_document(root / NAME, SCHEMA)
+    from mptq.report.schema import Report
+
+    return read_document(root / NAME, SCHEMA, Report)

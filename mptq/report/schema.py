@@ -6,9 +6,9 @@ type, and for numbers that JSON cannot hold. `Report.model_json_schema()` is the
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Bytes = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -200,9 +200,31 @@ class Report(Strict):
     fidelity: Fidelity | None = Field(description="predictions before and after, null where not measured")
     gates: list[Gate] = Field(description="limits that the user set, empty for none")
     relative_error: dict[Form, float | None] = Field(description="output -> relative error of all its quantized weights")
-    layers: list[Layer] = Field(description="one entry a layer, in order")
+    layers: list[Layer] = Field(min_length=1, description="one entry a layer, in order")
     tensors: list[Tensor] = Field(description="one entry a quantized weight of an output")
     seconds: dict[str, float] = Field(description="stage -> seconds spent in it; total: wall time")
     bytes_per_second: Speed = Field(description="throughput")
     peak_rss_bytes: Bytes = Field(description="peak resident memory of the process, bytes")
     versions: dict[str, str] = Field(description="package -> version, of what the figures depend on")
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        """What one part of the document says of another, and what the summary takes from it."""
+        written = [*self.components.values(), self.bytes]
+        wanted = {
+            "recipe: its name and description are text": all(isinstance(self.recipe.get(key), str) for key in _RECIPE),
+            "components: every output has its bytes": all({*self.formats} <= part.model_fields_set for part in written),
+            "components: no output has null bytes": all(
+                getattr(part, form) is not None for part in written for form in part.model_fields_set & {"hf", "megatron"}
+            ),
+            "actions: every component has one": self.components.keys() <= self.actions.keys(),
+            "relative_error: every output has one": {*self.formats} <= self.relative_error.keys(),
+            "calibration: a fidelity was measured on data": self.fidelity is None or self.calibration is not None,
+        }
+        missing = [rule for rule, met in wanted.items() if not met]
+        if missing:
+            raise ValueError("; ".join(missing))
+        return self
+
+
+_RECIPE = ("name", "description")

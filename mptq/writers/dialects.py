@@ -33,7 +33,7 @@ class Dialect:
     scale_name: str
     kv: tuple[str, str]
     scalar: tuple[int, ...]
-    config: Callable[[Contents], dict[str, Any]]
+    config: Callable[[Contents], dict[str, Any] | None]
     files: Callable[[Contents], dict[str, Any]] = lambda _: {}
 
     def scale(self, module: str, scheme: Scheme, rows: int, columns: int) -> TensorSpec:
@@ -134,4 +134,5 @@ DIALECTS = {
     "deepseek-fp8": Dialect("weight_scale_inv", _OF_PROJECTIONS, (), _deepseek),
     "compressed-tensors": Dialect("weight_scale", ("self_attn.k_scale", "self_attn.v_scale"), (1,), _compressed_tensors),
     "modelopt": Dialect("weight_scale", _OF_PROJECTIONS, (), _modelopt, _modelopt_files),
+    "plain": Dialect("", ("", ""), (), lambda _: None),
 }

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mptq.arch.families import family_of
+from mptq.arch.hf_config import config_fields
 from mptq.types import LayerOutput, TensorSpec
 from mptq.writers.safetensors_stream import ShardFile, assign_shards
 
@@ -70,7 +72,9 @@ class HfWriter:
         if len(self._shards) > 1:
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": self._file_of}
             written.append(_write_json(self.directory / "model.safetensors.index.json", index))
-        return written + [_write_json(self.directory / name, config) for name, config in configs.items()]
+        # What came with the tokenizer (a generation config) says more than what is made from the model's config.
+        made = {name: config for name, config in configs.items() if self.directory / name not in written}
+        return written + [_write_json(self.directory / name, config) for name, config in made.items()]
 
     def abort(self) -> None:
         """Close what is open; the directory is the caller's to remove."""
@@ -80,34 +84,26 @@ class HfWriter:
 
 
 def hf_configs(model: ModelConfig, dialect: Dialect, contents: Contents) -> dict[str, dict[str, Any]]:
-    """config.json of the output, made by transformers' own config class, and the dialect's own files, by name."""
+    """config.json of the output, made by transformers' own config class, and the other configs, by name."""
     import transformers
 
-    family = model.family
-    config = getattr(transformers, family.config_class)(
-        architectures=[family.architecture],
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_query_groups,
-        head_dim=model.head_dim,
-        max_position_embeddings=model.max_position_embeddings,
-        rms_norm_eps=model.norm_epsilon,
-        rope_parameters={"rope_type": "default", "rope_theta": model.rotary_base},
-        # transformers before 5, and engines, read the older name.
-        rope_theta=model.rotary_base,
-        tie_word_embeddings=model.tied_embeddings,
-        dtype=model.dtype,
-        bos_token_id=None,
-        eos_token_id=None,
-        **{name: getattr(model, size) for name, size in family.sizes.items()},
-        **family.constants,
-    )
+    family = family_of(model)
+    assert family is not None, "planned without a Hugging Face architecture"
+    given = config_fields(model, family)
+    # The older names of the rotary embedding are for other readers: transformers would take them for changes.
+    older = {name: given.pop(name) for name in _OLDER if name in given}
+    config = getattr(transformers, family.config_class)(**given)
     fields: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    fields["torch_dtype"] = model.dtype
-    fields["quantization_config"] = dialect.config(contents)
-    return {"config.json": fields} | dialect.files(contents)
+    fields |= older | {"torch_dtype": model.dtype}
+    quantization = dialect.config(contents)
+    if quantization is not None:
+        fields["quantization_config"] = quantization
+    generation = json.loads(transformers.GenerationConfig.from_model_config(config).to_json_string())
+    return {"config.json": fields, "generation_config.json": generation} | dialect.files(contents)
+
+
+_OLDER = ("rope_theta", "rope_scaling", "partial_rotary_factor")
+"""What transformers before 5, and engines, read in the place of `rope_parameters`."""
 
 
 def tokenizer_files(directory: Path) -> list[Path]:

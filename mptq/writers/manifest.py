@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mptq.errors import OutputError
 
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
 NAME = "manifest.json"
-_KEYS = ("mptq", "recipe", "source", "formats", "dialect", "tensors", "kv_cache", "dropped", "files")
 SCHEMA = 2
 
 
@@ -55,20 +57,25 @@ def write_manifest(root: Path, content: dict[str, Any]) -> None:
 
 def read_manifest(root: Path) -> dict[str, Any]:
     """The manifest of the mptq output at `root`; raises OutputError where there is none that this version reads."""
-    return read_document(root / NAME, SCHEMA, _KEYS)
+    from mptq.writers.schema import Manifest
+
+    return read_document(root / NAME, SCHEMA, Manifest)
 
 
-def read_document(path: Path, schema: int, keys: Sequence[str] = ()) -> dict[str, Any]:
-    """A JSON document of an mptq output; raises OutputError when it is missing, damaged, of another schema, or lacks `keys`."""
+def read_document(path: Path, schema: int, model: type[BaseModel]) -> dict[str, Any]:
+    """A JSON document of an mptq output; raises OutputError when it is missing, of another schema, or not as `model`."""
+    from mptq.writers.schema import problems
+
     try:
         document: dict[str, Any] = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise OutputError(f"{path.parent} has no {path.name}: it is not an output of mptq") from error
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise OutputError(f"{path} is damaged ({error})") from error
     if not isinstance(document, dict) or document.get("schema") != schema:
         raise OutputError(f"{path} is not of schema {schema}, which this version of mptq reads")
-    missing = [key for key in keys if key not in document]
-    if missing:
-        raise OutputError(f"{path} is damaged: it lacks {', '.join(missing)}")
+    wrong = problems(model, document)
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise OutputError(f"{path} is damaged: {'; '.join(wrong[:3])[:500]}{more}")
     return document

@@ -1,75 +1,91 @@
 import pytest
 
-from mptq.arch.config import FEATURES, MOE_FEATURES, from_args
+from mptq.arch.config import Kind, Latent
 from mptq.errors import CheckpointError, UnsupportedModelError
 from mptq.types import TensorSpec
+from tests.arch.models import ARGS, HYBRID, LATENT, MOE_ARGS, TENSORS, model
 
-ARGS = {
-    "num_layers": 2,
-    "hidden_size": 64,
-    "ffn_hidden_size": 96,
-    "num_attention_heads": 4,
-    "num_query_groups": 2,
-    "group_query_attention": True,
-    "kv_channels": 16,
-    "vocab_size": 100,
-    "padded_vocab_size": 128,
-    "norm_epsilon": 1e-5,
-    "rotary_base": 5000,
-    "max_position_embeddings": 512,
-    "normalization": "RMSNorm",
-    "swiglu": True,
-    "position_embedding_type": "rope",
-    "add_bias_linear": False,
-    "untie_embeddings_and_output_weights": True,
-    "tokenizer_model": "/x/tok",
-}
-MOE_ARGS = ARGS | {"num_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 48, "moe_router_dtype": "fp32"}
-EMBEDDING = {"m": TensorSpec("embedding.word_embeddings.weight", "bfloat16", (128, 64))}
-TENSORS = {spec.name: spec for spec in EMBEDDING.values()}
+ATTENTION_MLP, ATTENTION_MOE = Kind("attention", "mlp"), Kind("attention", "moe")
+
+
+def without(args, *names):
+    return {key: value for key, value in args.items() if key not in names}
 
 
 def test_reads_a_llama():
-    config = from_args(ARGS, "args in common.pt", TENSORS)
+    config = model(ARGS)
     assert (config.num_query_groups, config.head_dim, config.vocab_size, config.padded_vocab_size) == (2, 16, 100, 128)
-    assert (config.norm_epsilon, config.rotary_base, config.tied_embeddings) == (1e-5, 5000.0, False)
-    assert (config.dtype, config.source, config.tokenizer) == ("bfloat16", "args in common.pt", "/x/tok")
+    assert (config.norm_epsilon, config.get("rotary_base"), config.tied_embeddings) == (1e-5, 5000, False)
+    assert (config.dtype, config.source("rotary_base"), config.tokenizer) == ("bfloat16", "args", "/x/tok")
+    assert (config.gated, config.bias, config.latent) == (True, False, None)
+    assert config.kinds == (ATTENTION_MLP,) * 2
+
+
+def test_a_setting_that_nobody_says_is_megatron_cores_default():
+    config = model(without(ARGS, "rotary_base"))
+    assert (config.get("rotary_base"), config.source("rotary_base")) == (10000, "megatron-core's default")
+    assert config.get("window_size") is None
 
 
 def test_without_grouped_query_attention_the_group_count_means_nothing():
     args = ARGS | {"group_query_attention": False, "num_query_groups": 1}
-    assert from_args(args, "args", TENSORS).num_query_groups == 4
+    assert model(args).num_query_groups == 4
 
 
-def test_newer_name_of_epsilon_and_missing_head_dim():
-    args = {key: value for key, value in ARGS.items() if key not in ("norm_epsilon", "kv_channels")}
-    config = from_args(args | {"layernorm_epsilon": 1e-6}, "args", TENSORS)
-    assert (config.norm_epsilon, config.head_dim) == (1e-6, 16)
+def test_newer_name_of_epsilon_and_missing_sizes():
+    args = without(ARGS, "norm_epsilon", "kv_channels", "ffn_hidden_size")
+    config = model(args | {"layernorm_epsilon": 1e-6})
+    assert (config.norm_epsilon, config.head_dim, config.ffn_hidden_size) == (1e-6, 16, 256)
 
 
 def test_unknown_vocabulary_keeps_the_padding():
-    assert from_args(ARGS | {"vocab_size": None}, "args", TENSORS).vocab_size == 128
+    assert model(ARGS | {"vocab_size": None}).vocab_size == 128
 
 
 def test_the_optimizers_copy_of_the_embedding_says_nothing():
     name = "optimizer.state.exp_avg.embedding.word_embeddings.weight"
-    config = from_args(ARGS, "args", {name: TensorSpec(name, "float32", (128 * 64,))} | TENSORS)
+    config = model(ARGS, {name: TensorSpec(name, "float32", (128 * 64,))} | TENSORS)
     assert (config.dtype, config.padded_vocab_size) == ("bfloat16", 128)
 
 
 def test_reads_a_mixture_of_experts():
-    config = from_args(MOE_ARGS, "args", TENSORS)
-    assert (config.num_experts, config.moe_topk, config.moe_ffn_hidden_size, config.router_dtype) == (8, 2, 48, "fp32")
-    assert config.family.architecture == "MixtralForCausalLM"
-    without = {key: value for key, value in MOE_ARGS.items() if key not in ("moe_ffn_hidden_size", "moe_router_dtype")}
-    config = from_args(without, "args", TENSORS)
-    assert (config.moe_ffn_hidden_size, config.router_dtype) == (96, None)
+    config = model(MOE_ARGS)
+    assert (config.num_experts, config.moe_topk, config.moe_ffn_hidden_size) == (8, 2, 48)
+    assert (config.get("moe_router_dtype"), config.shared_ffn_hidden_size) == ("fp32", 0)
+    assert config.kinds == (ATTENTION_MOE,) * 2
+    config = model(without(MOE_ARGS, "moe_ffn_hidden_size", "moe_router_dtype", "moe_router_topk"))
+    assert (config.moe_ffn_hidden_size, config.get("moe_router_dtype"), config.moe_topk) == (96, None, 2)
 
 
 def test_a_dense_model_has_no_experts_whatever_their_arguments():
-    config = from_args(MOE_ARGS | {"num_experts": None, "moe_router_pre_softmax": True}, "args", TENSORS)
-    assert (config.num_experts, config.moe_topk, config.moe_ffn_hidden_size, config.router_dtype) == (0, 0, 0, None)
-    assert config.family.architecture == "LlamaForCausalLM"
+    config = model(MOE_ARGS | {"num_experts": None, "moe_router_pre_softmax": True, "moe_layer_freq": [0, 1]})
+    assert (config.num_experts, config.moe_topk, config.moe_ffn_hidden_size) == (0, 0, 0)
+    assert config.kinds == (ATTENTION_MLP,) * 2
+    assert "router" not in config.features
+
+
+@pytest.mark.parametrize(
+    ("frequency", "sparse"),
+    [(1, [1, 1, 1, 1, 1]), (2, [1, 0, 1, 0, 1]), (3, [1, 0, 0, 1, 0]), ([0, 1, 1, 0, 1], [0, 1, 1, 0, 1]), (None, [1] * 5)],
+)
+def test_which_layers_have_experts(frequency, sparse):
+    """A number means the first of every so many layers, as megatron-core's gpt_layer_specs.py counts."""
+    config = model(MOE_ARGS | {"num_layers": 5, "moe_layer_freq": frequency})
+    assert [kind.ffn == "moe" for kind in config.kinds] == list(map(bool, sparse))
+    assert {kind.mixer for kind in config.kinds} == {"attention"}
+
+
+def test_reads_multi_latent_attention():
+    assert model(LATENT).latent == Latent(q_rank=0, kv_rank=32, qk_dim=16, rotary_dim=8, v_dim=16)
+    assert model(LATENT | {"q_lora_rank": 24}).latent.q_rank == 24
+    assert model(LATENT).kinds == (Kind("mla", "mlp"),) * 2
+
+
+@pytest.mark.parametrize("pattern", ["M*-ME", "M|*-|ME", "M*-ME/*E"])
+def test_reads_the_layers_of_a_hybrid_model(pattern):
+    """Bars separate pipeline stages, and what follows the slash are prediction layers."""
+    kinds = model(HYBRID | {"hybrid_layer_pattern": pattern}).kinds
+    assert kinds == (Kind("mamba", ""), Kind("attention", ""), Kind("", "mlp"), Kind("mamba", ""), Kind("", "moe"))
 
 
 @pytest.mark.parametrize(
@@ -83,44 +99,37 @@ def test_a_dense_model_has_no_experts_whatever_their_arguments():
     ],
 )
 def test_what_changes_nothing_of_the_forward_pass_is_accepted(fields):
-    assert from_args(MOE_ARGS | fields, "args", TENSORS).num_experts == 8
+    config = model(MOE_ARGS | fields)
+    assert (config.num_experts, config.not_run) == (8, [])
+    assert dict(config.features) == dict(model(MOE_ARGS).features)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "meaning"),
-    [
-        ("moe_layer_freq", [0, 1], "dense layers between those with experts"),
-        ("moe_layer_freq", 2, "dense layers"),
-        ("moe_shared_expert_intermediate_size", 96, "shared experts"),
-        ("moe_router_pre_softmax", True, "a softmax over all experts"),
-        ("moe_router_score_function", "sigmoid", "a router score other than softmax"),
-        ("moe_router_load_balancing_type", "sinkhorn", "load balancing"),
-        ("moe_router_topk", 1, "fewer than two experts"),
-        ("moe_router_topk", None, "fewer than two experts"),
-        ("moe_expert_capacity_factor", 1.0, "a capacity limit"),
-        ("moe_router_enable_expert_bias", True, "a bias of each expert"),
-        ("moe_router_num_groups", 4, "group-limited routing"),
-        ("moe_latent_size", 32, "latent projections"),
-    ],
-)
-def test_other_mixtures_are_refused_by_name(name, value, meaning):
-    with pytest.raises(UnsupportedModelError, match=meaning):
-        from_args(MOE_ARGS | {name: value}, "args", TENSORS)
-
-
-@pytest.mark.parametrize("name", sorted(FEATURES | MOE_FEATURES))
-def test_every_feature_that_is_not_quantized_is_named(name):
-    with pytest.raises(UnsupportedModelError, match=rf"\({name}=surprise\)"):
-        from_args(MOE_ARGS | {name: "surprise"}, "args", TENSORS)
-
-
-def test_all_features_are_named_together():
-    with pytest.raises(UnsupportedModelError, match=r"QK normalization.*shared experts"):
-        from_args(MOE_ARGS | {"moe_shared_expert_intermediate_size": 96, "qk_layernorm": True}, "args", TENSORS)
+def test_all_features_in_the_way_are_named_together():
+    with pytest.raises(UnsupportedModelError, match=r"an attention output gate .*; latent projections around the experts"):
+        model(MOE_ARGS | {"moe_latent_size": 96, "attention_output_gate": True})
 
 
 def test_missing_arguments():
     with pytest.raises(CheckpointError, match="does not say its architecture"):
-        from_args({}, "nowhere", TENSORS)
-    with pytest.raises(CheckpointError, match="ffn_hidden_size"):
-        from_args({key: value for key, value in ARGS.items() if key != "ffn_hidden_size"}, "args", TENSORS)
+        model({})
+    with pytest.raises(CheckpointError, match="no usable value for 'num_attention_heads'"):
+        model(without(ARGS, "num_attention_heads"))
+    with pytest.raises(CheckpointError, match="no usable value for 'max_position_embeddings'"):
+        model(without(ARGS, "max_position_embeddings"))
+    with pytest.raises(CheckpointError, match="no usable value for 'v_head_dim'"):
+        model(without(LATENT, "v_head_dim"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"moe_layer_freq": [0, 1, 1]}, r"moe_layer_freq \(3 entries for 2 layers\)"),
+        ({"hybrid_layer_pattern": "M*-"}, r"hybrid_layer_pattern \('M\*-' for 2 layers"),
+        ({"hybrid_layer_pattern": "MX"}, r"hybrid_layer_pattern \('MX' for 2 layers of M, \*, \+, -, E\)"),
+        ({"num_attention_heads": 0, "kv_channels": None}, "pass it as --config"),
+        ({"hidden_size": "wide"}, "'wide'"),
+    ],
+)
+def test_values_of_no_use_are_named(fields, message):
+    with pytest.raises(CheckpointError, match=message):
+        model(MOE_ARGS | fields)

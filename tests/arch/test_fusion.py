@@ -47,3 +47,17 @@ def test_alignment():
     assert not Fusion(1, (320, 320)).aligned(128)
     assert not Fusion(3, (192, 64, 64)).aligned(128)
     assert Fusion(1, (100,)).coarsen(128).rows == (1,)
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 8), st.integers(1, 5), st.booleans())
+def test_attention_and_gated_mlps_of_any_shape(groups, shared, dim, columns, vector):
+    """Weights and their biases are split alike, and back; every row goes to one member."""
+    for fusion in (Fusion(groups, (shared * dim, dim, dim)), Fusion(1, (dim, dim)), Fusion(1, (dim,))):
+        rows = torch.arange(sum(fusion.rows))
+        fused = rows if vector else rows[:, None] * 100 + torch.arange(columns)
+        members = fusion.split(fused)
+        assert all(member.is_contiguous() for member in members)
+        assert torch.equal(fusion.merge(members), fused)
+        numbers = torch.cat([member if vector else member[:, 0] // 100 for member in members])
+        assert torch.equal(numbers.sort().values, rows)
+        assert torch.equal(numbers, torch.cat(fusion.split(rows)))

@@ -4,7 +4,7 @@ import shutil
 import pytest
 
 from mptq.checkpoint.index import open_checkpoint, read_blob
-from mptq.checkpoint.pickles import load_torch_zip
+from mptq.checkpoint.records import load_torch_file
 from mptq.errors import CheckpointError
 
 DIRECTORY = "iter_0000100"
@@ -30,8 +30,9 @@ def test_index_of_megatrons_own_checkpoint(aligned):
 def test_arguments_in_common_pt(copy):
     """megatron-core 0.16 and earlier keep them in a file of their own."""
     checkpoint = open_checkpoint(copy)
-    raw = read_blob(checkpoint.directory, checkpoint.blobs["common_state/shard_0_1"])
-    state = load_torch_zip(raw, "item")[0]
+    record = checkpoint.blobs["common_state/shard_0_1"]
+    raw = read_blob(checkpoint.directory, record)
+    state = load_torch_file(checkpoint.directory / record.file, "item", record)[0]
     assert "args" in state
     import io
 

@@ -121,6 +121,7 @@ def test_cache_and_data_are_options_of_every_recipe(aligned, tokens, tmp_path):
     assert report["calibration"]["calibration"] | {"sha256": ""} == {"sequences": 3, "tokens": 48, "sha256": ""}
     assert sorted(path.name for path in out.iterdir()) == [
         "config.json",
+        "generation_config.json",
         "hf_quant_config.json",
         "manifest.json",
         "model.safetensors",
@@ -246,9 +247,9 @@ def test_report_as_a_page(quantized, tmp_path):
 def test_recipes():
     assert "fp8-blockwise   " in mptq("recipes").stdout
     assert "block_size: 128" in mptq("recipes", "fp8-blockwise").stdout
-    assert len(json.loads(mptq("recipes", "--json").stdout)["recipes"]) == 5
+    assert len(json.loads(mptq("recipes", "--json").stdout)["recipes"]) == 6
     assert json.loads(mptq("recipes", "fp8-per-tensor", "--json").stdout)["weights"]["scale"] == "tensor"
-    refused(mptq("recipes", "none"), "unknown recipe")
+    refused(mptq("recipes", "nothing"), "unknown recipe")
 
 
 def test_version_help_and_completion():

@@ -5,14 +5,13 @@ import contextlib
 import pytest
 import torch
 
-from mptq.arch.config import from_args
 from mptq.arch.forward import run_layer
 from mptq.arch.layer import build_layer
 from mptq.arch.naming import CORE_ATTENTION, layer_linears
 from mptq.errors import CheckpointError
 from mptq.quantize.observers import Observers
 from mptq.recipe import Calibration
-from tests.arch.test_config import ARGS, MOE_ARGS, TENSORS
+from tests.arch.models import ARGS, MOE_ARGS, model
 from tests.arch.test_layer import filled
 
 
@@ -22,7 +21,7 @@ def layer(request):
     config, module = filled(*request.param)
     torch.manual_seed(1)
     batches = [torch.randn(2, length, config.hidden_size).to(getattr(torch, config.dtype)) for length in (7, 12)]
-    return config, module, [linear.module for linear in layer_linears(config)], batches
+    return config, module, [linear.module for linear in layer_linears(config, 0)], batches
 
 
 def observe(module, config, batches, observers):
@@ -86,7 +85,8 @@ def test_keys_are_observed_after_the_rotary_embedding(layer):
     found = observers.magnitudes("layer")
     # Megatron turns them in BF16, with angles whose cosines are rounded to it: three roundings of 2^-9.
     close = 3 * 2.0**-9 if config.dtype == "bfloat16" else 1e-4
-    assert float(found["key"]) == pytest.approx(float(turned(parts[:, :, :, -2], config.rotary_base).abs().max()), rel=close)
+    largest = float(turned(parts[:, :, :, -2], config.get("rotary_base")).abs().max())
+    assert float(found["key"]) == pytest.approx(largest, rel=close)
     assert float(found["key"]) != float(parts[:, :, :, -2].abs().max())
     assert float(found["value"]) == float(parts[:, :, :, -1].abs().max())
 
@@ -141,7 +141,7 @@ def test_quantizing_rounds_inputs_keys_and_values_to_e4m3(layer):
 
 def test_what_nothing_passed_has_no_magnitude():
     config, module = filled(MOE_ARGS, "bfloat16")
-    names = [linear.module for linear in layer_linears(config)]
+    names = [linear.module for linear in layer_linears(config, 0)]
     observers = Observers(names, None, Calibration())
     observe(module, config, [torch.randn(1, 1, config.hidden_size).bfloat16()], observers)
     found = observers.magnitudes("layer")
@@ -173,12 +173,12 @@ def test_activations_that_are_not_finite_are_refused_by_name(calibration, value)
 @pytest.mark.parametrize("method", ["max", "percentile"])
 def test_inputs_of_zeros_only_are_no_failure(method):
     """A dead layer: the scale is the smallest, and zeros stay zeros."""
-    config = from_args(ARGS, "args", TENSORS)
+    config = model(ARGS)
     module = build_layer(config, 0)
     weights = {name: torch.zeros(weight.shape, dtype=weight.dtype) for name, weight in module.named_parameters()}
     module.load_state_dict(weights, assign=True)
     calibration = Calibration() if method == "max" else Calibration(method="percentile", percentile=99.0)
-    names = [linear.module for linear in layer_linears(config)]
+    names = [linear.module for linear in layer_linears(config, 0)]
     observers = Observers(names, CORE_ATTENTION, calibration)
     hidden = torch.randn(1, 5, config.hidden_size).bfloat16()
     observe(module, config, [hidden, hidden], observers)

@@ -83,3 +83,10 @@ def test_modelopt_form_of_mxfp8():
     quantization = dialect.files(Contents({MX: ["a"]}, ["lm_head"]))["hf_quant_config.json"]["quantization"]
     assert quantization["kv_cache_quant_algo"] is None
     assert dialect.scale("m", MX, 300, 128) == TensorSpec("m.weight_scale", "uint8", (300, 4))
+
+
+def test_plain_form_says_nothing_of_quantization():
+    dialect, contents = DIALECTS["plain"], Contents({}, ["lm_head"])
+    assert dialect.config(contents) is None
+    assert dialect.files(contents) == {}
+    assert CARRIED["plain"] == ()

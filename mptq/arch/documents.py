@@ -1,0 +1,79 @@
+"""The settings in the YAML configs that Megatron-Bridge and NeMo 2 save beside the weights. No torch.
+
+Bridge: `run_config.yaml`, whose `model` has the fields of a provider (a TransformerConfig with GPTModel's arguments), or
+those of a GPTModelConfig with a TransformerConfig under `transformer` (megatron/bridge/models/gpt_provider.py,
+megatron/training/models/gpt.py). NeMo 2: `context/model.yaml`, with a GPTConfig under `config`
+(nemo/collections/llm/gpt/model/base.py). Both are already plain data; their `_target_` are read as names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mptq.arch.settings import KINDS, completed
+from mptq.arch.values import Unknown, activation, plain
+
+_NESTED = ("transformer", "config")
+_RENAMED = {"hybrid_override_pattern": "hybrid_layer_pattern"}
+_LLAMA31 = {
+    "scale_factor": "rope_scaling_factor",
+    "low_freq_factor": "rope_low_freq_factor",
+    "high_freq_factor": "rope_high_freq_factor",
+    "old_context_len": "rope_original_max_position_embeddings",
+}
+"""Fields of NeMo's Llama31Config, which scales rotary frequencies whenever it has them."""
+
+
+def from_document(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a run config: its `model`, and what `tokenizer` says of the tokenizer."""
+    model = document.get("model")
+    settings = _from_model(_flat(model)) if isinstance(model, Mapping) else {}
+    tokenizer = document.get("tokenizer")
+    if isinstance(tokenizer, Mapping):
+        named = {key: plain(tokenizer.get(key)) for key in ("tokenizer_model", "tokenizer_type")}
+        settings |= {key: value for key, value in named.items() if isinstance(value, str)}
+    return settings
+
+
+def _flat(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the model and of the config inside it, which has those of its own that the outer one has not."""
+    flat: dict[str, Any] = {}
+    for name in _NESTED:
+        inner = model.get(name)
+        if isinstance(inner, Mapping):
+            flat |= inner
+    return flat | {key: value for key, value in model.items() if key not in _NESTED}
+
+
+def _from_model(model: Mapping[str, Any]) -> dict[str, Any]:
+    settings = {key: plain(model[key]) for key in KINDS if key in model}
+    settings |= {key: plain(model[name]) for name, key in _RENAMED.items() if name in model and not settings.get(key)}
+    if model.get("activation_func") is not None:
+        settings["activation_func"] = _activation(model)
+    if "scale_factor" in model and "old_context_len" in model:
+        settings |= {"rope_scaling": True} | {key: plain(model[name]) for name, key in _LLAMA31.items() if name in model}
+    if "_target_" in model:
+        settings["provider"] = _last(model["_target_"])
+    if settings.get("multi_latent_attention") and "original_max_position_embeddings" not in settings:
+        # megatron-core 0.13: the length before YaRN, which later versions call so.
+        _rename(settings, "max_position_embeddings", "original_max_position_embeddings")
+    if settings.get("seq_length"):
+        settings.setdefault("max_position_embeddings", settings["seq_length"])
+    return completed({key: value for key, value in settings.items() if value is not Unknown})
+
+
+def _activation(model: Mapping[str, Any]) -> Any:
+    """The activation function; megatron-core's fused kernels and Transformer Engine's own approximate GeLU by tanh."""
+    word = activation(model["activation_func"])
+    fused = model.get("bias_activation_fusion") and (model.get("gated_linear_unit") or model.get("add_bias_linear", True))
+    return "gelu_tanh" if word == "gelu" and (fused or model.get("use_te_activation_func")) else word
+
+
+def _last(target: Any) -> str:
+    return str(target).rpartition(".")[2]
+
+
+def _rename(settings: dict[str, Any], old: str, new: str) -> None:
+    if old in settings:
+        settings[new] = settings.pop(old)

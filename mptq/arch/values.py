@@ -1,0 +1,66 @@
+"""Values of configs as plain data: whatever stands for a Python object becomes a word, and nothing is imported. No torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_FUNCTIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "fast_gelu": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_impl": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_tanh": "gelu_tanh",
+    "openai_gelu": "gelu_tanh",
+    "squared_relu": "squared_relu",
+    "relu2": "squared_relu",
+    "relu": "relu",
+    "quick_gelu": "quick_gelu",
+}
+"""Last word of a function's name -> activation. Those of the tanh approximation differ in how they write it."""
+
+
+class Unknown:
+    """What an object of a class that says nothing here becomes: no value."""
+
+
+def plain(value: Any) -> Any:
+    """`value` as a number, a word or a flat list of them.
+
+    A pickled class or function (anything with a `global_name`) and a `_target_` of a YAML config become the last word of
+    their name, a member of an enumeration becomes its name; an object of which no more is known becomes `Unknown`.
+    """
+    if isinstance(value, list | tuple):
+        nested = any(isinstance(item, list | tuple | dict) for item in value)
+        return Unknown if nested else [plain(item) for item in value]
+    if isinstance(value, dict):
+        return _target(value)
+    if isinstance(value, type):
+        return _last(getattr(value, "global_name", "")) or Unknown
+    return value if value is None or isinstance(value, bool | int | float | str) else Unknown
+
+
+def _target(value: dict[str, Any]) -> Any:
+    """What a mapping of a run config stands for: Bridge and NeMo write functions, dtypes and enumerations as `_target_`."""
+    if "_name_" in value:
+        return str(value["_name_"])
+    if value.get("_call_") is True or "_target_" not in value:
+        return Unknown
+    return _last(str(value["_target_"]))
+
+
+def activation(value: Any) -> Any:
+    """The word of an activation function: a name, a pickled function or a `_target_`, with its arguments."""
+    if isinstance(value, dict):
+        name, tanh = str(value.get("_target_", "")), value.get("approximate") == "tanh"
+    else:
+        name, tanh = str(getattr(value, "global_name", value)), False
+    known = _FUNCTIONS.get(_last(name), name)
+    return "gelu_tanh" if known == "gelu" and tanh else known
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]

@@ -1,0 +1,52 @@
+"""Whether boxes cover a tensor exactly: every element once. Linear in the number of boxes."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from itertools import accumulate, product, repeat
+
+Box = tuple[int, ...]
+
+
+def covers(shape: Box, offsets: Sequence[Box], sizes: Sequence[Box]) -> bool:
+    """Whether the boxes at `offsets` with extents `sizes` hold each element of a tensor of `shape` once, and nothing else."""
+    return _is_grid(shape, offsets, sizes) or _adds_up(shape, offsets, sizes)
+
+
+def _is_grid(shape: Box, offsets: Sequence[Box], sizes: Sequence[Box]) -> bool:
+    """Whether the boxes are the cells of a grid: every dimension cut at the same places throughout."""
+    count = 1
+    for size, starts, lengths in zip(shape, zip(*offsets, strict=True), zip(*sizes, strict=True), strict=False):
+        cuts = _cuts(starts, lengths)
+        if [start for start, _ in cuts] != list(accumulate((length for _, length in cuts[:-1]), initial=0)):
+            return False
+        if sum(cuts[-1]) != size:
+            return False
+        count *= len(cuts)
+    return count == len(offsets) == len(set(offsets))
+
+
+def _cuts(starts: Box, lengths: Box) -> list[tuple[int, int]]:
+    """The different intervals of one dimension, in order."""
+    different = set(lengths)
+    if len(different) == 1:  # mostly so, and much faster
+        return sorted(zip(set(starts), repeat(*different), strict=False))
+    return sorted(set(zip(starts, lengths, strict=True)))
+
+
+def _adds_up(shape: Box, offsets: Sequence[Box], sizes: Sequence[Box]) -> bool:
+    """Whether the boxes hold each element once, whatever they look like.
+
+    How often each element is covered is a function that its mixed differences determine, and those of a box are 1 or -1 at
+    its corners and 0 elsewhere: the corners of all boxes must add up to those of the whole.
+    """
+    left: Counter[Box] = Counter()
+    whole = [(tuple(0 for _ in shape), shape, -1)]
+    for offset, size, weight in (*whole, *((offset, size, 1) for offset, size in zip(offsets, sizes, strict=True))):
+        if math.prod(size):
+            ends = (((start, 1), (start + length, -1)) for start, length in zip(offset, size, strict=True))
+            for corner in product(*ends):
+                left[tuple(place for place, _ in corner)] += weight * math.prod(sign for _, sign in corner)
+    return not any(left.values())

@@ -1,0 +1,198 @@
+"""The entries of `.metadata`: what each tensor is, and where its chunks and the byte items are, checked against each other.
+
+Format: a pickle of torch.distributed.checkpoint.metadata.Metadata (and filesystem._StorageInfo). Its hundreds of thousands
+of records become tuples as they are unpickled, and are checked by columns: a checkpoint of a trillion parameters has
+300,000 of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from itertools import chain, repeat
+from operator import attrgetter, gt
+from typing import Any, NamedTuple
+
+from mptq.checkpoint.cover import covers
+from mptq.checkpoint.pickles import Inert, load_pickle
+from mptq.checkpoint.records import Record
+from mptq.errors import CheckpointError
+from mptq.types import DTYPE_BYTES, TensorSpec
+
+# megatron-core adds the plans of all ranks, the last and the larger half of the file, which mptq has no use for.
+_PLANS = b"\x8c\x0fall_local_plans"
+_END = b"ub."  # the items are set, the object gets them as its state, and that is all
+_FRAME = 1 << 20  # bytes, more than a pickle's frame has
+_MAX_NAME = 1024
+_MAX_RANK = 16
+
+
+class Chunk(NamedTuple):
+    """A box of a tensor, at `offsets` with extents `sizes`, and where it is stored."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    record: Record
+
+
+class Tensor(NamedTuple):
+    """A tensor of the checkpoint with its chunks."""
+
+    spec: TensorSpec
+    chunks: tuple[Chunk, ...]
+
+
+class _Box:
+    """torch's ChunkStorageMetadata. A state is emptied once read: the pickle's memo keeps it alive to the end."""
+
+    __slots__ = ("offsets", "sizes")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.offsets, self.sizes = state["offsets"], state["sizes"]
+        state.clear()
+
+
+class _Index:
+    """torch's MetadataIndex: the name of an entry, and the offset of a chunk, None for byte items."""
+
+    __slots__ = ("fqn", "offset")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.fqn, self.offset = state["fqn"], state.get("offset")
+        state.clear()
+
+
+class _Info:
+    """torch's _StorageInfo: where a record is."""
+
+    __slots__ = ("place",)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if state.get("transform_descriptors"):
+            raise CheckpointError(
+                "the checkpoint's shards were transformed (compressed) as they were written: save it without extensions"
+            )
+        if type(state["relative_path"]) is not str:
+            raise TypeError("a record of a file without a name")
+        self.place = (state["relative_path"], state["offset"], state["length"])
+        state.clear()
+
+
+_KNOWN = {
+    # A size becomes the tuple it is made of, that very object: () + dims, which takes nothing but tuples.
+    "torch.Size": ().__add__,
+    "torch.distributed.checkpoint.metadata.ChunkStorageMetadata": _Box,
+    "torch.distributed.checkpoint.metadata.MetadataIndex": _Index,
+    "torch.distributed.checkpoint.filesystem._StorageInfo": _Info,
+}
+
+
+def parse(raw: bytes, where: str) -> tuple[dict[str, Tensor], dict[str, Record]]:
+    """The tensors and the byte items of the metadata file `raw`, called `where`.
+
+    Every tensor's chunks cover it exactly, and no chunk has more bytes than its record. Raises CheckpointError otherwise.
+    """
+    metadata = load_pickle(_without_plans(raw), where, _KNOWN)
+    try:
+        return _entries(metadata)
+    except (AttributeError, KeyError, TypeError, IndexError, ValueError, OverflowError) as error:
+        reason = repr(error)[:200]
+        raise CheckpointError(f"{where} is not the metadata of a torch_dist checkpoint ({reason})") from error
+
+
+def _without_plans(raw: bytes) -> bytes:
+    place = raw.find(_PLANS)
+    # The frame that the end is in must be whole.
+    return raw if place < 0 else raw[:place] + _END + raw[place + len(_END) : place + _FRAME]
+
+
+def _entries(metadata: Inert) -> tuple[dict[str, Tensor], dict[str, Record]]:
+    records = _records(metadata.state["storage_data"])
+    tensors: dict[str, Tensor] = {}
+    blobs: dict[str, Record] = {}
+    grids: _Grids = {}
+    for name, entry in metadata.state["state_dict_metadata"].items():
+        if entry.global_name.endswith(".BytesStorageMetadata"):
+            _check_name(name)
+            blobs[name] = records[name][None]
+        else:
+            tensors[name] = _tensor(name, entry.state, records[name], grids)
+    return tensors, blobs
+
+
+def _records(storage: dict[_Index, _Info]) -> dict[str, dict[tuple[int, ...] | None, Record]]:
+    """The records by name and offset."""
+    names = list(map(attrgetter("fqn"), storage))
+    offsets = list(map(attrgetter("offset"), storage))
+    if not set(map(type, names)) <= {str} or not _are_integers(offset for offset in offsets if offset is not None):
+        raise TypeError("an index of something else than a name and a tuple of integers")
+    found: defaultdict[str, dict[tuple[int, ...] | None, Record]] = defaultdict(dict)
+    places = _as(Record, map(attrgetter("place"), storage.values()))
+    for name, offset, record in zip(names, offsets, places, strict=True):
+        found[name][offset] = record
+    return dict(found)
+
+
+def _as[Row: tuple[Any, ...]](row: type[Row], values: Iterable[tuple[Any, ...]]) -> Iterator[Row]:
+    """Rows of a NamedTuple, made without its own slower function; `values` have its length."""
+    return map(tuple.__new__, repeat(row), values)
+
+
+def _are_integers(sizes: Iterable[tuple[int, ...]]) -> bool:
+    """Whether all elements are integers, and no booleans: these have a hash that cannot recurse."""
+    return set(map(type, chain.from_iterable(sizes))) <= {int}
+
+
+_Boxes = list[tuple[int, ...]]
+_Grids = dict[tuple[int, ...], tuple[_Boxes, _Boxes]]
+
+
+def _tensor(name: str, state: dict[str, Any], records: dict[tuple[int, ...] | None, Record], grids: _Grids) -> Tensor:
+    """One tensor; `grids` are the offsets and sizes of chunks, by shape, that were found to be good in others."""
+    _check_name(name)
+    dtype = state["properties"].state[0].global_name.removeprefix("torch.")
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"{name} has the unknown dtype {dtype}")
+    shape = state["size"]
+    offsets = list(map(attrgetter("offsets"), state["chunks"]))
+    sizes = list(map(attrgetter("sizes"), state["chunks"]))
+    _check_sizes(name, [shape], shape)
+    if grids.get(shape) != (offsets, sizes):
+        _check_sizes(name, sizes, shape)
+        _check_sizes(name, offsets, shape)
+        _check_cover(name, shape, offsets, sizes)
+        grids[shape] = offsets, sizes
+    offsets, sizes = grids[shape]
+    places = [records[offset] for offset in offsets]
+    most = {size: math.prod(size) * DTYPE_BYTES[dtype] for size in set(sizes)}
+    if any(map(gt, map(most.__getitem__, sizes), map(attrgetter("length"), places))):
+        raise CheckpointError(f"{name} has chunks with more bytes than their records: the checkpoint is damaged")
+    return Tensor(TensorSpec(name, dtype, shape), tuple(_as(Chunk, zip(offsets, sizes, places, strict=True))))
+
+
+def _check_name(name: Any) -> None:
+    if type(name) is not str or not name.isprintable() or len(name) > _MAX_NAME:
+        raise ValueError(f"the name {ascii(name)[:80]} of an entry")
+
+
+def _check_sizes(name: str, sizes: _Boxes, shape: tuple[int, ...]) -> None:
+    """All are tuples of as many integers (no booleans) as `shape`, none negative or larger than a file can be."""
+    if not set(map(type, sizes)) <= {tuple} or not _are_integers(sizes):
+        raise ValueError(f"{name} has sizes that are no integers")
+    if not set(map(len, sizes)) <= {len(shape)} or len(shape) > _MAX_RANK:
+        raise ValueError(f"{name} has chunks of another number of dimensions, or too many")
+    numbers = set(chain.from_iterable(sizes))
+    if numbers and not 0 <= min(numbers) <= max(numbers) < 1 << 63:
+        raise ValueError(f"{name} has sizes out of range")
+
+
+def _check_cover(name: str, shape: tuple[int, ...], offsets: list[tuple[int, ...]], sizes: list[tuple[int, ...]]) -> None:
+    """The chunks hold every element of the tensor once."""
+    if covers(shape, offsets, sizes):
+        return
+    numel, stored = math.prod(shape), sum(map(math.prod, sizes))
+    what = f"{name} {list(shape)} has chunks"
+    if stored != numel:
+        raise CheckpointError(f"{what} for {stored} of {numel} elements: the checkpoint is incomplete or damaged")
+    raise CheckpointError(f"{what} that overlap: the checkpoint is damaged")

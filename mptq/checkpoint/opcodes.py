@@ -1,0 +1,92 @@
+"""What a pickle may consist of, looked at before it is run: opcodes are data, and these can do no harm.
+
+The C unpickler believes some operands: a memo index of 2 ** 31 makes it fill 32 GB, a bytearray's length is allocated before
+it is read, an extension code fetches any object that was registered. So only opcodes pass that pickle's protocols 2 to 5
+write for plain data and objects (Python's Lib/pickletools.py describes them), with operands that the file's size allows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+
+class OpcodeError(ValueError):
+    """The bytes are not a pickle of plain data and objects."""
+
+
+def _counted(opcode: bytes, lengths: range) -> bytes:
+    """An opcode whose operand is a byte of length and as many bytes."""
+    return opcode + b"(?:" + b"|".join(re.escape(bytes([length])) + rb".{%d}" % length for length in lengths) + b")"
+
+
+_BARE = rb"[\x94)}\]\x81bueteRNQ\x85\x86\x87(\x88\x89a\x93s01\x90\x91\x92]"
+_OPERANDS = (
+    rb"j....",  # LONG_BINGET
+    rb"[hKq].",  # BINGET, BININT1, BINPUT
+    rb"M..",  # BININT2
+    rb"J....",  # BININT
+    _counted(rb"\x8a", range(17)),  # LONG1, of up to 128 bits
+    _counted(rb"\x8c", range(256)),  # SHORT_BINUNICODE
+    rb"\x95.{8}",  # FRAME
+    rb"G.{8}",  # BINFLOAT
+    rb"c[^\n]{0,255}\n[^\n]{0,255}\n",  # GLOBAL
+)
+# One regular expression goes through 160 MB a second of it; the rare opcodes are left to Python.
+_RUN = re.compile(rb"(?:%s*+(?:%s))*+%s*+" % (_BARE, b"|".join(_OPERANDS), _BARE), re.DOTALL)
+_BYTES_A_SET = 16
+
+
+def check(data: bytes) -> None:
+    """Go through the opcodes of `data` up to its STOP; raises OpcodeError. Memory: none to speak of."""
+    position = sets = 0
+    while True:
+        run = _RUN.match(data, position)
+        position = run.end() if run else position
+        opcode = data[position : position + 1]
+        if opcode == b".":
+            return
+        step = _RARE.get(opcode)
+        if step is None:
+            raise OpcodeError(f"opcode {opcode!r} at byte {position}" if opcode else "it is cut short")
+        sets += opcode == b"\x8f"
+        if sets * _BYTES_A_SET > len(data) + 1024:
+            raise OpcodeError("it makes more sets than it can fill")  # an empty one takes 216 bytes
+        position = step(data, position + 1)
+
+
+def _sized(width: int) -> Callable[[bytes, int], int]:
+    """An operand of `width` bytes of length and as many bytes."""
+
+    def skip(data: bytes, position: int) -> int:
+        end = position + width + int.from_bytes(data[position : position + width], "little")
+        if end > len(data):
+            raise OpcodeError("it is cut short")
+        return end
+
+    return skip
+
+
+def _put(data: bytes, position: int) -> int:
+    """A place in the memo: picklers count them from 0, so none is larger than the bytes before it."""
+    if int.from_bytes(data[position : position + 4], "little") > position:
+        raise OpcodeError(f"a memo index out of range at byte {position}")
+    return position + 4
+
+
+def _fixed(width: int) -> Callable[[bytes, int], int]:
+    return lambda _data, position: position + width
+
+
+_RARE: dict[bytes, Callable[[bytes, int], int]] = {
+    b"\x80": _fixed(1),  # PROTO
+    b"r": _put,  # LONG_BINPUT
+    b"\x8f": _fixed(0),  # EMPTY_SET
+    b"U": _sized(1),  # SHORT_BINSTRING
+    b"C": _sized(1),  # SHORT_BINBYTES
+    b"X": _sized(4),  # BINUNICODE
+    b"T": _sized(4),  # BINSTRING
+    b"B": _sized(4),  # BINBYTES
+    b"\x8d": _sized(8),  # BINUNICODE8
+    b"\x8e": _sized(8),  # BINBYTES8
+}

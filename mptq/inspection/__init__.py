@@ -1,0 +1,47 @@
+"""What a directory holds: a Megatron checkpoint, or a Hugging Face model, of mptq's or of others. No torch.
+
+`inspect` is all of it; `tree` has the tensors by component, `settings` where the architecture is known from, `predictions`
+what the recipes would make of it, `quantized` what was made of it already.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mptq.checkpoint.index import open_checkpoint
+from mptq.inspection.huggingface import describe_huggingface, read_headers
+from mptq.inspection.megatron import describe_megatron
+from mptq.inspection.quantized import output_facts
+from mptq.plan import SourceOptions
+from mptq.writers import manifest
+
+__all__ = ["SCHEMA", "inspect", "read_headers"]
+SCHEMA = 2
+
+
+def inspect(path: Path, options: SourceOptions | None = None) -> list[dict[str, Any]]:
+    """One document for each model in the directory: two for an output of mptq in both formats.
+
+    `options` choose and describe a Megatron checkpoint. Raises CheckpointError when the directory holds neither form. Reads
+    metadata and headers only.
+    """
+    options = options or SourceOptions()
+    path = path.resolve()
+    nested = [path / form for form in ("hf", "megatron") if (path / form).is_dir()]
+    if (path / manifest.NAME).is_file() and nested:
+        return [_inspect_one(directory, path, options) for directory in nested]
+    return [_inspect_one(path, path, options)]
+
+
+def _inspect_one(path: Path, root: Path, options: SourceOptions) -> dict[str, Any]:
+    """The document of the model at `path`, which is in the output of mptq at `root` if that is one."""
+    if any(path.glob("*.safetensors")):
+        found = describe_huggingface(path)
+    else:
+        found = describe_megatron(open_checkpoint(path, options.iteration), options)
+    if (root / manifest.NAME).is_file():
+        found["output"] = output_facts(root)
+        made = found["output"]
+        found["facts"]["written by"] = f"mptq {made['mptq']}, recipe {made['recipe']['name']}"
+    return {"schema": SCHEMA, **found}

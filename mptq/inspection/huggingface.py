@@ -1,0 +1,85 @@
+"""What a directory of safetensors holds: a Hugging Face model, quantized by mptq, by others, or not at all. No torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mptq.errors import CheckpointError
+from mptq.inspection.quantized import scales
+from mptq.inspection.tree import tree
+from mptq.types import DTYPE_BYTES, TensorSpec
+
+_SAFETENSORS_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+
+
+def describe_huggingface(path: Path) -> dict[str, Any]:
+    """The document of a model; raises CheckpointError for files that are not whole."""
+    config = _json(path / "config.json")
+    quantization = config.get("quantization_config")
+    quantization = quantization if isinstance(quantization, dict) else {}
+    excluded = quantization.get("modules_to_not_convert") or quantization.get("ignore") or []
+    specs = list(read_headers(path).values())
+    facts = {
+        "format": "safetensors (Hugging Face)",
+        "architecture": f"{', '.join(config.get('architectures') or ['?'])}, {config.get('num_hidden_layers', '?')} layers, "
+        f"hidden {config.get('hidden_size', '?')}",
+        "source": "config.json",
+        "quantization": quantization.get("quant_method", "none"),
+        "excluded": ", ".join(excluded[:4]) + (f" and {len(excluded) - 4} more" if len(excluded) > 4 else ""),
+        "files": len(list(path.glob("*.safetensors"))),
+    }
+    document: dict[str, Any] = {"path": str(path), "kind": "Hugging Face model", "facts": facts, **tree(specs)}
+    return document | {"quantization": scales(specs), "quantization_config": quantization or None, "files": _files(path)}
+
+
+def _files(path: Path) -> dict[str, int]:
+    """Every file of the directory with its bytes."""
+    return {file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.is_file()}
+
+
+def read_headers(path: Path) -> dict[str, TensorSpec]:
+    """Every tensor of the safetensors files in a directory, from their headers.
+
+    Raises CheckpointError for a file that is not safetensors, or has a dtype that is not known.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    specs: dict[str, TensorSpec] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="numpy") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    piece = tensors.get_slice(name)
+                    dtype = _SAFETENSORS_DTYPES.get(piece.get_dtype())
+                    if dtype not in DTYPE_BYTES:
+                        raise CheckpointError(f"{file}: {name} has the unknown dtype {piece.get_dtype()}")
+                    specs[name] = TensorSpec(name, dtype, tuple(piece.get_shape()))
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from error
+    return specs
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,144 @@
+"""What a Megatron checkpoint holds: the model, the training state beside it, where the architecture is known from. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mptq.arch.config import ModelConfig, model_config
+from mptq.arch.ladder import settings_of
+from mptq.arch.places import dropped, locate
+from mptq.checkpoint.index import Checkpoint
+from mptq.errors import CheckpointError, MptqError, UnsupportedModelError
+from mptq.inspection.predictions import predictions
+from mptq.inspection.quantized import scales
+from mptq.inspection.settings import architecture, settings_document, words
+from mptq.inspection.tree import tree
+from mptq.plan import Source, SourceOptions
+from mptq.types import TensorSpec
+
+_PARALLEL = {
+    "TP": "tensor_model_parallel_size",
+    "PP": "pipeline_model_parallel_size",
+    "EP": "expert_model_parallel_size",
+    "ETP": "expert_tensor_parallel_size",
+    "CP": "context_parallel_size",
+    "VP": "virtual_pipeline_model_parallel_size",
+    "DP": "data_parallel_size",
+}
+_ALWAYS = ("TP", "PP")
+
+
+def describe_megatron(checkpoint: Checkpoint, options: SourceOptions) -> dict[str, Any]:
+    """The document of a checkpoint; that of a model which mptq does not quantize has a `problem` instead of `recipes`."""
+    specs = checkpoint.specs
+    left_out = dropped([*checkpoint.tensors, *checkpoint.blobs])
+    model_specs = [spec for name, spec in specs.items() if name not in left_out]
+    document: dict[str, Any] = {
+        "path": str(checkpoint.directory),
+        "kind": "Megatron checkpoint",
+        "facts": _facts(checkpoint, left_out),
+        "parallel": {short: _count(checkpoint.args, name) for short, name in _PARALLEL.items()},
+        "tokens_seen": _tokens_seen(checkpoint.args),
+        "architecture": None,
+        "problem": None,
+        **tree(model_specs),
+        "quantization": scales(model_specs),
+        "not_read": _not_read(checkpoint, left_out),
+        "recipes": [],
+    }
+    settings = settings_of(checkpoint, options.config, options.hf_config)
+    document |= settings_document(settings)
+    try:
+        model = model_config(settings, specs)
+    except MptqError as error:
+        document["facts"]["architecture"] = f"not supported: {error}"
+        return document | {"problem": str(error)}
+    made = architecture(model)
+    more = {"architecture": words(model), "Hugging Face": _family(made), "cannot be run": "; ".join(made["not_run"])}
+    document["architecture"], document["facts"] = made, document["facts"] | more
+    if document["quantization"] is not None:
+        return document | {"problem": "it is quantized already: recipes are for checkpoints as training saves them"}
+    return document | _recipes(checkpoint, model, specs)
+
+
+def _recipes(checkpoint: Checkpoint, model: ModelConfig, specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
+    try:
+        return {"recipes": predictions(Source(checkpoint, model, locate(specs, model)))}
+    except (CheckpointError, UnsupportedModelError) as error:
+        return {"problem": str(error)}
+
+
+def _family(found: Mapping[str, Any]) -> str:
+    """Which architecture of Hugging Face can express the model, or what is in the way."""
+    if found["family"]:
+        return f"{found['class']} ({found['family']})"
+    return f"no architecture that mptq writes; the nearest, {found['nearest']}, lacks {'; '.join(found['lacks'])}"
+
+
+def _facts(checkpoint: Checkpoint, left_out: Mapping[str, str]) -> dict[str, Any]:
+    args = checkpoint.args
+    chunks = [chunk for tensor in checkpoint.tensors.values() for chunk in tensor.chunks]
+    files = {chunk.record.file for chunk in chunks}
+    tokens = _tokens_seen(args)
+    return {
+        "format": "torch_dist (Megatron)",
+        "iteration": checkpoint.location.iteration,
+        "tokens seen": None if tokens is None else f"{tokens:,}",
+        "layout": _layout(checkpoint),
+        "stored as": f"{len(checkpoint.tensors)} tensors in {len(chunks)} chunks and {len(files)} files",
+        "architecture": "",
+        "source": " and ".join(_sources(checkpoint)),
+        "saved at": " ".join(_parallel(args)),
+        "tokenizer": " ".join(str(args[key]) for key in ("tokenizer_type", "tokenizer_model") if args.get(key)),
+        "left out": f"{len(left_out)} items of training state",
+    }
+
+
+def _sources(checkpoint: Checkpoint) -> Iterator[str]:
+    """Where the checkpoint itself says its architecture."""
+    if checkpoint.config:
+        yield checkpoint.config_source
+    if checkpoint.args or not checkpoint.config:
+        yield checkpoint.args_source
+
+
+def _parallel(args: Mapping[str, Any]) -> Iterator[str]:
+    """The sizes of the groups of ranks at save; of those that are usually 1 the ones that were not."""
+    shown = {*_ALWAYS, *(("EP",) if args.get("num_experts") else ())}
+    for short, name in _PARALLEL.items():
+        value = _count(args, name)
+        if short in shown or value not in (None, 1):
+            yield f"{short}={'?' if value is None else value}"
+
+
+def _tokens_seen(args: Mapping[str, Any]) -> int | None:
+    """Training samples consumed times the sequence length; None where the arguments do not say both."""
+    samples, length = _count(args, "consumed_train_samples"), _count(args, "seq_length")
+    return None if samples is None or length is None else samples * length
+
+
+def _count(args: Mapping[str, Any], name: str) -> int | None:
+    """An argument that is a count; None for anything else, which a damaged checkpoint can have there."""
+    value = args.get(name)
+    return value if type(value) is int and 0 <= value < 1 << 63 else None
+
+
+def _layout(checkpoint: Checkpoint) -> str:
+    """How the layers are keyed, and whether ModelOpt has quantized them."""
+    per_layer = any(".layers.0." in name for name in checkpoint.tensors)
+    text = "one key per layer" if per_layer else "layers stacked"
+    quantized = any(name.endswith("weight_quantizer._scale") for name in checkpoint.tensors)
+    return text + (", quantized by ModelOpt" if quantized else "")
+
+
+def _not_read(checkpoint: Checkpoint, left_out: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The items that are no part of the model: what they are, how many, and their bytes in the files."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name, reason in left_out.items():
+        row = rows.setdefault(reason, {"what": reason, "items": 0, "bytes": 0})
+        row["items"] += 1
+        tensor = checkpoint.tensors.get(name)
+        records = [checkpoint.blobs[name]] if tensor is None else [chunk.record for chunk in tensor.chunks]
+        row["bytes"] += sum(record.length for record in records)
+    return list(rows.values())

@@ -1,0 +1,74 @@
+"""What each built-in recipe would make of a checkpoint: bytes and memory, from its metadata. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from mptq import forecast
+from mptq.arch.naming import megatron_layer
+from mptq.errors import RecipeError, UnsupportedModelError
+from mptq.plan import FORMATS, Source, plan_source
+from mptq.recipe import Recipe, load_recipe, recipe_names
+
+
+class Representatives:
+    """A model with one layer of each kind, which stands for all `counts` of them: a recipe treats these alike.
+
+    A mixture of experts of a trillion parameters has 47,000 linears, and only two kinds of layers.
+    """
+
+    def __init__(self, source: Source) -> None:
+        groups: dict[Any, list[int]] = {}
+        for layer, alike in enumerate(_signatures(source)):
+            groups.setdefault(alike, []).append(layer)
+        chosen = [layers[0] for layers in groups.values()]
+        self.counts = [len(layers) for layers in groups.values()]
+        model = replace(source.model, num_layers=len(chosen), kinds=tuple(source.model.kinds[layer] for layer in chosen))
+        # What the architecture is stays what it is of the whole model: where among the layers those with experts are.
+        vars(model)["features"] = source.model.features
+        places = {name: parts for name, parts in source.places.items() if not name.startswith("decoder.layers.")}
+        for number, layer in enumerate(chosen):
+            old, new = megatron_layer(layer), megatron_layer(number)
+            places |= {new + name.removeprefix(old): at for name, at in source.places.items() if name.startswith(old)}
+        self.source = Source(source.checkpoint, model, places)
+
+    def predict(self, recipe: Recipe, form: str) -> tuple[int, int]:
+        """Bytes of the tensors of the output in `form`, and the peak of memory without activations.
+
+        Raises RecipeError or UnsupportedModelError where the recipe cannot be applied.
+        """
+        plan = plan_source(self.source, recipe, (form,))
+        total = 0
+        for inner, specs in plan.by_inner(form):
+            prefix, layer, _ = inner.partition("decoder.layers.")
+            count = self.counts[int(inner.split(".")[2])] if layer and not prefix else 1
+            total += count * sum(spec.nbytes for spec in specs)
+        return total, forecast.peak_memory(plan)
+
+
+def _signatures(source: Source) -> Iterator[Any]:
+    """Of each layer what makes it like others: its kind, and the dtypes of its tensors."""
+    dtypes: list[list[str]] = [[] for _ in source.model.kinds]
+    for name in source.places:
+        if name.startswith("decoder.layers."):
+            dtypes[int(name.split(".", 3)[2])].append(source.dtype(name))
+    return ((kind, tuple(found)) for kind, found in zip(source.model.kinds, dtypes, strict=True))
+
+
+def predictions(source: Source) -> list[dict[str, Any]]:
+    """A row a built-in recipe: bytes of each output and the peak of memory, or why there is no such output."""
+    short = Representatives(source)
+    return [_row(short, load_recipe(name)) for name in recipe_names()]
+
+
+def _row(short: Representatives, recipe: Recipe) -> dict[str, Any]:
+    row: dict[str, Any] = {"recipe": recipe.name, "description": recipe.description, "peak_bytes": None}
+    row |= {"needs_data": recipe.needs_data, "bytes": {}, "problems": {}}
+    for form in FORMATS:
+        try:
+            row["bytes"][form], row["peak_bytes"] = short.predict(recipe, form)
+        except (RecipeError, UnsupportedModelError) as error:
+            row["problems"][form] = str(error)
+    return row

@@ -1,0 +1,83 @@
+"""What was quantized in a model, by the scales beside its weights; what mptq says of an output of its own. No torch.
+
+Scales are called `weight_scale`, `weight_scale_inv` and `input_scale` in Hugging Face's form, and in Megatron's
+`weight_quantizer._scale` (compressed) or `weight_quantizer._amax` (ModelOpt's simulation, the weight in its own dtype), and
+`input_quantizer._amax`; those of a KV cache `k_scale`, `v_scale` and `k_bmm_quantizer._amax`, `v_bmm_quantizer._amax`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mptq.types import TensorSpec
+from mptq.writers import manifest
+
+_WEIGHT = (".weight_quantizer._scale", ".weight_scale_inv", ".weight_scale")
+_SIMULATED = ".weight_quantizer._amax"
+_INPUT = (".input_quantizer._amax", ".input_scale")
+_CACHE = (".k_scale", ".v_scale", ".k_bmm_quantizer._amax", ".v_bmm_quantizer._amax")
+_BLOCKS = (1, 16, 32, 64, 128, 256)
+_FIGURES = ("fidelity", "relative_error", "gates", "calibration", "excluded", "warnings")
+
+
+def scales(specs: Iterable[TensorSpec]) -> dict[str, Any] | None:
+    """How many weights are quantized how, and how many inputs and caches have static scales; None for no scales at all."""
+    found = {spec.name: spec for spec in specs}
+    weights: dict[str, list[TensorSpec]] = {}
+    for name, spec in found.items():
+        owner, weight, rest = name.partition(".weight")
+        if weight and not rest.startswith("_quantizer") and "_scale" not in rest:
+            weights.setdefault(owner, []).append(spec)
+    words = Counter(word for name, spec in found.items() if (word := _scheme(name, spec, found, weights)))
+    inputs = sum(name.endswith(_INPUT) for name in found)
+    caches = sum(name.endswith(_CACHE) for name in found)
+    return {"weights": dict(words), "static_inputs": inputs, "cache_scales": caches} if words or inputs or caches else None
+
+
+def _scheme(name: str, scale: TensorSpec, found: dict[str, TensorSpec], weights: dict[str, list[TensorSpec]]) -> str | None:
+    """How the weight that a scale belongs to is quantized, in words; None for another tensor."""
+    end = next((end for end in (*_WEIGHT, _SIMULATED) if name.endswith(end)), None)
+    if end is None:
+        return None
+    owner = name.removesuffix(end)
+    if end == _SIMULATED and f"{owner}{_WEIGHT[0]}" in found:
+        return None
+    parts = weights.get(owner)
+    if not parts:
+        return "scales without a weight"
+    rows, columns = sum(part.shape[-2] if len(part.shape) > 1 else 1 for part in parts), parts[0].shape[-1]
+    simulated = ", simulated" if end == _SIMULATED else ""
+    return f"{parts[0].dtype}{simulated}, {_grid(scale, rows, columns)}"
+
+
+def _grid(scale: TensorSpec, rows: int, columns: int) -> str:
+    """What one scale belongs to, in words."""
+    if scale.numel == 1:
+        return "one scale a tensor"
+    shape = scale.shape if len(scale.shape) > 1 else (*scale.shape, 1)
+    high, wide = _block(rows, shape[-2]), _block(columns, shape[-1])
+    kind = "E8M0 scales" if scale.dtype in ("uint8", "float8_e8m0fnu") else f"{scale.dtype} scales"
+    return f"one scale a row ({scale.dtype})" if (high, wide) == (1, columns) else f"blocks of {high}x{wide}, {kind}"
+
+
+def _block(size: int, count: int) -> int:
+    """The size of the blocks of which `count` cover `size`."""
+    if count == 1:
+        return size
+    return next((block for block in _BLOCKS if -(-size // block) == count), -(-size // count))
+
+
+def output_facts(root: Path) -> dict[str, Any]:
+    """What the manifest and the report of mptq's output at `root` say: recipe, source, files, and figures of fidelity.
+
+    Raises OutputError for a manifest or a report that this version does not read.
+    """
+    from mptq import report  # only outputs have one
+
+    made = manifest.read_manifest(root)
+    facts: dict[str, Any] = {key: made[key] for key in ("mptq", "recipe", "source", "formats", "dialect", "files")}
+    told = report.read(root)
+    return facts | {key: told[key] for key in _FIGURES}

@@ -1,0 +1,173 @@
+"""Arguments become what megatron-core's own translation makes of them."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from mptq.arch.arguments import from_args
+from mptq.arch.documents import from_document
+from mptq.arch.settings import KINDS, agree
+from mptq.arch.shapes import from_tensors
+from mptq.checkpoint.pickles import Inert
+from mptq.checkpoint.records import load_torch_file
+from mptq.checkpoint.sources import load_yaml
+from mptq.types import TensorSpec
+from tests.conftest import run
+
+BASE = {
+    "num-layers": 4, "hidden-size": 64, "num-attention-heads": 4, "seq-length": 32, "max-position-embeddings": 128,
+    "vocab-size": 100, "tokenizer-type": "NullTokenizer", "micro-batch-size": 1, "train-iters": 1, "lr": 1,
+    "transformer-impl": "local", "distributed-backend": "gloo",
+}  # fmt: skip
+FLAGS = ["no-rope-fusion", "no-persist-layer-norm", "no-gradient-accumulation-fusion", "no-masked-softmax-fusion"]
+LLAMA = {"normalization": "RMSNorm", "position-embedding-type": "rope", "norm-epsilon": 1e-6, "rotary-base": 500000}
+CASES = {
+    "model-gpt": ({}, []),
+    "gpt-unfused": ({}, ["no-bias-gelu-fusion"]),
+    "gpt-no-bias": ({}, ["disable-bias-linear"]),
+    "model-llama": (LLAMA, ["swiglu", "disable-bias-linear", "untie-embeddings-and-output-weights", "bf16"]),
+    "model-gqa": (LLAMA | {"num-query-groups": 2, "kv-channels": 32}, ["swiglu", "group-query-attention", "qk-layernorm"]),
+    "model-mqa": (LLAMA | {"num-query-groups": 1}, ["swiglu", "group-query-attention", "add-qkv-bias", "disable-bias-linear"]),
+    "llama3": (LLAMA | {"rope-scaling-factor": 8.0}, ["swiglu", "use-rope-scaling"]),
+    "interpolated": (LLAMA | {"rotary-percent": 0.5, "rotary-seq-len-interpolation-factor": 4}, ["swiglu"]),
+    "model-plain": ({"position-embedding-type": "rope"}, ["squared-relu", "disable-bias-linear"]),
+    "nemotron": ({"position-embedding-type": "rope"}, ["squared-relu", "apply-layernorm-1p", "disable-bias-linear"]),
+    "quick": ({"glu-linear-offset": 1.0, "activation-func-clamp-value": 7.0}, ["quick-geglu", "no-bias-gelu-fusion"]),
+    "window": ({"window-size": "16,0", "window-attn-skip-freq": 2, "softmax-type": "learnable"}, []),
+    "window-list": ({"window-size": "16,0", "window-attn-skip-freq": "[1,1,1,0]"}, []),
+    "no-rope": (LLAMA | {"no-rope-freq": 2}, ["swiglu"]),
+    "model-moe": (
+        LLAMA | {"num-experts": 4, "moe-router-topk": 2, "moe-token-dispatcher-type": "allgather"},
+        ["swiglu", "disable-bias-linear"],
+    ),
+    "model-deepseek": (
+        LLAMA
+        | {"num-experts": 8, "moe-router-topk": 4, "moe-ffn-hidden-size": 48, "moe-layer-freq": "([0]*1+[1]*3)"}
+        | {"moe-shared-expert-intermediate-size": 96, "moe-router-score-function": "sigmoid", "moe-router-num-groups": 4}
+        | {"moe-router-group-topk": 2, "moe-router-topk-scaling-factor": 2.5, "q-lora-rank": 24, "kv-lora-rank": 16}
+        | {"qk-head-dim": 12, "qk-pos-emb-head-dim": 8, "v-head-dim": 12, "rotary-scaling-factor": 40, "mscale": 0.7}
+        | {"moe-token-dispatcher-type": "allgather", "moe-router-dtype": "fp32", "mtp-num-layers": 1},
+        ["swiglu", "disable-bias-linear", "multi-latent-attention", "moe-router-enable-expert-bias", "qk-layernorm"],
+    ),
+    "model-mla-rope": (
+        LLAMA | {"kv-lora-rank": 16, "qk-head-dim": 12, "qk-pos-emb-head-dim": 8, "rope-type": "rope"},
+        ["swiglu", "disable-bias-linear", "multi-latent-attention"],
+    ),
+    "moe-capacity": (
+        LLAMA | {"num-experts": 4, "moe-expert-capacity-factor": -1, "moe-token-dispatcher-type": "allgather"},
+        ["swiglu", "moe-router-pre-softmax"],
+    ),
+    "yarn": (
+        LLAMA | {"position-embedding-type": "yarn", "rotary-scaling-factor": 32, "yarn-original-max-position-embeddings": 64},
+        ["swiglu"],
+    ),
+    "model-moe-shared": (
+        LLAMA | {"num-experts": 4, "moe-shared-expert-intermediate-size": 48, "moe-token-dispatcher-type": "allgather"},
+        ["swiglu", "disable-bias-linear", "moe-shared-expert-gate"],
+    ),
+    "linear-attention": (
+        LLAMA | {"experimental-attention-variant": "gated_delta_net", "linear-attention-freq": 4, "linear-num-value-heads": 16},
+        ["swiglu", "attention-output-gate", "disable-bias-linear"],
+    ),
+    "hybrid": ({"hybrid-layer-pattern": "M*M-"}, ["disable-bias-linear"]),
+    "mup": (LLAMA | {"mup-base-hidden-size": 32}, ["swiglu", "use-mup"]),
+}
+# A setting's name in GPTModelConfig, where that is another; what has no field there is from the arguments alone.
+GPT = {"max_position_embeddings": "seq_length", "seq_length": None, "vocab_size": None, "padded_vocab_size": "vocab_size"}
+GPT |= {"tokenizer_model": None, "tokenizer_type": None, "params_dtype": None, "hybrid_layer_pattern": None}
+GPT |= {"heterogeneous_layers_config_path": None, "heterogeneous_layers_config_encoded_json": None}
+
+
+SAID_BY_BOTH = {"activation_func", "gated_linear_unit", "layernorm_epsilon", "num_query_groups", "position_embedding_type"}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """The arguments and configs of all cases, by megatron-core."""
+    out = tmp_path_factory.mktemp("configs")
+    cases = {
+        name: [part for key, value in (BASE | options).items() for part in (f"--{key}", str(value))]
+        + [f"--{flag}" for flag in [*FLAGS, *flags]]
+        for name, (options, flags) in CASES.items()
+    }
+    (out / "cases.json").write_text(json.dumps(cases))
+    run(sys.executable, Path(__file__).parent / "megatron_configs.py", out / "cases.json", out, OMP_NUM_THREADS="1")
+    return out
+
+
+def expected(name, config):
+    """A setting's value in megatron-core's configs, as a setting says it."""
+    if name in GPT:
+        return config["gpt"].get(GPT[name])
+    if name not in config["transformer"]:
+        return config["gpt"][name]
+    value = config["transformer"][name]
+    if name == "activation_func" and value == "gelu" and config["transformer"]["bias_activation_fusion"]:
+        return "gelu_tanh"
+    return value
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_settings_are_the_fields_of_megatrons_own_config(built, case):
+    args = load_torch_file(built / f"{case}.pt", case)["args"].state
+    config = json.loads((built / f"{case}.json").read_text())
+    settings = from_args(args)
+    compared = [key for key in settings if GPT.get(key, key) is not None]
+    assert {key: settings[key] for key in compared} == {key: expected(key, config) for key in compared}
+    fields = set(config["transformer"]) & set(KINDS)
+    missing = fields - set(settings) - {"moe_router_topk_limited_devices"}
+    assert not {key for key in missing if key in args}, "an argument of the run that is not among its settings"
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name.startswith("model-")])
+def test_the_shapes_of_megatrons_own_tensors_agree_with_its_arguments(built, case):
+    config = json.loads((built / f"{case}.json").read_text())
+    args = load_torch_file(built / f"{case}.pt", case)["args"].state
+    told = from_tensors({key: TensorSpec(key, "float32", tuple(shape)) for key, shape in config["shapes"].items()})
+    settings = from_args(args)
+    assert {key: value for key, value in told.items() if not agree(key, value, settings[key])} == {}
+    size = "moe_ffn_hidden_size" if args["num_experts"] else "ffn_hidden_size"
+    assert {"num_layers", "hidden_size", "padded_vocab_size", "normalization", "gated_linear_unit", size} <= set(told)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_config_of_the_same_config_says_the_same(built, case):
+    args = from_args(load_torch_file(built / f"{case}.pt", case)["args"].state)
+    told = from_document(load_yaml(built / f"{case}.yaml"))
+    # A provider's vocabulary has its padding, and its sequence is as long as its positions.
+    args |= {"vocab_size": args["padded_vocab_size"], "seq_length": args["max_position_embeddings"]}
+    if args.get("multi_latent_attention"):
+        del args["rotary_base"]  # GPTModelConfig hides that of MLATransformerConfig behind its own default
+    assert {key: told[key] for key in told if key in args and not agree(key, told[key], args[key])} == {}
+    assert told.keys() >= SAID_BY_BOTH
+
+
+OLD = {"norm_epsilon": 1e-6, "apply_layernorm_1p": True, "num_experts": 8, "ffn_hidden_size": 64, "moe_ffn_hidden_size": None}
+
+
+def test_names_of_older_versions():
+    settings = from_args(OLD | {"hybrid_override_pattern": "M*", "untie_embeddings_and_output_weights": True})
+    assert settings["layernorm_epsilon"] == 1e-6
+    assert settings["layernorm_zero_centered_gamma"] is True
+    assert (settings["num_moe_experts"], settings["moe_ffn_hidden_size"]) == (8, 64)
+    assert (settings["hybrid_layer_pattern"], settings["is_hybrid_model"]) == ("M*", True)
+    assert settings["share_embeddings_and_output_weights"] is False
+
+
+def test_latent_attention_of_0_13_has_its_length_before_yarn_elsewhere():
+    mla = {"multi_latent_attention": True, "kv_lora_rank": 16, "max_position_embeddings": 8192}
+    assert from_args(mla)["original_max_position_embeddings"] == 8192
+    assert from_args(mla | {"cache_mla_latents": False})["original_max_position_embeddings"] == 4096
+
+
+def test_an_absent_argument_says_nothing():
+    assert from_args({}) == {}
+    assert from_args({"num_layers": 3}) == {"num_layers": 3}
+
+
+def test_objects_become_words_or_nothing():
+    inert = type("bfloat16", (Inert,), {"global_name": "torch.bfloat16"})
+    member = type("Score", (Inert,), {"global_name": "x.Score"})(5)
+    assert from_args({"params_dtype": inert, "moe_router_score_function": member}) == {"params_dtype": "bfloat16"}

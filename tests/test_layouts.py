@@ -1,0 +1,258 @@
+"""The same model in every layout that frameworks write gives the same plan; what cannot be quantized is refused."""
+
+import io
+import pickle
+import shutil
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from mptq import make_plan
+from mptq.arch.features import REFUSED, obstacles
+from mptq.arch.ladder import settings_of
+from mptq.checkpoint.index import open_checkpoint
+from mptq.errors import CheckpointError, MptqError, UnsupportedModelError
+from mptq.inspection import inspect
+from mptq.plan import SourceOptions
+from tests.conftest import mptq, read_json
+
+TRACKER = "latest_checkpointed_iteration.txt"
+BOTH = ("hf", "megatron")
+TARGETS = {
+    "Megatron-Bridge": "megatron.bridge.models.gpt_provider.GPTModelProvider",
+    "NeMo 2": "nemo.collections.llm.gpt.model.llama.LlamaConfig",
+}
+
+
+def iteration_of(root: Path) -> Path:
+    return next(root.glob("iter_*"))
+
+
+def copied(root: Path, to: Path) -> Path:
+    """A copy whose shards are links."""
+    return Path(shutil.copytree(root, to, copy_function=lambda one, other: Path(other).symlink_to(Path(one).resolve())))
+
+
+def renamed(directory: Path, rename) -> None:
+    """Give the items of a checkpoint other keys in its metadata, or none (None) to leave one out."""
+    file = directory / ".metadata"
+    metadata = pickle.loads(file.read_bytes())
+    metadata.state_dict_metadata = {
+        new: entry for key, entry in metadata.state_dict_metadata.items() if (new := rename(key)) is not None
+    }
+    metadata.storage_data = {
+        replace(index, fqn=new): entry
+        for index, entry in metadata.storage_data.items()
+        if (new := rename(index.fqn)) is not None
+    }
+    file.unlink()
+    file.write_bytes(pickle.dumps(metadata))
+
+
+def without_args(key: str) -> str | None:
+    return None if key.startswith("common_state") else key
+
+
+def arguments(directory: Path) -> Namespace:
+    """The training run's arguments as torch reads them."""
+    record = next(record for key, record in open_checkpoint(directory).blobs.items() if key.startswith("common_state"))
+    with (directory / record.file).open("rb") as file:
+        file.seek(record.offset)
+        state = torch.load(io.BytesIO(file.read(record.length)), weights_only=False)
+    return (state[0] if isinstance(state, list) else state)["args"]
+
+
+def fields(root: Path, framework: str) -> dict:
+    """The model of a run config: what the arguments say, as Bridge and NeMo write it."""
+    found = {key: value for key, value in settings_of(open_checkpoint(root)).entries.items() if not key.startswith("tokenizer")}
+    function = {"_target_": "torch.nn.functional.silu", "_call_" if framework == "Megatron-Bridge" else "_partial_": False}
+    dtype = {"_target_": "torch.bfloat16", "_call_": False}
+    return found | {"_target_": TARGETS[framework], "activation_func": function, "params_dtype": dtype}
+
+
+def bridge(aligned: Path, to: Path, **changed) -> Path:
+    """A root of Megatron-Bridge, without arguments of Megatron-LM."""
+    root = copied(aligned, to)
+    directory = iteration_of(root)
+    renamed(directory, without_args)
+    document = {"model": fields(aligned, "Megatron-Bridge") | changed, "checkpoint": {"_target_": "x.CheckpointConfig"}}
+    (directory / "run_config.yaml").write_text(yaml.safe_dump(document))
+    (root / TRACKER).unlink()
+    torch.save({"step": torch.tensor(100), "do_train": torch.tensor(True)}, root / "latest_train_state.pt")
+    return root
+
+
+def nemo(aligned: Path, to: Path) -> Path:
+    """A directory of NeMo 2, whose keys begin with `module.`."""
+    copied(iteration_of(aligned), to / "weights")
+    renamed(to / "weights", lambda key: without_args(key) and f"module.{key}")
+    document = {"_target_": "nemo.collections.llm.gpt.model.llama.LlamaModel", "config": fields(aligned, "NeMo 2")}
+    (to / "context").mkdir()
+    (to / "context" / "model.yaml").write_text(yaml.safe_dump(document))
+    return to
+
+
+def common(aligned: Path, to: Path) -> Path:
+    """A checkpoint of megatron-core 0.13 to 0.16, with the arguments in common.pt."""
+    root = copied(aligned, to)
+    directory = iteration_of(root)
+    args = arguments(directory)
+    renamed(directory, without_args)
+    torch.save({"args": args, "checkpoint_version": 3.0, "iteration": 100}, directory / "common.pt")
+    (directory / "metadata.json").unlink()
+    (directory / "metadata.json").write_text('{"sharded_backend": "torch_dist", "common_backend": "torch"}')
+    return root
+
+
+def untracked(aligned: Path, to: Path) -> Path:
+    """A root without its tracker, of several iterations."""
+    root = copied(aligned, to)
+    (root / TRACKER).unlink()
+    (root / "iter_0000020").mkdir()
+    return root
+
+
+def described(plan) -> dict:
+    """What a plan says, but not where it was found."""
+    document = dict(plan.model.document)
+    document.pop("settings")
+    document.pop("tokenizer")
+    tensors = {form: plan.specs(form) for form in BOTH}
+    return {"model": document, "tensors": tensors, "in": plan.bytes_in, "schemes": plan.wanted}
+
+
+@pytest.fixture(scope="module")
+def plain(aligned) -> dict:
+    return described(make_plan(aligned, "fp8-blockwise", BOTH))
+
+
+@pytest.mark.parametrize(
+    ("layout", "source"),
+    [
+        (bridge, "run_config.yaml"),
+        (nemo, "context/model.yaml"),
+        (common, "args in common.pt"),
+        (untracked, "args in common_state"),
+    ],
+)
+def test_every_layout_gives_the_same_plan(aligned, plain, layout, source, tmp_path):
+    plan = make_plan(layout(aligned, tmp_path / "copy"), "fp8-blockwise", BOTH)
+    assert described(plan) == plain
+    assert plan.model.settings.sources["num_attention_heads"] == source
+    assert [str(conflict) for conflict in plan.model.settings.conflicts] == []
+
+
+@pytest.mark.parametrize("layout", [bridge, nemo, common])
+def test_inspect_reads_every_layout(aligned, layout, tmp_path):
+    (found,) = inspect(layout(aligned, tmp_path / "copy"))
+    (plain,) = inspect(aligned)
+    assert found["facts"]["architecture"] == plain["facts"]["architecture"]
+    assert found["parameters"] == plain["parameters"]
+
+
+def test_what_the_run_config_says_counts_and_the_user_says_more(aligned, tmp_path):
+    root = bridge(aligned, tmp_path / "copy", rotary_base=12345, num_layers=3)
+    assert {conflict.key for conflict in settings_of(open_checkpoint(root)).conflicts} == {"num_layers"}
+    options = SourceOptions(100, ("num-layers=4", "rotary_base=500000"))
+    plan = make_plan(root, "fp8-blockwise", BOTH, options)
+    assert (plan.model.num_layers, plan.model.get("rotary_base"), plan.model.source("rotary_base")) == (4, 500000, "--config")
+
+
+def test_a_hugging_face_config_describes_a_checkpoint_that_does_not(aligned, aligned_hf, plain, tmp_path):
+    root = copied(aligned, tmp_path / "copy")
+    renamed(iteration_of(root), without_args)
+    with pytest.raises(CheckpointError, match="--hf-config DIR"):
+        make_plan(root, "fp8-blockwise")
+    plan = make_plan(root, "fp8-blockwise", BOTH, SourceOptions(hf_config=aligned_hf))
+    assert described(plan)["tensors"] == plain["tensors"]
+
+
+@pytest.mark.parametrize(
+    "target", ["gemma.gemma_provider.GemmaModelProvider", "qwen_vl.qwen25_vl_provider.Qwen25VLModelProvider"]
+)
+def test_models_that_their_settings_do_not_tell_whole_are_refused(aligned, target, tmp_path):
+    root = bridge(aligned, tmp_path / "copy", _target_=f"megatron.bridge.models.{target}")
+    with pytest.raises(UnsupportedModelError, match=f"may add .*provider={target.rpartition('.')[2]}"):
+        make_plan(root, "fp8-blockwise")
+    make_plan(root, "fp8-blockwise", options=SourceOptions(config=("provider=GPTModelProvider",)))
+
+
+@pytest.mark.parametrize(
+    ("names", "refused"),
+    [
+        ("GPTModelProvider GPTModelConfig MLAModelProvider HybridModelProvider MambaModelProvider GPTModel LlamaModel", False),
+        (
+            "Llama3ModelProvider8B Llama31ModelProvider405B Llama31Config70B Qwen3MoEModelProvider30B_A3B Qwen2Config7B",
+            False,
+        ),
+        ("MistralModelProvider MixtralConfig8x7B DeepSeekV3ModelProvider DeepSeekModel NemotronHModelProvider56B", False),
+        ("GemmaModel Gemma2ModelProvider Gemma3ModelProvider27B CodeGemmaConfig7B Gemma3VLModelProvider NevaModel", True),
+        (
+            "Qwen3VLModelProvider Qwen25OmniModelProvider NemotronVLModelProvider LlavaMegatronMIMOProvider T5ModelProvider",
+            True,
+        ),
+        ("Llama4Model Llama4OmniModel Baichuan2Model HyenaModel FalconH1ModelProvider LlamaBidirectionalModel", True),
+    ],
+)
+def test_which_classes_build_plain_models(names, refused):
+    assert {name: bool(obstacles(REFUSED, {"provider": name})) for name in names.split()} == dict.fromkeys(
+        names.split(), refused
+    )
+
+
+def with_state(directory):
+    (directory / "modelopt_state").mkdir()
+
+
+def with_quantizers(directory):
+    renamed(directory, lambda key: key.replace("final_layernorm.weight", "x.weight_quantizer._amax"))
+
+
+@pytest.mark.parametrize("spoil", [with_state, with_quantizers])
+def test_what_is_quantized_already_is_inspected_and_not_quantized_again(aligned, spoil, tmp_path):
+    root = copied(aligned, tmp_path / "copy")
+    spoil(iteration_of(root))
+    with pytest.raises(CheckpointError, match="is quantized already"):
+        make_plan(root, "fp8-blockwise")
+    assert inspect(root)[0]["kind"] == "Megatron checkpoint"
+
+
+@pytest.mark.parametrize("state", ["fp32_param", "param"])
+def test_main_params_are_no_weights(aligned, state, tmp_path):
+    root = copied(aligned, tmp_path / "copy")
+    renamed(
+        iteration_of(root), lambda key: f"chained_0.optimizer.state.{state}.module.{key}" if key.endswith("weight") else key
+    )
+    with pytest.raises(CheckpointError, match=r"only as the optimizer's main params .* save it with the model's weights"):
+        make_plan(root, "fp8-blockwise")
+
+
+def test_the_command_line(aligned, tmp_path):
+    root = untracked(aligned, tmp_path / "copy")
+    (root / "iter_0000300").mkdir()
+    done = mptq("quantize", root, "--recipe", "fp8-blockwise", "--dry-run")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "iter_0000300 is empty" in done.stderr
+    options = ("--iteration", 100, "--config", "rotary_base=777")
+    out = tmp_path / "out"
+    done = mptq(
+        "quantize", root, "--recipe", "fp8-per-channel", *options, "-o", out, "--eval-size", 0, "--device", "cpu", "--quiet"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert read_json(out / "config.json")["rope_parameters"]["rope_theta"] == 777
+    done = mptq("verify", out, "--against", root, *options)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "ok")
+    done = mptq("inspect", root, *options)
+    assert done.returncode == 0
+    assert "iteration" in done.stdout
+    done = mptq("inspect", root, "--iteration", 5)
+    assert (done.returncode, "there are 20, 100, 300" in done.stderr) == (1, True)
+
+
+def test_options_that_are_wrong(aligned):
+    with pytest.raises(MptqError, match="did you mean rotary_base"):
+        make_plan(aligned, "fp8-blockwise", options=SourceOptions(config=("rotary_bas=1",)))
