@@ -296,3 +296,17 @@ def test_nothing(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"\0" * 20)
     with pytest.raises(CheckpointError, match="is not a whole safetensors file"):
         inspect(tmp_path)
+
+
+def test_config_of_another_tool_that_holds_anything(tmp_path):
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    save_file({"lm_head.weight": np.zeros((2, 2), dtype=np.float32)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"architectures": [1, null], "quantization_config": {"ignore": [{}, 3]}}')
+    (document,) = inspect(tmp_path)
+    assert document["facts"]["architecture"].startswith("1, None, ")
+    assert document["facts"]["excluded"] == "{}, 3"
+    (tmp_path / "config.json").write_text('{"architectures": 7, "quantization_config": {"ignore": "lm_head"}}')
+    (document,) = inspect(tmp_path)
+    assert document["facts"]["excluded"] == ""

@@ -17,7 +17,7 @@ from mptq.errors import CheckpointError
 from mptq.types import DTYPE_BYTES
 
 _PICKLE = 1 << 20  # bytes of the largest pickle of one tensor; they have about 200
-_PIECE = 4 << 20  # bytes that are read at once, and checked while they are in the cache
+_PIECE = 1 << 20  # bytes that are read at once, and checked while they are in the cache
 _STORAGES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",

@@ -33,11 +33,12 @@ def describe_huggingface(path: Path) -> dict[str, Any]:
     config = _json(path / "config.json")
     quantization = config.get("quantization_config")
     quantization = quantization if isinstance(quantization, dict) else {}
-    excluded = quantization.get("modules_to_not_convert") or quantization.get("ignore") or []
+    excluded = _words(quantization.get("modules_to_not_convert") or quantization.get("ignore"))
+    architectures = ", ".join(_words(config.get("architectures")) or ["?"])
     specs = list(read_headers(path).values())
     facts = {
         "format": "safetensors (Hugging Face)",
-        "architecture": f"{', '.join(config.get('architectures') or ['?'])}, {config.get('num_hidden_layers', '?')} layers, "
+        "architecture": f"{architectures}, {config.get('num_hidden_layers', '?')} layers, "
         f"hidden {config.get('hidden_size', '?')}",
         "source": "config.json",
         "quantization": quantization.get("quant_method", "none"),
@@ -46,6 +47,11 @@ def describe_huggingface(path: Path) -> dict[str, Any]:
     }
     document: dict[str, Any] = {"path": str(path), "kind": "Hugging Face model", "facts": facts, **tree(specs)}
     return document | {"quantization": scales(specs), "quantization_config": quantization or None, "files": _files(path)}
+
+
+def _words(listed: Any) -> list[str]:
+    """A list of another tool's config, which may hold anything."""
+    return [str(item) for item in listed] if isinstance(listed, list) else []
 
 
 def _files(path: Path) -> dict[str, int]:
