@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mptq.checkpoint.index import open_checkpoint
+from mptq.checkpoint.pickles import gc_paused
 from mptq.inspection.huggingface import describe_huggingface, read_headers
 from mptq.inspection.megatron import describe_megatron
 from mptq.inspection.quantized import output_facts
@@ -29,9 +30,9 @@ def inspect(path: Path, options: SourceOptions | None = None) -> list[dict[str, 
     options = options or SourceOptions()
     path = path.resolve()
     nested = [path / form for form in ("hf", "megatron") if (path / form).is_dir()]
-    if (path / manifest.NAME).is_file() and nested:
-        return [_inspect_one(directory, path, options) for directory in nested]
-    return [_inspect_one(path, path, options)]
+    nested = nested if (path / manifest.NAME).is_file() else []
+    with gc_paused():  # all that is made stays to the end
+        return [_inspect_one(directory, path, options) for directory in nested or [path]]
 
 
 def _inspect_one(path: Path, root: Path, options: SourceOptions) -> dict[str, Any]:
