@@ -291,7 +291,7 @@ def test_config_of_another_form(aligned_hf, tmp_path):
 
 
 def test_nothing(tmp_path):
-    with pytest.raises(CheckpointError, match="has no .metadata"):
+    with pytest.raises(CheckpointError, match="is empty"):
         inspect(tmp_path)
     (tmp_path / "x.safetensors").write_bytes(b"\0" * 20)
     with pytest.raises(CheckpointError, match="is not a whole safetensors file"):

@@ -146,6 +146,35 @@ def test_every_layout_gives_the_same_plan(aligned, plain, layout, source, tmp_pa
     assert [str(conflict) for conflict in plan.model.settings.conflicts] == []
 
 
+SAID = ("num_attention_heads=4", "num-query-groups=2", "kv_channels=128", "swiglu=true", "norm-epsilon=1e-5")
+SAID += ("position_embedding_type=rope", "rotary_base=10000", "max_position_embeddings=512", "vocab_size=500")
+
+
+def bare(aligned: Path, to: Path) -> Path:
+    """A checkpoint that says nothing of its model but its tensors."""
+    root = copied(aligned, to)
+    renamed(iteration_of(root), without_args)
+    return root
+
+
+def test_without_a_config_a_hugging_face_one_gives_the_same_plan(aligned, aligned_hf, plain, tmp_path):
+    options = SourceOptions(hf_config=aligned_hf)
+    plan = make_plan(bare(aligned, tmp_path / "copy"), "fp8-blockwise", BOTH, options)
+    assert described(plan)["tensors"] == plain["tensors"]
+    assert described(plan)["model"] == plain["model"]
+    assert plan.model.settings.conflicts == ()
+
+
+def test_without_a_config_what_shapes_do_not_tell_is_asked_for(aligned, plain, tmp_path):
+    root = bare(aligned, tmp_path / "copy")
+    plan = make_plan(root, "fp8-blockwise", BOTH, SourceOptions(config=SAID))
+    assert described(plan) == plain
+    for said in ("num_attention_heads", "swiglu", "norm-epsilon", "position_embedding_type", "rotary_base"):
+        left = tuple(option for option in SAID if not option.startswith(said))
+        with pytest.raises(CheckpointError, match="its tensors do not tell .*: pass --hf-config DIR, or each as --config"):
+            make_plan(root, "fp8-blockwise", BOTH, SourceOptions(config=left))
+
+
 @pytest.mark.parametrize("layout", [bridge, nemo, common])
 def test_inspect_reads_every_layout(aligned, layout, tmp_path):
     (found,) = inspect(layout(aligned, tmp_path / "copy"))
@@ -221,12 +250,12 @@ def test_what_is_quantized_already_is_inspected_and_not_quantized_again(aligned,
     assert inspect(root)[0]["kind"] == "Megatron checkpoint"
 
 
-@pytest.mark.parametrize("state", ["fp32_param", "param"])
+@pytest.mark.parametrize(
+    "state", ["state.fp32_param.module.{}", "state.param.{}", "distributed.dp_group_idx_0.gbuf_idx_0.bucket_idx_0.param.{}"]
+)
 def test_main_params_are_no_weights(aligned, state, tmp_path):
     root = copied(aligned, tmp_path / "copy")
-    renamed(
-        iteration_of(root), lambda key: f"chained_0.optimizer.state.{state}.module.{key}" if key.endswith("weight") else key
-    )
+    renamed(iteration_of(root), lambda key: f"chained_0.optimizer.{state.format(key)}" if key.endswith("weight") else key)
     with pytest.raises(CheckpointError, match=r"only as the optimizer's main params .* save it with the model's weights"):
         make_plan(root, "fp8-blockwise")
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from mptq.arch import features
-from mptq.arch.settings import Settings
+from mptq.arch.settings import Settings, unsaid
 from mptq.errors import CheckpointError, UnsupportedModelError
 from mptq.types import TensorSpec
 
@@ -123,6 +123,12 @@ def model_config(settings: Settings, tensors: Mapping[str, TensorSpec]) -> Model
         raise CheckpointError(
             "the checkpoint does not say its architecture: it has neither run_config.yaml nor Megatron-LM's args; "
             "pass --hf-config DIR or --config key=value"
+        )
+    untold = unsaid(settings)
+    if untold:
+        raise CheckpointError(
+            "the checkpoint has neither run_config.yaml nor Megatron-LM's args, and its tensors do not tell "
+            f"{', '.join(untold)}: pass --hf-config DIR, or each as --config key=value"
         )
     refused = features.obstacles(features.REFUSED, settings)
     if refused:

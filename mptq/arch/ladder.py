@@ -13,7 +13,7 @@ from mptq.arch.arguments import from_args
 from mptq.arch.documents import from_document
 from mptq.arch.huggingface import from_hf_config
 from mptq.arch.overrides import from_options
-from mptq.arch.settings import Rung, Settings, merge
+from mptq.arch.settings import OPTIONS, SHAPES, Rung, Settings, merge
 from mptq.arch.shapes import from_tensors
 from mptq.types import TensorSpec
 
@@ -52,10 +52,10 @@ def settings_of(checkpoint: Described, config: Sequence[str] = (), hf_config: Pa
 
 
 def _rungs(checkpoint: Described, config: Sequence[str], hf_config: Path | None) -> Iterator[Rung]:
-    yield Rung("--config", from_options(config), overrides=True)
+    yield Rung(OPTIONS, from_options(config), overrides=True)
     if hf_config is not None:
         fields, file = from_hf_config(hf_config)
         yield Rung(file, fields)
     yield Rung(checkpoint.config_source, from_document(checkpoint.config))
     yield Rung(checkpoint.args_source, from_args(checkpoint.args))
-    yield Rung("the tensors' shapes", from_tensors(checkpoint.specs))
+    yield Rung(SHAPES, from_tensors(checkpoint.specs))

@@ -124,6 +124,18 @@ def merge(rungs: Iterable[Rung]) -> Settings:
     return Settings(entries, {key: rung.source for key, rung in holders.items()}, tuple(conflicts))
 
 
+OPTIONS, SHAPES = "--config", "the tensors' shapes"
+_UNTOLD = ("num_attention_heads", "layernorm_epsilon", "activation_func", "position_embedding_type", "max_position_embeddings")
+
+
+def unsaid(settings: Settings) -> list[str]:
+    """What decides the model's numbers and no shape tells, where there is no config at all whose defaults could count."""
+    if set(settings.sources.values()) - {OPTIONS, SHAPES}:
+        return []
+    rotary = ("rotary_base",) if settings.get("position_embedding_type") == "rope" else ()
+    return [key for key in _UNTOLD + rotary if settings.get(key) is None]
+
+
 def agree(key: str, one: Any, other: Any) -> bool:
     """Whether two values of `key` mean the same: None, False and 0 all say that a feature is not there."""
     if key == "hybrid_layer_pattern":

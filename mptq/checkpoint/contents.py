@@ -8,7 +8,7 @@ from mptq.checkpoint.index import Checkpoint
 from mptq.errors import CheckpointError
 
 _QUANTIZER = re.compile(r"_quantizer\._(amax|scale|double_scale)$")
-_MAIN_PARAM = re.compile(r"(^|\.)optimizer\.state\.(fp32_)?param\.")
+_MAIN_PARAM = re.compile(r"(^|\.)optimizer\.(state\.(fp32_)?param\.|distributed\.)")  # by parameter, or in buckets
 _OPTIMIZER = re.compile(r"(^|\.)optimizer\.")
 
 

@@ -29,9 +29,9 @@ _PARALLEL = {
 _ALWAYS = ("TP", "PP")
 
 
-def describe_megatron(checkpoint: Checkpoint, options: SourceOptions) -> dict[str, Any]:
+def describe_megatron(checkpoint: Checkpoint, options: SourceOptions | None = None) -> dict[str, Any]:
     """The document of a checkpoint; that of a model which mptq does not quantize has a `problem` instead of `recipes`."""
-    specs = checkpoint.specs
+    options, specs = options or SourceOptions(), checkpoint.specs
     left_out = dropped([*checkpoint.tensors, *checkpoint.blobs])
     model_specs = [spec for name, spec in specs.items() if name not in left_out]
     document: dict[str, Any] = {

@@ -109,6 +109,7 @@ def expected(name, config):
     return value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_settings_are_the_fields_of_megatrons_own_config(built, case):
     args = load_torch_file(built / f"{case}.pt", case)["args"].state
@@ -121,6 +122,7 @@ def test_settings_are_the_fields_of_megatrons_own_config(built, case):
     assert not {key for key in missing if key in args}, "an argument of the run that is not among its settings"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [name for name in CASES if name.startswith("model-")])
 def test_the_shapes_of_megatrons_own_tensors_agree_with_its_arguments(built, case):
     config = json.loads((built / f"{case}.json").read_text())
@@ -132,6 +134,7 @@ def test_the_shapes_of_megatrons_own_tensors_agree_with_its_arguments(built, cas
     assert {"num_layers", "hidden_size", "padded_vocab_size", "normalization", "gated_linear_unit", size} <= set(told)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_config_of_the_same_config_says_the_same(built, case):
     args = from_args(load_torch_file(built / f"{case}.pt", case)["args"].state)
