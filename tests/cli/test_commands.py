@@ -152,7 +152,7 @@ def test_bad_input_is_one_line(aligned, tmp_path):
         return mptq("quantize", checkpoint, "--recipe", recipe, *options)
 
     refused(quantize(tmp_path / "none"), "none does not exist")
-    refused(quantize(tmp_path), "is not a torch_dist checkpoint")
+    refused(quantize(tmp_path), "is empty")
     refused(quantize(aligned, recipe="fp8-blckwise"), "did you mean 'fp8-blockwise'")
     refused(quantize(aligned, "--format", "gguf"), "unknown format gguf")
     refused(quantize(aligned, "--device", "tpu0x"), "--device tpu0x")
