@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mptq.arch import naming
+from mptq.arch.places import carried
 from mptq.types import TensorSpec
 
 if TYPE_CHECKING:
@@ -87,8 +88,15 @@ def warnings(plan: Plan) -> list[str]:
 
 def _left_out(plan: Plan) -> list[str]:
     notes = []
-    if plan.carried and "hf" in plan.formats:
-        notes.append(f"{len(plan.carried)} tensors of multi-token prediction layers are not in the hf output")
+    prediction = carried(plan.source.places)
+    if prediction and "hf" in plan.formats:
+        notes.append(f"{len(prediction)} tensors of multi-token prediction layers are not in the hf output")
+    epsilon = naming.names(plan.model).latent_epsilon
+    if "hf" in plan.formats and epsilon not in (None, plan.model.norm_epsilon):
+        notes.append(
+            f"transformers normalizes latents with epsilon {epsilon:g} whatever config.json says, and the model has "
+            f"{plan.model.norm_epsilon:g}: its logits differ a little there; vLLM and SGLang read config.json"
+        )
     if plan.model.not_run and plan.recipe.scheme is not None:
         notes.append(f"no fidelity figures: this model has {'; '.join(plan.model.not_run)}")
     return notes
@@ -163,7 +171,9 @@ def components(plan: Plan) -> dict[str, dict[str, int]]:
 
 def actions(plan: Plan) -> dict[str, str]:
     """What happens to each component, in words."""
-    words = dict.fromkeys(components(plan), "copied")
+    words = {
+        name: "copied" if any(row.get(form) for form in plan.formats) else "left out" for name, row in components(plan).items()
+    }
     for name in {component(linear.megatron) for _, linear in plan.every_linear()}:
         by_form = {form: _action(plan, form, name) for form in plan.formats}
         if len(set(by_form.values())) == 1:

@@ -83,7 +83,6 @@ def run(plan: Plan, out: Path, options: Options = Options(), progress: Progress 
         stack.callback(hashes.close)
         for writer in writers:
             stack.callback(writer.abort)
-        total = plan.model.num_layers + 2
         for output in stream.outputs():
             done = output.index + 1
             with record.timed("write"):
@@ -91,7 +90,7 @@ def run(plan: Plan, out: Path, options: Options = Options(), progress: Progress 
                 for writer in writers:
                     hashes.add(writer.write(output))
             del output  # before the next is made
-            progress.stage(done, total, "finishing" if done == total else f"layer {done - 1}")
+            progress.stage(done, plan.outputs, f"layer {done - 1}" if done <= plan.model.num_layers else "finishing")
         with record.timed("finish"):
             for writer in writers:
                 hashes.add(_finish(writer, plan, checked.tokenizer))

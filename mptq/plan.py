@@ -100,9 +100,24 @@ class Plan:
 
     @cached_property
     def carried(self) -> tuple[Copy, ...]:
-        """The tensors that only the Megatron output has, as they are."""
+        """The tensors that only the Megatron output has, as they are; none where it is not written."""
+        if "megatron" not in self.formats:
+            return ()
         places = self.source.places
         return tuple(Copy(name, (), places[name][0].shape, places[name][0].shape[0]) for name in carried(places))
+
+    @property
+    def dropped(self) -> dict[str, str]:
+        """Keys of the checkpoint that no output has, with the reason."""
+        if "megatron" in self.formats:
+            return self.source.dropped
+        keys = (part.key for name in carried(self.source.places) for part in self.source.places[name])
+        return self.source.dropped | dict.fromkeys(keys, "multi-token prediction, which only the Megatron output has")
+
+    @property
+    def outputs(self) -> int:
+        """How many pieces the run is made of: what stands before the layers, each layer, what follows, each carried tensor."""
+        return self.model.num_layers + 2 + len(self.carried)
 
     @cached_property
     def wanted(self) -> Mapping[tuple[int, str], Scheme | None]:
@@ -274,8 +289,9 @@ class Plan:
 
     @property
     def bytes_in(self) -> int:
-        """Bytes of the model's tensors in the checkpoint."""
-        return sum(tensor.spec.nbytes for name, tensor in self.source.checkpoint.tensors.items() if name in self._keys)
+        """Bytes of the model's tensors in the checkpoint that an output has."""
+        keys = self._keys - self.dropped.keys()
+        return sum(tensor.spec.nbytes for name, tensor in self.source.checkpoint.tensors.items() if name in keys)
 
     @cached_property
     def _keys(self) -> frozenset[str]:

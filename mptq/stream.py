@@ -75,9 +75,8 @@ class LayerStream:
             if name.partition("/")[0] == "common_state"
         }
         yield final
-        if "megatron" in self.plan.formats:
-            for number, copy in enumerate(self.plan.carried):
-                yield self.outer(layers + 2 + number, [copy])
+        for number, copy in enumerate(self.plan.carried):
+            yield self.outer(layers + 2 + number, [copy])
 
     def outer(self, index: int, copies: Sequence[Copy]) -> LayerOutput:
         """Tensors outside the layers, as they are, the vocabulary's padding cut off for Hugging Face."""

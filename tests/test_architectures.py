@@ -15,7 +15,8 @@ from mptq import Options, make_plan, run
 from mptq.arch.families import family_of
 from mptq.calibrate.data import DataOptions
 from mptq.errors import UnsupportedModelError
-from mptq.plan import open_source
+from mptq.forecast import warnings
+from mptq.plan import SourceOptions, open_source
 from mptq.recipe import load_recipe
 from mptq.verification import verify
 from tests.driving import Driven, float32, tokens_of, transformers_model, weights_of
@@ -115,11 +116,16 @@ def test_gemma_needs_to_be_told_its_gate(zoo):
         open_source(zoo(GEMMA) / "ckpt")
 
 
-@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {"per_layer": True}], ids=["tp2", "pp2", "per-layer"])
-@pytest.mark.parametrize("name", ["qwen2", "deepseek-v3-mtp"])
+LAYOUTS = {
+    "tp2": ("qwen2", {"tp": 2}),
+    "pp2": ("qwen2", {"pp": 2}),
+    "per-layer": ("qwen2", {"per_layer": True}),
+    "latent-tp2": ("deepseek-v3-mtp", {"tp": 2}),  # its three layers do not go into two stages, and have a key each as it is
+}
+
+
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS.values(), ids=LAYOUTS)
 def test_same_tensors_however_it_was_saved(zoo, name, layout, tmp_path):
-    if name == "deepseek-v3-mtp" and "tp" not in layout:
-        pytest.skip("three layers do not go into two stages, and have one key each as it is")
     for folder, made in (("one", zoo(name)), ("other", zoo(name, **layout))):
         run(make_plan(made / "ckpt", "fp8-per-channel"), tmp_path / folder, CONVERT)
     one, other = (load_file(tmp_path / folder / "model.safetensors") for folder in ("one", "other"))
@@ -135,6 +141,26 @@ def test_multi_token_prediction_layers_go_along_in_megatrons_form_alone(zoo, tmp
     assert not [spec.name for spec in plan.specs("hf") if "mtp" in spec.name]
     document = run(plan, tmp_path / "out", CONVERT)
     assert any("multi-token prediction" in note for note in document["warnings"])
+
+
+def test_multi_token_prediction_layers_are_listed_where_they_are_left_out(zoo, tmp_path):
+    checkpoint = zoo("deepseek-v3-mtp") / "ckpt"
+    document = run(make_plan(checkpoint, "fp8-per-channel"), tmp_path / "out", CONVERT)
+    assert [key for key, reason in document["dropped"].items() if "multi-token prediction" in reason and "mtp." in key]
+    assert verify(tmp_path / "out", against=checkpoint).failures == []
+
+
+def test_a_fixed_epsilon_of_latents_is_told(zoo, tmp_path):
+    """transformers' DeepSeek has it as a constant, which the models of the zoo are trained with."""
+    checkpoint = zoo("deepseek-v3") / "ckpt"
+    assert not [note for note in warnings(make_plan(checkpoint, "none")) if "epsilon" in note]
+    other = make_plan(checkpoint, "none", options=SourceOptions(config=("layernorm_epsilon=1e-3",)))
+    assert [note for note in warnings(other) if "normalizes latents with epsilon 1e-06" in note]
+    run(other, tmp_path / "out", CONVERT)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    attention = model.model.layers[0].self_attn
+    assert attention.kv_a_layernorm.variance_epsilon == 1e-6
+    assert model.model.norm.variance_epsilon == 1e-3
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

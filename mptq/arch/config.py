@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from mptq.arch import features
+from mptq.arch import features, ranges
 from mptq.arch.settings import Settings, unsaid
 from mptq.errors import CheckpointError, UnsupportedModelError
 from mptq.types import TensorSpec
@@ -117,7 +117,8 @@ class ModelConfig:
 def model_config(settings: Settings, tensors: Mapping[str, TensorSpec]) -> ModelConfig:
     """The config that `settings` describe; `tensors` give the weights' dtype and the padded vocabulary.
 
-    Raises CheckpointError without a usable architecture and UnsupportedModelError naming every feature that is in the way.
+    Raises CheckpointError without a usable architecture or for a value that no model can have, and UnsupportedModelError naming
+    every feature that is in the way.
     """
     if not {"num_layers", "hidden_size"} & set(settings):
         raise CheckpointError(
@@ -133,6 +134,7 @@ def model_config(settings: Settings, tensors: Mapping[str, TensorSpec]) -> Model
     refused = features.obstacles(features.REFUSED, settings)
     if refused:
         raise UnsupportedModelError(f"this checkpoint has {'; '.join(refused)}, which mptq does not quantize")
+    ranges.check(settings)
     try:
         return _config(settings, tensors)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
@@ -208,6 +210,4 @@ def _kinds(settings: Settings) -> tuple[Kind, ...]:
     sparse = (
         list(frequency) if isinstance(frequency, list | tuple) else [index % int(frequency) == 0 for index in range(layers)]
     )
-    if len(sparse) != layers:
-        raise ValueError(f"moe_layer_freq ({len(sparse)} entries for {layers} layers)")
     return tuple(Kind(mixer, "moe" if experts else "mlp") for experts in sparse)

@@ -82,7 +82,8 @@ class Family:
 
     `accepts` are the features in which it differs from `PLAIN`; `names` the modules in which it differs from Llama and its
     like, by Megatron's names, several for a fused one; `layer` is the prefix of a layer; `positions` are rows that its
-    table of positions has before the first position. `config_class` and `architecture` are transformers' own.
+    table of positions has before the first position. `config_class` and `architecture` are transformers' own, whose code has
+    the epsilon of the norms of latents as a constant, `latent_epsilon`.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Family:
     names: Mapping[str, str] = field(default_factory=dict)
     layer: str = "model.layers.{}."
     positions: int = 0
+    latent_epsilon: float | None = None
 
     def modules(self, megatron: str) -> tuple[str, ...]:
         """The Hugging Face modules of a module that Megatron calls so."""
@@ -236,6 +238,7 @@ FAMILIES = (
             "topk": ("several",),
         },
         _LATENT,
+        latent_epsilon=1e-6,
     ),
     Family(
         "DeepSeek-V2",
@@ -248,6 +251,7 @@ FAMILIES = (
             "topk": ("one", "several"),
         },
         _LATENT,
+        latent_epsilon=1e-6,
     ),
     Family(
         "Nemotron-H",

@@ -9,6 +9,8 @@ import re
 from collections.abc import Container, Mapping
 from typing import TYPE_CHECKING, Any
 
+from mptq.arch.settings import ACTIVATIONS
+
 if TYPE_CHECKING:
     from mptq.arch.config import ModelConfig
 
@@ -84,6 +86,7 @@ REFUSED: dict[str, tuple[Container[Any], str]] = {
 """Setting -> (values with which mptq knows what the tensors are, what any other value is)."""
 
 NOT_RUN: dict[str, tuple[Container[Any], str]] = {
+    "activation_func": ((*ACTIVATIONS, None), "an activation function that is not known here"),
     "hybrid_layer_pattern": ((None,), "Mamba layers, which run on a GPU with mamba-ssm only"),
     "position_embedding_type": (("rope", "learned_absolute", "none", "yarn", None), "a position embedding that is not of text"),
     "use_mup": (_OFF, "maximal update parametrization"),
@@ -236,7 +239,7 @@ def _routing(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-_UNMAPPED = tuple(key for key in NOT_RUN if key not in ("hybrid_layer_pattern", "position_embedding_type"))
+_UNMAPPED = tuple(key for key in NOT_RUN if key not in ("hybrid_layer_pattern", "position_embedding_type", "activation_func"))
 
 
 def _not_mapped(config: ModelConfig) -> str:
@@ -247,4 +250,6 @@ def _not_mapped(config: ModelConfig) -> str:
             found.append("multi-latent attention without norms of its latents")
         if config.get("rope_type") == "rope" and float(config.get("mscale_all_dim")):
             found.append("a scale of the attention scores without yarn (mscale_all_dim)")
+        if config.shared_ffn_hidden_size % max(1, config.moe_ffn_hidden_size):
+            found.append(f"shared experts ({config.shared_ffn_hidden_size}) that are no multiple of an expert")
     return "; ".join(found) or "nothing"

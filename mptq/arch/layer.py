@@ -10,12 +10,14 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from mptq.arch.naming import layer_linears
-from mptq.arch.positions import ALONE, Positions, yarn_fields
+from mptq.arch.positions import ALONE, YARN, Positions, yarn_fields
+from mptq.errors import UnsupportedModelError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -42,6 +44,12 @@ if TYPE_CHECKING:
     from mptq.arch.config import Kind, ModelConfig
 
 
+class HasDtype(Protocol):
+    """What `Linear` needs of megatron-core's config."""
+
+    params_dtype: torch.dtype
+
+
 def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x` [..., in] times `weight` [out, in], in the dtype of `x`.
 
@@ -56,9 +64,7 @@ def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
 class Linear(torch.nn.Linear):
     """A whole linear in place of megatron-core's parallel ones: weight [out, in], returns (output, bias or None)."""
 
-    def __init__(
-        self, input_size: int, output_size: int, *, config: TransformerConfig, bias: bool = False, **parallel: Any
-    ) -> None:
+    def __init__(self, input_size: int, output_size: int, *, config: HasDtype, bias: bool = False, **parallel: Any) -> None:
         self.skip_bias_add = bool(parallel.get("skip_bias_add"))
         super().__init__(input_size, output_size, bias=bias, dtype=config.params_dtype)
 
@@ -211,22 +217,24 @@ _PLAIN = (
     "moe_shared_expert_gate",
 )
 """Settings that go to megatron-core as they are: what changes the outcome of a layer."""
-_LATENT = (
-    "rope_type",
-    "rotary_base",
-    "rotary_percent",
-    "rotary_scaling_factor",
-    "original_max_position_embeddings",
-    "beta_fast",
-    "beta_slow",
-    "mscale",
-    "mscale_all_dim",
-)
+_LATENT = ("rope_type", "rotary_base", "rotary_percent", *(name for name in YARN if name != "correction_range_round_to_int"))
+"""The same of multi-latent attention, which makes its own positions."""
 
 
 @cache
 def transformer_config(config: ModelConfig) -> TransformerConfig:
-    """megatron-core's config of the model, every fused kernel and every random number off."""
+    """megatron-core's config of the model, every fused kernel and every random number off.
+
+    Raises UnsupportedModelError, in megatron-core's words, for a combination of settings that it refuses.
+    """
+    try:
+        return _transformer_config(config)
+    except (ValueError, AssertionError) as error:  # what TransformerConfig.__post_init__ raises
+        reason = " ".join(str(error).split()) or "a combination of settings"
+        raise UnsupportedModelError(f"megatron-core does not build this model: {reason}") from error
+
+
+def _transformer_config(config: ModelConfig) -> TransformerConfig:
     dtype = getattr(torch, config.dtype)
     fields = {key: config.get(key) for key in _PLAIN if config.get(key) is not None}
     with warnings.catch_warnings():
@@ -348,6 +356,7 @@ def _attention(config: ModelConfig, kind: Kind) -> ModuleSpec:
 def hold_linears(config: ModelConfig, index: int) -> torch.nn.Module:
     """The linears of a layer that cannot be built here, at their places in it, on the meta device."""
     holder = torch.nn.Module()
+    dtype = SimpleNamespace(params_dtype=getattr(torch, config.dtype))  # the one field that Linear looks at
     with torch.device("meta"):
         for linear in layer_linears(config, index):
             *owners, name = linear.module.split(".")
@@ -357,7 +366,7 @@ def hold_linears(config: ModelConfig, index: int) -> torch.nn.Module:
                     place.add_module(owner, torch.nn.Module())
                 place = place.get_submodule(owner)
             rows, columns = linear.shape
-            place.add_module(name, Linear(columns, rows, config=transformer_config(config), bias=linear.bias))
+            place.add_module(name, Linear(columns, rows, config=dtype, bias=linear.bias))
     return holder
 
 

@@ -132,13 +132,11 @@ def names(config: ModelConfig) -> Family:
     return nearest(config)
 
 
-@lru_cache(maxsize=64)
 def layer_linears(config: ModelConfig, layer: int) -> tuple[Linear, ...]:
     """The linears of one layer, in the order of the forward pass."""
     return _linears(config, config.kinds[layer])
 
 
-@lru_cache(maxsize=64)
 def layer_copies(config: ModelConfig, layer: int) -> tuple[Copy, ...]:
     """The tensors of one layer that keep their precision.
 

@@ -84,24 +84,30 @@ def locate(tensors: Mapping[str, TensorSpec], config: ModelConfig) -> dict[str, 
             raise CheckpointError(_missing(copy.megatron, [key]))
         places[copy.megatron] = (Part(key, (), copy.shape, (), copy.megatron),)
     shapes = {kind: _shapes(config, layer) for layer, kind in enumerate(config.kinds)}
+    search = _Search(tensors, prefix, config)
     for layer, kind in enumerate(config.kinds):
         for name, sizes in shapes[kind].items():
             inner = megatron_layer(layer) + name
-            places[inner] = _place(tensors, prefix, inner, sizes, config)
+            places[inner] = search.place(inner, sizes)
     places |= _carried(tensors, prefix)
     _check_shapes(tensors, places)
     _check_all_used(tensors, places)
     return places
 
 
-def _shapes(config: ModelConfig, layer: int) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Shape of each tensor of a layer, and the rows of its parts where checkpoints split it."""
-    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+def _shapes(config: ModelConfig, layer: int) -> dict[str, _Sizes]:
+    """The tensors of a layer."""
+    shapes: dict[str, _Sizes] = {}
     for linear in layer_linears(config, layer):
-        shapes[f"{linear.megatron}.weight"] = linear.shape, linear.key_rows
+        name = f"{linear.megatron}.weight"
+        shapes[name] = _Sizes(linear.shape, linear.key_rows, _alike(name))
     for copy in layer_copies(config, layer):
-        shapes[copy.megatron] = copy.shape, copy.key_rows
+        shapes[copy.megatron] = _Sizes(copy.shape, copy.key_rows, _alike(copy.megatron))
     return shapes
+
+
+def _alike(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".N.", name)
 
 
 def carried(places: Mapping[str, tuple[Part, ...]]) -> list[str]:
@@ -138,74 +144,87 @@ def _prefix(tensors: Mapping[str, TensorSpec], config: ModelConfig) -> str:
     return found[0]
 
 
-def _place(
-    tensors: Mapping[str, TensorSpec],
-    prefix: str,
-    inner: str,
-    sizes: tuple[tuple[int, ...], tuple[int, ...]],
-    config: ModelConfig,
-) -> tuple[Part, ...]:
-    """Where a tensor of a layer is: the first of its spellings, in a key of its own or in stacks, that the checkpoint has.
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """Shape of a tensor of a layer, its rows where checkpoints split it, and its name with every expert's number alike."""
 
-    `sizes` are its shape, and its rows in each of its parts. Parts are made of the keys that are there only: there are tens
-    of thousands of tensors, with several spellings each.
+    shape: tuple[int, ...]
+    rows: tuple[int, ...]
+    alike: str
+
+
+_Chosen = tuple[int, ...]
+"""Which words of a name are numbers that a stack has as its leading dimensions."""
+
+
+class _Search:
+    """Finds the tensors of layers: each in the first of its spellings, in a key of its own or in stacks, that is there.
+
+    There are tens of thousands of tensors, with several spellings each: what was found for one is tried first for its like.
     """
-    tried: dict[str, None] = {}
-    for names in _spellings(inner):
-        for chosen, keys in _stackings(prefix, names):
-            if all(key in tensors for key in keys):
-                return tuple(_parts(names, keys, chosen, sizes, config))
+
+    def __init__(self, tensors: Mapping[str, TensorSpec], prefix: str, config: ModelConfig) -> None:
+        self.tensors, self.prefix, self.config = tensors, prefix, config
+        self.found: dict[str, tuple[int, _Chosen]] = {}
+
+    def place(self, inner: str, sizes: _Sizes) -> tuple[Part, ...]:
+        """The parts of the tensor called `inner`."""
+        tried: dict[str, None] = {}
+        for spelling, chosen, names in self._candidates(inner, sizes.alike):
+            keys = tuple(self.prefix + _without(name, chosen) for name in names)
+            if all(key in self.tensors for key in keys):
+                self.found[sizes.alike] = spelling, chosen
+                return tuple(self._parts(names, keys, chosen, sizes))
             tried |= dict.fromkeys(keys)
-    raise CheckpointError(_missing(inner, tried))
+        raise CheckpointError(_missing(inner, tried))
+
+    def _candidates(self, inner: str, alike: str) -> Iterator[tuple[int, _Chosen, tuple[str, ...]]]:
+        if alike in self.found:
+            spelling, chosen = self.found[alike]
+            yield spelling, chosen, _spelled(inner, spelling)
+        for spelling in range(len(SPELLINGS) + 1):
+            names = _spelled(inner, spelling)
+            if names:
+                # All names of a spelling have their numbers in the same places.
+                numbers = tuple(place for place, word in enumerate(names[0].split(".")) if word.isdigit())
+                yield from ((spelling, chosen, names) for chosen in _choices(numbers))
+
+    def _parts(self, names: tuple[str, ...], keys: tuple[str, ...], chosen: _Chosen, sizes: _Sizes) -> Iterator[Part]:
+        """One part a key."""
+        shape, rows = sizes.shape, sizes.rows
+        heights = rows if len(keys) > 1 and len(rows) == len(keys) else (shape[0] // len(keys),) * len(keys)
+        for name, key, height in zip(names, keys, heights, strict=True):
+            words = name.split(".") if chosen else []
+            index = tuple(int(words[place]) for place in chosen)
+            stack = tuple(_stack(words[place - 1], self.config) for place in chosen)
+            yield Part(key, index, (height, *shape[1:]), stack, name)
 
 
 def _missing(inner: str, tried: Iterable[str]) -> str:
-    return f"{inner} is not in the checkpoint (looked for {', '.join(tried)}): the checkpoint is incomplete"
+    first, *others = tried
+    more = f" and in {len(others)} other spellings" if others else ""
+    return f"{inner} is not in the checkpoint (looked for {first}{more}): the checkpoint is incomplete"
 
 
-def _stackings(prefix: str, names: tuple[str, ...]) -> Iterator[tuple[tuple[int, ...], tuple[str, ...]]]:
-    """The keys of a spelling with each number in them (layer, expert) left there, or taken out, and which are taken out.
-
-    All names of a spelling have their numbers in the same places.
-    """
-    words = [name.split(".") for name in names]
-    numbers = [place for place, word in enumerate(words[0]) if word.isdigit()]
-    for chosen in _choices(tuple(numbers)):
-        rest = [[word for place, word in enumerate(parts) if place not in chosen] for parts in words] if chosen else words
-        yield chosen, tuple(prefix + ".".join(parts) for parts in rest)
+def _without(name: str, chosen: _Chosen) -> str:
+    """A name without some of its words."""
+    return ".".join(word for place, word in enumerate(name.split(".")) if place not in chosen) if chosen else name
 
 
 @lru_cache(maxsize=64)
-def _choices(numbers: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+def _choices(numbers: tuple[int, ...]) -> tuple[_Chosen, ...]:
     """Every selection of places, none first; the last place changes fastest."""
     choices = product((False, True), repeat=len(numbers))
     return tuple(tuple(place for place, take in zip(numbers, taken, strict=True) if take) for taken in choices)
 
 
-def _parts(
-    names: tuple[str, ...],
-    keys: tuple[str, ...],
-    chosen: tuple[int, ...],
-    sizes: tuple[tuple[int, ...], tuple[int, ...]],
-    config: ModelConfig,
-) -> Iterator[Part]:
-    """The parts of a tensor of a layer, one a key."""
-    shape, rows = sizes
-    heights = rows if len(keys) > 1 and len(rows) == len(keys) else (shape[0] // len(keys),) * len(keys)
-    for name, key, height in zip(names, keys, heights, strict=True):
-        words = name.split(".")
-        index = tuple(int(words[place]) for place in chosen)
-        stack = tuple(_stack(words[place - 1], config) for place in chosen)
-        yield Part(key, index, (height, *shape[1:]), stack, name)
-
-
-def _spellings(inner: str) -> Iterator[tuple[str, ...]]:
-    yield (inner,)
-    for pattern, words in SPELLINGS:
-        match = re.search(pattern, inner)
-        if match is not None:
-            head = inner[: match.start()]
-            yield tuple(head + match.expand(word) for word in words)
+def _spelled(inner: str, spelling: int) -> tuple[str, ...]:
+    """The names of an inner tensor in one of the `SPELLINGS`, counted from 1; 0 is its own. Empty where it has none there."""
+    if spelling == 0:
+        return (inner,)
+    pattern, words = SPELLINGS[spelling - 1]
+    match = re.search(pattern, inner)
+    return () if match is None else tuple(inner[: match.start()] + match.expand(word) for word in words)
 
 
 def _stack(word: str, config: ModelConfig) -> int:

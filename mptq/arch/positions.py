@@ -24,6 +24,18 @@ if TYPE_CHECKING:
     from mptq.arch.config import ModelConfig
 
 
+YARN = (
+    "rotary_scaling_factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "correction_range_round_to_int",
+)
+"""Parameters of yarn, as multi-latent attention calls them."""
+
+
 class _Alone:
     """A process group of one, for code that asks for the default group where it is given none."""
 
@@ -72,16 +84,7 @@ def _is_yarn(config: ModelConfig) -> bool:
 def yarn_fields(config: ModelConfig) -> dict[str, Any]:
     """The parameters of yarn: of multi-latent attention, or those that megatron-core calls `yarn_...`."""
     prefix = "" if config.latent else "yarn_"
-    names = (
-        "rotary_scaling_factor",
-        "original_max_position_embeddings",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-        "correction_range_round_to_int",
-    )
-    return {name: config.get(prefix + name) for name in names}
+    return {name: config.get(prefix + name) for name in YARN}
 
 
 def _yarn(config: ModelConfig) -> torch.Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_LARGEST = 1 << 24  # of a width, a number of heads, layers or experts: more would only take memory
+LARGEST = 1 << 24  # of a width, a vocabulary or a number of heads: more would only take memory
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "squared_relu", "relu", "quick_gelu")
 """What `activation_func` can be; `gelu_tanh` is the approximation that megatron-core's fused bias and GeLU computes."""
 
@@ -189,10 +189,10 @@ def _mup(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _count(value: Any) -> int | None:
     """A number of something that a model can have; what is no such number is left for its user to name."""
-    return value if isinstance(value, int) and 0 < value < _LARGEST else None
+    return value if isinstance(value, int) and 0 < value < LARGEST else None
 
 
-def _positive(entries: Mapping[str, Any], key: str, largest: float = _LARGEST) -> float:
+def _positive(entries: Mapping[str, Any], key: str, largest: float = LARGEST) -> float:
     value = entries.get(key)
     return float(value) if isinstance(value, int | float) and 0 < value <= largest else 1.0
 

@@ -98,7 +98,7 @@ def describe(plan: Plan, work: forecast.Work | None = None) -> dict[str, Any]:
         "schemes": {form: forecast.schemes(plan, form) for form in plan.formats},
         "excluded": plan.excluded if "hf" in plan.formats else [],
         "differing": plan.differing if len(plan.formats) > 1 else [],
-        "dropped": plan.source.dropped,
+        "dropped": plan.dropped,
         "predicted_peak_bytes": forecast.peak_memory(plan, work),
         "warnings": forecast.warnings(plan),
     }
@@ -172,7 +172,7 @@ def manifest(plan: Plan, files: Mapping[str, Any]) -> dict[str, Any]:
         "dialect": plan.dialect if "hf" in plan.formats else None,
         "tensors": tensor_account(plan),
         "kv_cache": cache_account(plan),
-        "dropped": plan.source.dropped,
+        "dropped": plan.dropped,
         "files": dict(files),
     }
 

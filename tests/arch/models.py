@@ -104,9 +104,9 @@ OSS_ARGS = MOE_ARGS | {
 """What no family expresses: sinks, windows in some layers, a clamped gate, biases of experts."""
 
 
-def model(args, tensors=TENSORS) -> ModelConfig:
-    """The config of the model that was trained with these arguments."""
-    return model_config(merge([Rung("args", from_args(args))]), tensors)
+def model(args, tensors=TENSORS, **told) -> ModelConfig:
+    """The config of the model that was trained with these arguments, of which `told` say more."""
+    return model_config(merge([Rung("told", told), Rung("args", from_args(args))]), tensors)
 
 
 def inner_shapes(config) -> dict[str, tuple[int, ...]]:

@@ -39,7 +39,7 @@ ODD = {"hybrid_layer_pattern": "M*", "moe_router_load_balancing_type": "sinkhorn
 @pytest.mark.parametrize("name", NOT_RUN)
 def test_every_feature_that_is_not_run_is_named(name):
     value = ODD.get(name, 7)
-    assert model(MOE_ARGS | {name: value}).not_run == [f"{NOT_RUN[name][1]} ({name}={value})"]
+    assert model(MOE_ARGS, **{name: value}).not_run == [f"{NOT_RUN[name][1]} ({name}={value})"]
 
 
 @pytest.mark.parametrize("args", FAMILY_ARGS.values(), ids=FAMILY_ARGS)

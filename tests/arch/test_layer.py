@@ -6,6 +6,7 @@ from torch.nn.functional import linear, silu
 
 from mptq.arch.layer import CoreAttention, Norm, build_layer, hold_linears, transformer_config
 from mptq.arch.naming import layer_copies, layer_linears
+from mptq.errors import UnsupportedModelError
 from tests.arch.models import ARGS, FAMILY_ARGS, HYBRID, LATENT, MOE_ARGS, OSS_ARGS, TENSORS, model
 
 
@@ -163,3 +164,17 @@ def test_every_layer_runs_on_its_weights_alone(fields):
         again = run_layer(layer, config, changed)
         assert torch.allclose(again[:, :-1].float(), out[:, :-1].float(), atol=0.02, rtol=0.02)
         assert not torch.equal(again[:, -1], out[:, -1])
+
+
+def test_what_megatron_core_does_not_build_is_one_line():
+    config = model(MOE_ARGS, moe_router_enable_expert_bias=True)  # which is for sigmoid scores only
+    with pytest.raises(UnsupportedModelError, match=r"^megatron-core does not build this model: .*Expert bias") as caught:
+        transformer_config(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_linears_are_held_of_a_model_that_cannot_be_built():
+    config = model(ARGS, activation_func="lab.acts.mish")
+    assert config.not_run == ["an activation function that is not known here (activation_func=lab.acts.mish)"]
+    held = hold_linears(config, 0)
+    assert {weight.dtype for weight in held.parameters()} == {torch.bfloat16}

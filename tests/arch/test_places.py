@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from mptq.arch.naming import layer_linears
 from mptq.arch.places import DROPPED, Part, carried, dropped, locate
 from mptq.errors import CheckpointError
+from mptq.forecast import actions
 from mptq.plan import Source, plan_source
 from mptq.recipe import load_recipe
 from tests.arch.layouts import EXPERTS, Layout, inner_tensors, read, stored
@@ -203,7 +204,7 @@ def source(config, tensors):
     """A checkpoint that exists as metadata only."""
     found = specs({key: tensor.shape for key, tensor in tensors.items()})
     items = {key: SimpleNamespace(spec=spec) for key, spec in found.items()}
-    return Source(SimpleNamespace(tensors=items), config, locate(found, config))
+    return Source(SimpleNamespace(blobs={}, tensors=items), config, locate(found, config))
 
 
 def hf_output(plan, tensors):
@@ -320,6 +321,18 @@ def test_prediction_layers_are_carried_for_megatron_only(prefix):
     assert not [spec.name for spec in plan.specs("hf") if "mtp" in spec.name]
     without = plan_source(source(CONFIG, tensors), load_recipe("fp8-per-tensor"), ("hf",))
     assert without.specs("hf") == plan.specs("hf")
+    assert plan.outputs == without.outputs + len(PREDICTION)
+
+
+def test_prediction_layers_are_listed_as_dropped_where_no_output_has_them():
+    tensors = stored(CONFIG, inner_tensors(CONFIG), Layout(""))
+    made = source(CONFIG, tensors | {name: torch.zeros(shape) for name, shape in PREDICTION.items()})
+    alone = plan_source(made, load_recipe("fp8-per-tensor"), ("hf",))
+    reason = "multi-token prediction, which only the Megatron output has"
+    assert alone.dropped == made.dropped | dict.fromkeys(PREDICTION, reason)
+    assert plan_source(made, load_recipe("fp8-per-tensor"), ("megatron",)).dropped == made.dropped
+    assert actions(alone)["multi-token prediction"] == "left out"
+    assert alone.bytes_in == sum(tensor.nbytes for tensor in tensors.values())
 
 
 def test_what_is_dropped_has_a_reason():

@@ -71,17 +71,23 @@ def survives(directory):
         assert peak < 300 * size + (4 << 20)
 
 
+def mutated(data, original):
+    """`original` with one to three bytes set to anything."""
+    changed = bytearray(original)
+    for _ in range(data.draw(st.integers(1, 3))):
+        changed[data.draw(st.integers(0, len(original) - 1))] = data.draw(st.integers(0, 255))
+    return bytes(changed)
+
+
 @given(st.data())
 @fuzzing
 def test_changed_bytes_of_the_shard(tmp_path, data):
     """What is read is what was written: its own CRC-32 or the metadata betrays every other."""
     found, metadata, shard = expected()
-    changed = bytearray(shard)
-    for _ in range(data.draw(st.integers(1, 3))):
-        changed[data.draw(st.integers(0, len(shard) - 1))] = data.draw(st.integers(0, 255))
+    changed = mutated(data, shard)
     if data.draw(st.booleans()):
         changed = changed[: data.draw(st.integers(0, len(shard)))]
-    again = survives(write(tmp_path, metadata, bytes(changed)))
+    again = survives(write(tmp_path, metadata, changed))
     assert again is None or all(torch.equal(again[name], found[name]) for name in found)
 
 
@@ -89,10 +95,7 @@ def test_changed_bytes_of_the_shard(tmp_path, data):
 @fuzzing
 def test_changed_bytes_of_the_metadata(tmp_path, data):
     found, metadata, shard = expected()
-    changed = bytearray(metadata)
-    for _ in range(data.draw(st.integers(1, 3))):
-        changed[data.draw(st.integers(0, len(metadata) - 1))] = data.draw(st.integers(0, 255))
-    again = survives(write(tmp_path, bytes(changed), shard))
+    again = survives(write(tmp_path, mutated(data, metadata), shard))
     # Another name is another checkpoint; a value under its name is still the one that was written.
     assert again is None or all(torch.equal(value, found[name]) for name, value in again.items() if name in found)
 
