@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
+from typing import NamedTuple
 
 from mptq.arch.config import ModelConfig
 from mptq.arch.naming import final_norm, layer_copies, layer_linears, megatron_layer, outer_copies
@@ -18,8 +19,7 @@ from mptq.errors import CheckpointError
 from mptq.types import TensorSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """A tensor of the checkpoint, or one layer or expert of a stack, that makes up (some rows of) an inner tensor.
 
     `index` is the place in the leading dimensions of a stack, whose sizes are `stack`; both are empty where there is no stack.
@@ -83,12 +83,12 @@ def locate(tensors: Mapping[str, TensorSpec], config: ModelConfig) -> dict[str, 
         if key not in tensors:
             raise CheckpointError(_missing(copy.megatron, [key]))
         places[copy.megatron] = (Part(key, (), copy.shape, (), copy.megatron),)
-    shapes = {kind: _shapes(config, layer) for layer, kind in enumerate(config.kinds)}
+    shapes = {kind: _shapes(config, config.kinds.index(kind)) for kind in set(config.kinds)}
     search = _Search(tensors, prefix, config)
     for layer, kind in enumerate(config.kinds):
         for name, sizes in shapes[kind].items():
             inner = megatron_layer(layer) + name
-            places[inner] = search.place(inner, sizes)
+            places[inner] = search.place(layer, inner, sizes)
     places |= _carried(tensors, prefix)
     _check_shapes(tensors, places)
     _check_all_used(tensors, places)
@@ -100,14 +100,18 @@ def _shapes(config: ModelConfig, layer: int) -> dict[str, _Sizes]:
     shapes: dict[str, _Sizes] = {}
     for linear in layer_linears(config, layer):
         name = f"{linear.megatron}.weight"
-        shapes[name] = _Sizes(linear.shape, linear.key_rows, _alike(name))
+        shapes[name] = _Sizes(linear.shape, linear.key_rows, _alike(name), linear.expert)
     for copy in layer_copies(config, layer):
-        shapes[copy.megatron] = _Sizes(copy.shape, copy.key_rows, _alike(copy.megatron))
+        expert = re.search(_NUMBER, copy.megatron)
+        shapes[copy.megatron] = _Sizes(copy.shape, copy.key_rows, _alike(copy.megatron), int(expert[1]) if expert else None)
     return shapes
 
 
+_NUMBER = r"\.(\d+)\."
+
+
 def _alike(name: str) -> str:
-    return re.sub(r"\.\d+\.", ".N.", name)
+    return re.sub(_NUMBER, ".N.", name)
 
 
 def carried(places: Mapping[str, tuple[Part, ...]]) -> list[str]:
@@ -146,11 +150,15 @@ def _prefix(tensors: Mapping[str, TensorSpec], config: ModelConfig) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """Shape of a tensor of a layer, its rows where checkpoints split it, and its name with every expert's number alike."""
+    """Shape of a tensor of a layer, its rows where checkpoints split it, and its name with every expert's number alike.
+
+    `expert` is that number, if it belongs to one.
+    """
 
     shape: tuple[int, ...]
     rows: tuple[int, ...]
     alike: str
+    expert: int | None
 
 
 _Chosen = tuple[int, ...]
@@ -166,9 +174,21 @@ class _Search:
     def __init__(self, tensors: Mapping[str, TensorSpec], prefix: str, config: ModelConfig) -> None:
         self.tensors, self.prefix, self.config = tensors, prefix, config
         self.found: dict[str, tuple[int, _Chosen]] = {}
+        self.stacks: dict[str, tuple[int, Part]] = {}
 
-    def place(self, inner: str, sizes: _Sizes) -> tuple[Part, ...]:
-        """The parts of the tensor called `inner`."""
+    def place(self, layer: int, inner: str, sizes: _Sizes) -> tuple[Part, ...]:
+        """The parts of the tensor called `inner`, of a layer."""
+        stack = self.stacks.get(sizes.alike)
+        if stack is not None and stack[0] == layer and sizes.expert is not None:
+            first = stack[1]
+            return (Part(first.key, (*first.index[:-1], sizes.expert), first.shape, first.stack, inner),)
+        parts = self._search(inner, sizes)
+        spelling, chosen = self.found[sizes.alike]
+        if spelling == 0 and chosen and sizes.expert is not None and inner.split(".")[chosen[-1] - 1] == "experts":
+            self.stacks[sizes.alike] = layer, parts[0]  # the layer's other experts are in that tensor too
+        return parts
+
+    def _search(self, inner: str, sizes: _Sizes) -> tuple[Part, ...]:
         tried: dict[str, None] = {}
         for spelling, chosen, names in self._candidates(inner, sizes.alike):
             keys = tuple(self.prefix + _without(name, chosen) for name in names)

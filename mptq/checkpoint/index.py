@@ -11,6 +11,7 @@ import os
 import stat
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from operator import add, attrgetter, gt
@@ -70,14 +71,14 @@ def open_checkpoint(path: Path, iteration: int | None = None) -> Checkpoint:
     if metadata_file.stat().st_size > _METADATA:
         raise CheckpointError(f"{metadata_file} has {metadata_file.stat().st_size} bytes: that is not a checkpoint's metadata")
     raw = metadata_file.read_bytes()
-    with gc_paused():
+    with gc_paused(), ThreadPoolExecutor(1) as beside:
+        digest = beside.submit(lambda: hashlib.sha256(raw).hexdigest())
         tensors, blobs = parse(raw, str(metadata_file))
         chunks = chain.from_iterable(tensor.chunks for tensor in tensors.values())
         _check_records(location.directory, chain((chunk.record for chunk in chunks), blobs.values()))
     args, args_source = _args(location.directory, blobs)
     config, config_source = run_config(location)
-    digest = hashlib.sha256(raw).hexdigest()
-    return Checkpoint(location, tensors, blobs, args, args_source, digest, config, config_source)
+    return Checkpoint(location, tensors, blobs, args, args_source, digest.result(), config, config_source)
 
 
 def _check_records(directory: Path, records: Iterable[Record]) -> None:
