@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from typing import NamedTuple
 
 from mptq.arch.config import ModelConfig
 from mptq.arch.naming import final_norm, layer_copies, layer_linears, megatron_layer, outer_copies
@@ -19,7 +18,8 @@ from mptq.errors import CheckpointError
 from mptq.types import TensorSpec
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Part:
     """A tensor of the checkpoint, or one layer or expert of a stack, that makes up (some rows of) an inner tensor.
 
     `index` is the place in the leading dimensions of a stack, whose sizes are `stack`; both are empty where there is no stack.
