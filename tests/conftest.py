@@ -228,3 +228,9 @@ def files(root: Path) -> dict[str, bytes]:
 
 def read_json(path: Path) -> dict:
     return json.loads(path.read_text())
+
+
+def pytest_collection_modifyitems(items):
+    """Files with long tests come first: a worker takes whole files, and the last ones should be short."""
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
