@@ -33,6 +33,12 @@ class OutputError(MptqError):
     """The output cannot be written where it was asked for."""
 
 
+class StoppedError(MptqError):
+    """The run was asked to stop, and did so between two layers: it can go on."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
 class VerificationError(MptqError):
     """A written output is not what its manifest or its source says."""
 

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from mptq.arch.naming import Linear
     from mptq.plan import Plan
 
-IMPORTS_BYTES = 1_000_000_000
-"""Resident memory of a process that has imported torch, megatron-core's layer and ModelOpt (scripts/bench_quantize.py)."""
+IMPORTS_BYTES = 750_000_000
+"""Resident memory of a process that has imported torch and transformers' configs (scripts/bench_quantize.py)."""
+LAYER_BYTES = 250_000_000
+"""What megatron-core's layer and ModelOpt add to it."""
 SERVING_TP = (2, 4, 8)
 _COMPONENTS = (
     ("mtp.", "multi-token prediction"),
@@ -49,19 +51,21 @@ class Work:
 def peak_memory(plan: Plan, work: Work | None = None) -> int:
     """Predicted peak resident memory in bytes: the imports, and the largest of one layer, one copy and the output layer.
 
-    A compressed linear is in the layer and in the output at 1 byte each; ModelOpt holds the largest in float32, its
-    quotient by the scale, the scale of every element, and the result: 13 bytes a parameter. With activations there are the
-    layer as it was, its input and output in float32 where the sums are made (on a CPU), and at the end the output layer's
-    weight in its own and in float32.
+    A linear, the one that is read ahead and its projections apart are 2 bytes a parameter each; it and the one that is being
+    written 1 byte each in FP8. For the Megatron form, a compressed linear is in the layer and in the output at 1 byte each, and
+    ModelOpt holds the largest in float32, its quotient by the scale, the scale of every element, and the result: 13 bytes a
+    parameter. With activations there are the layer as it was, its input and output in float32 where the sums are made (on a
+    CPU), and at the end the output layer's weight in its own and in float32.
     """
     copies = [copy for group in naming.outer_copies(plan.model) for copy in group]
     outer = max(spec.nbytes for copy in (*copies, *plan.carried) for spec in plan.copy_specs("megatron", copy))
     kinds = {kind: layer for layer, kind in enumerate(plan.model.kinds)}
     layer = max(_layer_memory(plan, layer, work) for layer in kinds.values())
+    imports = IMPORTS_BYTES + (LAYER_BYTES if work or "megatron" in plan.formats else 0)
     if work is None:
-        return IMPORTS_BYTES + max(2 * outer, layer)
+        return imports + max(2 * outer, layer)
     head = 3 * outer + _LOGITS_BYTES if work.compares else 0
-    return IMPORTS_BYTES + work.stored_bytes + max(2 * outer, layer, head)
+    return imports + work.stored_bytes + max(2 * outer, layer, head)
 
 
 def _layer_memory(plan: Plan, layer: int, work: Work | None) -> int:
@@ -70,7 +74,9 @@ def _layer_memory(plan: Plan, layer: int, work: Work | None) -> int:
     if not numels:
         return 0
     largest = max(numels)
-    compressed = 2 * (sum(numels) - largest) + 13 * largest
+    compressed = 8 * largest
+    if "megatron" in plan.formats:
+        compressed = max(compressed, 2 * (sum(numels) - largest) + 13 * largest)
     if work is None:
         return compressed
     batch = 8 * work.batch_tokens * max(sum(linear.shape) for linear in linears)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mptq import report
 from mptq.arch import naming
-from mptq.arch.forward import weigh_output
-from mptq.arch.layer import build_layer
 from mptq.quantize.fp8 import E4M3_MAX, dequantize, require_finite, weight_error
-from mptq.quantize.logical import to_members
-from mptq.quantize.modelopt import attention_state, compress_linear, keep_linear, megatron_state
-from mptq.types import TensorSpec
+from mptq.quantize.logical import quantized_members
+from mptq.types import LayerOutput, TensorSpec, WeightError
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -23,7 +20,6 @@ if TYPE_CHECKING:
     from mptq.recipe import Scheme
     from mptq.stream import LayerStream
     from mptq.streams import Calibrated, Streams
-    from mptq.types import Fp8Weight, LayerOutput
 
 
 def place(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -35,30 +31,71 @@ def place(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 class LayerWork:
-    """One layer on its way from the checkpoint to the writers.
+    """One layer on its way from the checkpoint to the writers, linear by linear.
 
-    `module` is the layer that is quantized for good, `copies` are the tensors of it that are not, as the
-    checkpoint has them. Where activations go along, `live` is the layer that they go through:
-    first as it was, then with the numbers that are stored (the Hugging Face form's, where it is written).
+    For the Megatron form, `module` is megatron-core's layer, whose linears ModelOpt quantizes for good and freezes; the Hugging
+    Face form alone needs none. `copies` are the tensors that keep their precision, as the checkpoint has them. Where
+    activations go along, `live` is the layer that they go through: first as it was, then with the numbers that are stored
+    (the Hugging Face form's, where it is written).
     """
 
-    def __init__(self, stream: LayerStream, index: int, module: TransformerLayer, output: LayerOutput) -> None:
+    def __init__(self, stream: LayerStream, index: int) -> None:
         self.plan, self.record, self.progress = stream.plan, stream.record, stream.progress
-        self.stream, self.index, self.module, self.output = stream, index, module, output
+        self.stream, self.index = stream, index
+        self.module: torch.nn.Module | None = None
         self.copies: dict[str, torch.Tensor] = {}
         self.live: TransformerLayer | None = None
         self.calibrated: Calibrated | None = None
         self.row: dict[str, Any] = {"layer": index}
 
+    def outputs(self) -> Iterator[LayerOutput]:
+        """What the formats store of the layer: first what keeps its precision, then one linear after another."""
+        if "megatron" in self.plan.formats:
+            self.module = self._module()
+        yield self._copied()
+        activations = self.stream.activations
+        if activations:
+            self.calibrate(activations)
+            if self.plan.has_cache(self.index):
+                assert self.calibrated is not None
+                yield self._cache(self.calibrated.cache())
+        for linear in self.plan.linears(self.index):
+            yield self.linear(linear)
+        if activations:
+            self.compare(activations)
+
+    def _module(self) -> torch.nn.Module:
+        """The layer without its weights, or, of a model that cannot be built here, its linears alone."""
+        from mptq.arch.layer import build_layer, hold_linears
+
+        return (hold_linears if self.plan.model.not_run else build_layer)(self.plan.model, self.index)
+
+    def _output(self) -> LayerOutput:
+        return LayerOutput(self.index + 1, {form: {} for form in self.plan.formats})
+
+    def _copied(self) -> LayerOutput:
+        output, prefix = self._output(), naming.megatron_layer(self.index)
+        for copy in self.plan.copies(self.index):
+            tensor = self.stream.take(prefix + copy.megatron, copy.shape)
+            require_finite(tensor, prefix + copy.megatron)
+            self.copies[copy.megatron] = tensor
+            if self.module is not None and not self.plan.model.not_run:
+                place(self.module, copy.parameter, tensor.to(self.stream.device))
+            self.stream.copied(output, copy, tensor, self.index)
+        return output
+
     def calibrate(self, activations: Streams) -> None:
         """Load the layer as it is, and let the reference stream through it."""
+        from mptq.arch.forward import weigh_output
+        from mptq.arch.layer import build_layer
+
         plan, stream = self.plan, self.stream
         live = build_layer(plan.model, self.index)
         for copy in plan.copies(self.index):
             source = self.copies[copy.megatron].to(stream.device)
             place(live, copy.parameter, source if copy.exact else source.to(stream.compute_dtype))
         for linear in plan.linears(self.index):
-            weight = stream.read(self._inner(linear), linear.shape, stream.compute_dtype)
+            weight = stream.take(self._inner(linear), linear.shape).to(stream.device, stream.compute_dtype)
             require_finite(weight, self._inner(linear))
             place(live, f"{linear.module}.weight", weight)
         static = [linear for linear in plan.linears(self.index) if self._is_static(linear)]
@@ -69,8 +106,6 @@ class LayerWork:
             self.calibrated = activations.calibrate(self.index, live, static)
         self.live = live
         self.row["experts"] = self.calibrated.experts
-        if plan.has_cache(self.index):
-            self._cache(self.calibrated.cache())
 
     def compare(self, activations: Streams) -> None:
         """Let the quantized stream through the layer, whose live weights are those that are stored by now."""
@@ -81,57 +116,57 @@ class LayerWork:
             self.row |= activations.compare(self.index, self.live, self.calibrated) or {}
         self.record.layers.append(self.row)
 
-    def linear(self, linear: Linear) -> None:
-        """Quantize one linear of the layer in place, and add what each format stores of it."""
-        inner = self._inner(linear)
+    def linear(self, linear: Linear) -> LayerOutput:
+        """Quantize one linear of the layer: what each format stores of it."""
+        output = self._output()
         if self.live is None:
-            source = self.stream.read(inner, linear.shape, torch.float32)
-        else:
-            # A copy of a float32 weight too: the live one is overwritten by what the first format stores.
-            source = self.live.get_parameter(f"{linear.module}.weight").to(torch.float32, copy=True)
-        fused = self._quantize(linear, source)
-        if "megatron" in self.plan.formats:
-            self._megatron(linear, fused, source)
+            source = self.stream.take(self._inner(linear), linear.shape).to(self.stream.device)
+        else:  # a copy: the live weight is overwritten by what the first format stores
+            source = self.live.get_parameter(f"{linear.module}.weight").clone()
+        if self.module is not None:
+            self._megatron(linear, source, output)
         if "hf" in self.plan.formats:
-            self._hf(linear, fused, source)
+            self._hf(linear, source, output)
+        return output
 
-    def _quantize(self, linear: Linear, source: torch.Tensor) -> Fp8Weight | None:
-        """Quantize the fused matrix, as Megatron's form has it where it is written; None for one that keeps its precision."""
-        inner = self._inner(linear)
+    def _megatron(self, linear: Linear, source: torch.Tensor, output: LayerOutput) -> None:
+        """ModelOpt quantizes the fused matrix in its module, or leaves it there as it is; its state goes along."""
+        from mptq.quantize.modelopt import compress_linear, keep_linear, megatron_state
+
+        inner, owner = self._inner(linear), f"{naming.megatron_layer(self.index)}{linear.megatron}."
+        scheme = self.plan.scheme("megatron", self.index, linear)
+        assert self.module is not None
         target = self.module.get_submodule(linear.module)
-        scheme = self.plan.scheme(self.plan.formats[-1], self.index, linear)
         with self.record.timed("quantize"):
-            if scheme is not None:
-                return compress_linear(target, source, scheme, inner, self._input_amax(linear) if scheme.static else None)
-            keep_linear(target, source.to(getattr(torch, self.plan.source.dtype(inner))))
-            return None
-
-    def _megatron(self, linear: Linear, fused: Fp8Weight | None, source: torch.Tensor) -> None:
-        owner = f"{naming.megatron_layer(self.index)}{linear.megatron}."
-        target = self.module.get_submodule(linear.module)
-        tensors, self.output.blobs[f"{owner}_extra_state/shard_0_1"] = megatron_state(target)
+            fused = None
+            if scheme is None:
+                keep_linear(target, source.to(getattr(torch, self.plan.source.dtype(inner)), copy=True))
+            else:
+                amax = self._input_amax(linear) if scheme.static else None
+                fused = compress_linear(target, source.to(torch.float32, copy=True), scheme, inner, amax)
+        tensors, output.blobs[f"{owner}_extra_state/shard_0_1"] = megatron_state(target)
         weight = target.get_parameter("weight").data if fused is None else fused.data
         tensors |= zip(linear.keys, weight.split(linear.key_rows), strict=True)
-        self.output.tensors["megatron"] |= {owner + key: tensor.cpu() for key, tensor in tensors.items()}
-        scheme = self.plan.scheme("megatron", self.index, linear)
+        output.tensors["megatron"] |= {owner + key: tensor.cpu() for key, tensor in tensors.items()}
         if fused is not None and scheme is not None:
-            self._measure(("megatron", self._inner(linear)), linear, fused, source, scheme)
+            with self.record.timed("quantize"):
+                error = weight_error(source, fused, scheme)
+            self._row(("megatron", inner), linear, scheme, error, source.shape)
             self._show(linear, lambda out: dequantize(fused, scheme, out))
 
-    def _hf(self, linear: Linear, fused: Fp8Weight | None, source: torch.Tensor) -> None:
+    def _hf(self, linear: Linear, source: torch.Tensor, output: LayerOutput) -> None:
         scheme = self.plan.scheme("hf", self.index, linear)
         specs = iter(self.plan.hf_linear_specs(self.index, linear))
-        stored = self.output.tensors["hf"]
-        parts = linear.fusion.split(source)
+        stored = output.tensors["hf"]
         if scheme is None:
-            for spec, part in zip(specs, parts, strict=True):
+            require_finite(source, self._inner(linear))
+            for spec, part in zip(specs, linear.fusion.split(source), strict=True):
                 stored[spec.name] = part.to(getattr(torch, spec.dtype)).cpu()
             self._show(linear, lambda out: out.copy_(source))
             return
-        same = self.plan.formats == ("hf",) or self.plan.same_numbers(self.index, linear)
         with self.record.timed("quantize"):
-            members = to_members(fused if same else None, source, linear, scheme, self._inner(linear))
-        for part, member in zip(parts, members, strict=True):
+            members = quantized_members(source, linear, scheme, self._inner(linear))
+        for member, error, part in members:
             weight, scale = next(specs), next(specs)
             stored[weight.name] = member.data.cpu()
             # Not contiguous(), for which a single element is contiguous whatever its stride: writers want bytes.
@@ -139,36 +174,37 @@ class LayerWork:
             if scheme.static:
                 spec = next(specs)
                 stored[spec.name] = (self._input_amax(linear) / E4M3_MAX).reshape(spec.shape).cpu()
-            self._measure(("hf", weight.name), linear, member, part, scheme)
-        self._show(linear, lambda out: out.copy_(linear.fusion.merge([dequantize(member, scheme) for member in members])))
+            self._row(("hf", weight.name), linear, scheme, error, part.shape)
+        found = [member for member, _, _ in members]
+        self._show(linear, lambda out: out.copy_(linear.fusion.merge([dequantize(member, scheme) for member in found])))
 
-    def _cache(self, amax: dict[str, torch.Tensor]) -> None:
-        """Add the scales of K and V to what is stored."""
+    def _cache(self, amax: dict[str, torch.Tensor]) -> LayerOutput:
+        """The scales of K and V."""
+        output = self._output()
         values = amax["key"], amax["value"]
         scales = [value / E4M3_MAX for value in values]
         self.row["kv_cache"] = {name: float(scale) for name, scale in zip(("k_scale", "v_scale"), scales, strict=True)}
         if "hf" in self.plan.formats:
             for spec, scale in zip(self.plan.kv_specs("hf", self.index), scales, strict=True):
-                self.output.tensors["hf"][spec.name] = scale.reshape(spec.shape).cpu()
-        if "megatron" in self.plan.formats:
+                output.tensors["hf"][spec.name] = scale.reshape(spec.shape).cpu()
+        if self.module is not None:
+            from mptq.quantize.modelopt import attention_state
+
             owner = f"{naming.megatron_layer(self.index)}{naming.CORE_ATTENTION}."
             attention = self.module.get_submodule(naming.CORE_ATTENTION)
-            tensors, self.output.blobs[f"{owner}_extra_state/shard_0_1"] = attention_state(attention, *values)
-            self.output.tensors["megatron"] |= {owner + key: tensor.cpu() for key, tensor in tensors.items()}
+            tensors, output.blobs[f"{owner}_extra_state/shard_0_1"] = attention_state(attention, *values)
+            output.tensors["megatron"] |= {owner + key: tensor.cpu() for key, tensor in tensors.items()}
+        return output
 
     def _show(self, linear: Linear, write: Callable[[torch.Tensor], object]) -> None:
         """Let the quantized stream see what is stored of a linear: `write` fills the live weight."""
         if self.live is not None:
             write(self.live.get_parameter(f"{linear.module}.weight").data)
 
-    def _measure(
-        self, stored: tuple[str, str], linear: Linear, weight: Fp8Weight, source: torch.Tensor, scheme: Scheme
-    ) -> None:
+    def _row(self, stored: tuple[str, str], linear: Linear, scheme: Scheme, error: WeightError, shape: torch.Size) -> None:
         """Add a row to the report for the tensor `stored`, a format and a name."""
         inner = self._inner(linear)
-        with self.record.timed("measure"):
-            error = weight_error(source, weight, scheme)
-        before = TensorSpec(inner, self.plan.source.dtype(inner), tuple(source.shape))
+        before = TensorSpec(inner, self.plan.source.dtype(inner), tuple(shape))
         row = report.tensor_row(stored, before, scheme, error)
         row["input_amax"] = float(self._input_amax(linear)) if scheme.static else None
         self.record.rows.append(row)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,19 +18,21 @@ from mptq import forecast, report
 from mptq.calibrate.data import DataOptions, check_datasets, load_tokens, needs_tokenizer
 from mptq.errors import DataError, MptqError, OutputError
 from mptq.plan import Plan
+from mptq.ranks import Ranks, shares, started
 from mptq.record import Progress, Record, Silent
 from mptq.report import html
+from mptq.steps import Steps, Writer
 from mptq.types import DTYPE_BYTES
 from mptq.writers import manifest
 from mptq.writers.dialects import DIALECTS
 from mptq.writers.hf import HfWriter, hf_configs, tokenizer_files
-from mptq.writers.output import OutputDirectory, check_output
+from mptq.writers.output import OutputDirectory, check_output, clear, partial_of
 
 if TYPE_CHECKING:
     import torch
 
     from mptq.streams import Streams
-    from mptq.writers.megatron import MegatronWriter
+    from mptq.writers.journal import Row
 
 MAX_SHARD_BYTES = 5_000_000_000
 SLACK_BYTES = 64_000_000
@@ -39,7 +45,8 @@ class Options:
 
     `data` are the sequences that calibrate and on which fidelity is measured, `batch_size` of them at once; their hidden
     states take up to `activation_memory` bytes (None: a quarter of what is free) before they go to a file. An expert that
-    saw fewer than `moe_min_tokens` gets its static scales from its layer.
+    saw fewer than `moe_min_tokens` gets its static scales from its layer. With `resume`, a run that was stopped goes on;
+    `stop` is asked between layers whether this one shall.
     """
 
     tokenizer: Path | None = None
@@ -51,6 +58,8 @@ class Options:
     activation_memory: int | None = None
     moe_min_tokens: int = 16
     gates: report.Gates = field(default_factory=report.Gates)
+    resume: bool = False
+    stop: Callable[[], bool] = bool
 
 
 def default_output(plan: Plan, given: Path) -> Path:
@@ -68,39 +77,87 @@ def run(plan: Plan, out: Path, options: Options = Options(), progress: Progress 
     whatever the number of layers.
     """
     out = out.resolve()
+    ranks = started()
+    if ranks.agree(lambda: options.resume and finished(plan, out)):
+        return report.read(out)
+    checked = ranks.agree(lambda: check(plan, out, options, ranks))
+    with OutputDirectory(out, options.resume) if ranks.first else nullcontext():
+        document = _run(plan, Place(out, partial_of(out), ranks), checked, options, progress)
+    ranks.wait()
+    return document if ranks.first else report.read(out)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the output is to be, where it is until it is complete, and which of the processes this is."""
+
+    out: Path
+    partial: Path
+    ranks: Ranks
+
+
+def _run(plan: Plan, place: Place, checked: Checked, options: Options, progress: Progress) -> dict[str, Any]:
     record = Record()
-    checked = check(plan, out, options)
     with record.timed("imports"):
         device = pick_device(options.device)
         from mptq.stream import LayerStream
-    with OutputDirectory(out) as target, ExitStack() as stack:
-        activations, calibration = _activations(plan, checked, options, (device, target.partial), record)
+    with ExitStack() as stack:
+        activations, calibration = _activations(plan, checked, options, (device, place.partial), record)
+        steps = Steps(plan, place.partial, record, place.ranks)
+        stack.callback(steps.close)
+        done = steps.begin(_header(plan, options, device, activations), partial(_writers, plan, place.partial, options))
         if activations is not None:
             stack.callback(activations.close)
+            steps.follow(activations, done)
+        left = {unit: weight for unit, weight in plan.weights.items() if unit not in done}
+        mine = shares(left, place.ranks.size)[place.ranks.rank]
         stream = LayerStream(plan, device, record, progress, activations)
-        writers = _writers(plan, target.partial, options)
-        hashes = manifest.FileHashes(target.partial)
-        stack.callback(hashes.close)
-        for writer in writers:
-            stack.callback(writer.abort)
-        for output in stream.outputs():
-            done = output.index + 1
-            with record.timed("write"):
-                record.bytes["write"] += output.nbytes
-                for writer in writers:
-                    hashes.add(writer.write(output))
-            del output  # before the next is made
-            progress.stage(done, plan.outputs, f"layer {done - 1}" if done <= plan.model.num_layers else "finishing")
-        with record.timed("finish"):
-            for writer in writers:
-                hashes.add(_finish(writer, plan, checked.tokenizer))
-            files = hashes.collect()
+        with record.timed("stream"):  # from the first byte that is read to the last that is on the disk
+            for output in stack.enter_context(closing(stream.outputs(sorted(mine)))):
+                unit, last = output.index, output.last
+                steps.write(output)
+                del output  # before the next is made
+                if last:
+                    progress.stage(unit + 1, plan.outputs, f"layer {unit}" if unit < plan.model.num_layers else "finishing")
+                    steps.stop_if(options.stop)
+            steps.wait()
+        files = steps.finish(partial(_finish, plan=plan, tokenizer=checked.tokenizer))
+        if not place.ranks.first:
+            return {}
         document = report.build(plan, report.Measured(record, checked.notes, calibration, checked.work), options.gates)
         with record.timed("report"):
-            html.write(target.partial / html.NAME, html.render(document))
-        report.write(target.partial, document)
-        manifest.write_manifest(target.partial, report.manifest(plan, files))
+            html.write(place.partial / html.NAME, html.render(document))
+        report.write(place.partial, document)
+        manifest.write_manifest(place.partial, report.manifest(plan, files))
     return document
+
+
+def finished(plan: Plan, out: Path) -> bool:
+    """Whether `out` is complete already, and what `plan` would make of it; what a killed run left of its own goes."""
+    if not (out / manifest.NAME).is_file():
+        return False
+    made = manifest.read_manifest(out)
+    wanted = report.manifest(plan, {})
+    same = all(made[key] == wanted[key] for key in ("source", "recipe_sha256", "formats", "tensors"))
+    if same:
+        clear(out)
+    return same
+
+
+def _header(plan: Plan, options: Options, device: torch.device, activations: Streams | None) -> dict[str, Any]:
+    """What must be the same for a run to go on where another was stopped."""
+    made = report.manifest(plan, {})
+    model = json.dumps([made["model"], made["tensors"], made["dialect"]], sort_keys=True)
+    return {
+        "checkpoint": plan.source.checkpoint.fingerprint,
+        "recipe": plan.recipe.fingerprint,
+        "format": list(plan.formats),
+        "model": hashlib.sha256(model.encode()).hexdigest(),
+        "data": None if activations is None else activations.fingerprint,
+        "largest file": options.max_shard_bytes,
+        "device": device.type,
+        "versions": report.versions(),
+    }
 
 
 @dataclass(frozen=True)
@@ -112,7 +169,7 @@ class Checked:
     notes: list[str]
 
 
-def check(plan: Plan, out: Path, options: Options) -> Checked:
+def check(plan: Plan, out: Path, options: Options, ranks: Ranks = Ranks()) -> Checked:  # noqa: B008
     """What must hold before the first tensor is read.
 
     Raises OutputError for an output that cannot be written and for a `--tokenizer` that holds none, and DataError for data
@@ -121,7 +178,9 @@ def check(plan: Plan, out: Path, options: Options) -> Checked:
     plan.require_runnable()
     needed = sum(plan.bytes_out(form) for form in plan.formats) + SLACK_BYTES
     work = _work(plan, options)
-    check_output(out, plan.source.checkpoint.location.root, needed + work.file_bytes, options.overwrite)
+    # Twice the activations: those of the layer that was finished last, and of the one before.
+    needed += work.file_bytes + 2 * (work.stored_bytes + work.file_bytes)
+    check_output(out, plan.source.checkpoint.location.root, needed, options.overwrite, options.resume)
     tokenizer, missing = _tokenizer(plan, options)
     notes = forecast.warnings(plan)
     check_datasets(options.data)
@@ -132,8 +191,12 @@ def check(plan: Plan, out: Path, options: Options) -> Checked:
             notes.append(f"no fidelity figures ({missing}): pass --tokenizer DIR, or --eval-size 0 to want none")
     if tokenizer is None and "hf" in plan.formats:
         notes.append(f"no tokenizer in the output ({missing}): pass --tokenizer DIR")
-    runs = has_data and (plan.recipe.needs_data or options.data.eval_size > 0)
-    return Checked(tokenizer, work if runs and plan.runs else None, notes)
+    runs = plan.runs and has_data and (plan.recipe.needs_data or options.data.eval_size > 0)
+    if runs and ranks.size > 1:
+        raise DataError(
+            "activations are not shared out among processes: pass --eval-size 0 with a recipe that needs no data, or start one"
+        )
+    return Checked(tokenizer, work if runs else None, notes)
 
 
 def _work(plan: Plan, options: Options) -> forecast.Work:
@@ -204,27 +267,30 @@ def _activations(
     }
 
 
-def _writers(plan: Plan, directory: Path, options: Options) -> list[HfWriter | MegatronWriter]:
-    """The writers, each in a directory of its own where there are several."""
-    made: list[HfWriter | MegatronWriter] = []
+def _writers(plan: Plan, directory: Path, options: Options, done: Mapping[int, Row]) -> list[Writer]:
+    """The writers, each in a directory of its own where there are several; units that are `done` are there already."""
+    made: list[Writer] = []
     for form in plan.formats:
         place = directory / form if len(plan.formats) > 1 else directory
         if form == "hf":
-            made.append(HfWriter(place, plan.specs("hf"), options.max_shard_bytes))
+            made.append(HfWriter(place, plan.specs("hf"), options.max_shard_bytes, plan.written("hf", done)))
         else:
             from mptq.writers.megatron import MegatronWriter
 
-            made.append(MegatronWriter(place, plan.source.checkpoint.location.iteration))
+            accounts = {unit: row["accounts"]["megatron"] for unit, row in done.items()}
+            made.append(MegatronWriter(place, plan.source.checkpoint.location.iteration, accounts))
     return made
 
 
-def _finish(writer: HfWriter | MegatronWriter, plan: Plan, tokenizer: Path | None) -> Sequence[Path]:
+def _finish(writer: Writer, plan: Plan, tokenizer: Path | None) -> Sequence[Path]:
     if isinstance(writer, HfWriter):
         return writer.finish(hf_configs(plan.model, DIALECTS[plan.dialect], plan.contents), tokenizer)
     from mptq.quantize.modelopt import modelopt_state
+    from mptq.writers.megatron import MegatronWriter
 
     common = plan.source.checkpoint.directory / "common.pt"
     assert plan.recipe.scheme is not None
+    assert isinstance(writer, MegatronWriter)
     state = modelopt_state(plan.recipe.scheme, plan.kv_cache, plan.deviating)
     return writer.finish(state, common.read_bytes() if common.is_file() else None)
 
@@ -234,7 +300,10 @@ def pick_device(name: str) -> torch.device:
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # Of the processes that torchrun starts on a machine, each has its own.
+        return (
+            torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+        )
     try:
         device = torch.device(name)
     except RuntimeError as error:

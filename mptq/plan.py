@@ -5,7 +5,7 @@ No torch: `--dry-run` and `inspect` stop here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -118,6 +118,32 @@ class Plan:
     def outputs(self) -> int:
         """How many pieces the run is made of: what stands before the layers, each layer, what follows, each carried tensor."""
         return self.model.num_layers + 2 + len(self.carried)
+
+    @cached_property
+    def weights(self) -> dict[int, int]:
+        """Bytes that the outputs have of each unit."""
+        found = dict.fromkeys(range(self.outputs), 0)
+        for form in self.formats:
+            for inner, specs in self.by_inner(form):
+                found[self.unit_of(inner)] += sum(spec.nbytes for spec in specs)
+        return found
+
+    def unit_of(self, inner: str) -> int:
+        """Which of the `outputs` an inner tensor is in."""
+        if inner.startswith(naming.LAYERS):
+            return int(inner.removeprefix(naming.LAYERS).partition(".")[0]) + 1
+        return self._outer[inner]
+
+    @cached_property
+    def _outer(self) -> dict[str, int]:
+        before, after = naming.outer_copies(self.model)
+        found = dict.fromkeys((copy.megatron for copy in before), 0)
+        found |= dict.fromkeys((copy.megatron for copy in after), self.model.num_layers + 1)
+        return found | {copy.megatron: self.model.num_layers + 2 + number for number, copy in enumerate(self.carried)}
+
+    def written(self, form: str, units: Container[int]) -> frozenset[str]:
+        """Names of an output's tensors that are in `units`."""
+        return frozenset(spec.name for inner, specs in self.by_inner(form) if self.unit_of(inner) in units for spec in specs)
 
     @cached_property
     def wanted(self) -> Mapping[tuple[int, str], Scheme | None]:

@@ -46,12 +46,14 @@ class Silent:
 class Record:
     """What a run leaves for the report.
 
-    A row a tensor, what the activations say of each layer and at the end, and seconds and bytes by stage.
+    A row a tensor, what the activations say of each layer and at the end, the share of each rank, and seconds and bytes by
+    stage.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
     fidelity: dict[str, Any] | None = None
+    ranks: dict[int, dict[str, int]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     bytes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     started: float = field(default_factory=time.perf_counter)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from mptq.arch import naming
-from mptq.arch.layer import build_layer, hold_linears
+from mptq.checkpoint.ahead import Item, ReadAhead
 from mptq.checkpoint.index import read_blob
 from mptq.checkpoint.reader import Reader
-from mptq.layer_work import LayerWork, place
+from mptq.layer_work import LayerWork
 from mptq.quantize.fp8 import require_finite
 from mptq.types import LayerOutput
 
@@ -35,9 +35,11 @@ def _release_memory() -> None:
 
 
 class LayerStream:
-    """One LayerOutput after another, in the order of the forward pass. Peak memory: `forecast.peak_memory` of the plan.
+    """The outputs of one unit after another, in the order of the forward pass; the checkpoint is read one tensor ahead.
 
-    With `activations`, their two streams go through each layer as it is quantized; `hidden` and `fidelity` are what they said.
+    Units are what stands before the layers (0), the layers (from 1), what follows them, and each carried tensor; a
+    layer has an output for each of its linears. With `activations`, their two streams go through each layer as it is quantized.
+    Peak memory: `forecast.peak_memory` of the plan.
     """
 
     def __init__(
@@ -50,39 +52,68 @@ class LayerStream:
         self.activations = activations
         self.compute_dtype: torch.dtype = getattr(torch, plan.model.dtype)
         self.reader = Reader(plan.source.checkpoint)
+        self.ahead: ReadAhead | None = None
+        self.work: LayerWork | None = None
 
-    def outputs(self) -> Iterator[LayerOutput]:
-        """The embedding, every layer, and what follows the layers."""
-        before, after = naming.outer_copies(self.plan.model)
-        layers = self.plan.model.num_layers
-        yield self.outer(0, before)
-        self.start()
+    def outputs(self, units: Sequence[int] | None = None) -> Generator[LayerOutput]:
+        """The outputs of `units`, or of all; an empty one with `last` set follows those of each."""
+        units = range(self.plan.outputs) if units is None else units
         gc.collect()
         gc.freeze()  # what the imports made is not looked through again after every layer
+        self.ahead = ReadAhead(self._read, (item for unit in units for item in self._items(unit)))
         try:
-            for index in range(layers):
-                yield self.layer(index)[1]
+            for unit in units:
+                yield from self.unit(unit)
+                yield LayerOutput(unit, {form: {} for form in self.plan.formats}, last=True)
                 _release_memory()
         finally:
             gc.unfreeze()
-        self.finish()
-        final = self.outer(layers + 1, after)
+            self.ahead.close()
+
+    def unit(self, unit: int) -> Iterator[LayerOutput]:
+        """The outputs of one unit."""
+        layers = self.plan.model.num_layers
+        if 1 <= unit <= layers:
+            self.work = LayerWork(self, unit - 1)
+            yield from self.work.outputs()
+            self.work = None
+        elif unit == 0:
+            yield self.outer(unit, naming.outer_copies(self.plan.model)[0])
+            self.start()
+        elif unit == layers + 1:
+            self.finish()
+            yield self._after(unit)
+        else:
+            yield self.outer(unit, [self.plan.carried[unit - layers - 2]])
+
+    def _items(self, unit: int) -> Iterator[Item]:
+        """What a unit takes from the checkpoint, in its order."""
+        layers = self.plan.model.num_layers
+        before, after = naming.outer_copies(self.plan.model)
+        if 1 <= unit <= layers:
+            prefix = naming.megatron_layer(unit - 1)
+            yield from ((prefix + copy.megatron, copy.shape) for copy in self.plan.copies(unit - 1))
+            yield from ((f"{prefix}{linear.megatron}.weight", linear.shape) for linear in self.plan.linears(unit - 1))
+            return
+        outer = {0: before, layers + 1: after}.get(unit) or (self.plan.carried[unit - layers - 2],)
+        yield from ((copy.megatron, copy.shape) for copy in outer)
+
+    def _after(self, unit: int) -> LayerOutput:
+        output = self.outer(unit, naming.outer_copies(self.plan.model)[1])
         checkpoint = self.plan.source.checkpoint
         # The training arguments go over byte by byte: what is never unpickled is never executed.
-        final.blobs = {
+        output.blobs = {
             name: read_blob(checkpoint.directory, record)
             for name, record in checkpoint.blobs.items()
             if name.partition("/")[0] == "common_state"
         }
-        yield final
-        for number, copy in enumerate(self.plan.carried):
-            yield self.outer(layers + 2 + number, [copy])
+        return output
 
     def outer(self, index: int, copies: Sequence[Copy]) -> LayerOutput:
         """Tensors outside the layers, as they are, the vocabulary's padding cut off for Hugging Face."""
         output = LayerOutput(index, {form: {} for form in self.plan.formats})
         for copy in copies:
-            tensor = self.read(copy.megatron, copy.shape)
+            tensor = self.take(copy.megatron, copy.shape)
             require_finite(tensor, copy.megatron)
             self.copied(output, copy, tensor)
         return output
@@ -100,7 +131,7 @@ class LayerStream:
         if self.activations:
             before, _ = naming.outer_copies(self.plan.model)
             with self.record.timed("forward"):
-                self.activations.embed([self.read(copy.megatron, copy.shape, self.compute_dtype) for copy in before])
+                self.activations.embed([self.read(copy.megatron, copy.shape) for copy in before])
 
     def finish(self) -> None:
         """Let both streams of activations through what follows the layers, and record what they say."""
@@ -111,37 +142,23 @@ class LayerStream:
             norms = (*norms, words)
         with self.record.timed("forward"):
             self.progress.doing("measuring the fidelity")
-            *norm, head = (self.read(copy.megatron, copy.shape, self.compute_dtype) for copy in norms)
+            *norm, head = (self.read(copy.megatron, copy.shape) for copy in norms)
             self.record.fidelity = self.activations.finish(norm, head)
 
-    def layer(self, index: int) -> tuple[torch.nn.Module, LayerOutput]:
-        """One layer of megatron-core, quantized for good and frozen, and what the writers store of it."""
-        output = LayerOutput(index + 1, {form: {} for form in self.plan.formats})
-        runs = not self.plan.model.not_run
-        module = build_layer(self.plan.model, index) if runs else hold_linears(self.plan.model, index)
-        work = LayerWork(self, index, module, output)
-        prefix = naming.megatron_layer(index)
-        for copy in self.plan.copies(index):
-            tensor = self.read(prefix + copy.megatron, copy.shape)
-            require_finite(tensor, prefix + copy.megatron)
-            work.copies[copy.megatron] = tensor
-            if runs:
-                place(module, copy.parameter, tensor.to(self.device))
-            self.copied(output, copy, tensor, index)
-        if self.activations:
-            work.calibrate(self.activations)
-        for linear in self.plan.linears(index):
-            work.linear(linear)
-        if self.activations:
-            work.compare(self.activations)
-        return module, output
+    def take(self, inner: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The inner tensor that is next in the order of the run, in its own dtype, in CPU memory."""
+        assert self.ahead is not None
+        with self.record.timed("waiting to read"):
+            tensor = self.ahead.take(inner, shape)
+        self.progress.bytes(tensor.nbytes)
+        return tensor
 
-    def read(self, inner: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> torch.Tensor:
-        """An inner tensor in its own dtype, or in `dtype` and on the device."""
-        own: torch.dtype = getattr(torch, self.plan.source.dtype(inner))
+    def read(self, inner: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """An inner tensor out of that order, for the activations: in their dtype, on the device."""
+        return self._read(inner, shape).to(self.device, self.compute_dtype)
+
+    def _read(self, inner: str, shape: tuple[int, ...]) -> torch.Tensor:
         with self.record.timed("read"):
-            tensor = self.reader.read_parts(self.plan.source.places[inner], torch.empty(shape, dtype=dtype or own))
-            count = tensor.numel() * own.itemsize
-            self.record.bytes["read"] += count
-            self.progress.bytes(count)
-            return tensor if dtype is None else tensor.to(self.device)
+            out = torch.empty(shape, dtype=getattr(torch, self.plan.source.dtype(inner)))
+            self.record.bytes["read"] += out.nbytes
+            return self.reader.read_parts(self.plan.source.places[inner], out)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ from mptq.arch.forward import embed, final_norm, logits, run_layer
 from mptq.arch.naming import CORE_ATTENTION, megatron_layer
 from mptq.calibrate.activations import Activations, Batch, batches, chunks, flat
 from mptq.calibrate.fidelity import Deviation, NextTokens
-from mptq.errors import CheckpointError
+from mptq.errors import CheckpointError, OutputError
 from mptq.experts import Coverage
 from mptq.quantize.fp8 import E4M3_MAX
 from mptq.quantize.observers import CACHE, Observers
@@ -159,6 +161,32 @@ class Streams:
         if not found.finite:
             raise CheckpointError("output layer: the held-out data leads to probabilities whose logarithms are not finite")
         return found.document
+
+    def save(self, path: Path) -> None:
+        """Write both streams to a file, for a run that goes on from here."""
+        with path.open("wb") as file:
+            for states in self._bytes():
+                file.write(states)
+
+    def load(self, path: Path) -> None:
+        """Go on from what `save` wrote; raises OutputError for a file of another size."""
+        streams = self._bytes()
+        if path.stat().st_size != sum(map(len, streams)):
+            raise OutputError(f"{path} is not what the run wrote: pass --overwrite instead of --resume to begin again")
+        with path.open("rb", buffering=0) as file:
+            for states in streams:
+                left = states
+                while left:
+                    left = left[file.readinto(left) or 0 :]
+
+    def _bytes(self) -> list[memoryview]:
+        return [memoryview(stream.states.view(-1).view(torch.uint8).numpy()) for stream in (self.reference, self.quantized)]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that the outcome depends on beside the model: the tokens, and how they are taken."""
+        layout = (self.held_out, self.calibration, self.propagates, self.options.moe_min_tokens)
+        return hashlib.sha256(self.ids.numpy().tobytes() + repr(layout).encode()).hexdigest()
 
     def close(self) -> None:
         """Give memory and files back."""

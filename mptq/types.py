@@ -81,15 +81,16 @@ class WeightError:
 
 @dataclass(slots=True)
 class LayerOutput:
-    """What the writers get of one layer, or of the tensors outside the layers: one group of tensors for each format.
+    """What the writers get at once of a unit (a layer, or tensors outside the layers): tensors for each format.
 
     `tensors` maps a format ("hf", "megatron") to output names and tensors in CPU memory. `blobs` are the byte items of
-    the Megatron form (ModelOpt's quantizer state of a linear), by name.
+    the Megatron form (ModelOpt's quantizer state of a linear), by name. `last` says that nothing of the unit follows.
     """
 
     index: int
     tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
+    last: bool = False
 
     @property
     def nbytes(self) -> int:

@@ -62,10 +62,12 @@ def _layers(options):
         tokens = load_tokens(DataOptions((str(options.dataset),), 6, 3, 32), None, plan.model.vocab_size, calibrate=True)
         streams = Streams(plan, tokens, StreamOptions(torch.device("cpu"), 4, 2**30, options.out, 16))
     stages = LayerStream(plan, torch.device("cpu"), Record(), Silent(), streams)
-    stages.start()
-    found = [stages.layer(index)[0] for index in range(plan.model.num_layers)]
+    found = {}
+    for output in stages.outputs():
+        if stages.work is not None:
+            found[output.index] = stages.work.module
     _megatron_arithmetic()
-    return found
+    return list(found.values())
 
 
 def _megatron_arithmetic():

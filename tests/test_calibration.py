@@ -193,13 +193,13 @@ def test_documents_are_each_on_their_own(crossing, documents, tmp_path):
 
 def break_weight(monkeypatch, name, factor):
     """Let the run read this weight times `factor`."""
-    read = LayerStream.read
+    read = LayerStream._read
 
-    def broken(self, inner, shape, dtype=None):
-        tensor = read(self, inner, shape, dtype)
+    def broken(self, inner, shape):
+        tensor = read(self, inner, shape)
         return tensor * factor if inner == name else tensor
 
-    monkeypatch.setattr(LayerStream, "read", broken)
+    monkeypatch.setattr(LayerStream, "_read", broken)
 
 
 BROKEN = [
@@ -213,10 +213,10 @@ BROKEN = [
 def test_infinite_activations_stop_the_run(aligned, documents, recipe, name, eval_size, message, tmp_path, monkeypatch):
     break_weight(monkeypatch, name, 3e38 if name.startswith("output") else 1e30)
     data = DataOptions((str(documents),), calib_size=2, eval_size=eval_size, seq_length=8)
-    with pytest.raises(CheckpointError, match=f"{message} data leads to .* not finite$") as caught:
+    with pytest.raises(CheckpointError, match=f"{message} data leads to .* not finite") as caught:
         mptq.pipeline.run(make_plan(aligned, recipe), tmp_path / "out", mptq.pipeline.Options(device="cpu", data=data))
     assert "\n" not in str(caught.value)
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_perplexity_beyond_every_float_stops_the_run(crossing, monkeypatch, tmp_path):

@@ -140,7 +140,7 @@ def test_nothing_is_executed_by_a_whole_run(copy, boom, place, tmp_path):
     if place is hostile_tensor:
         last = done.stderr.strip().splitlines()[-1]
         assert last.startswith(f"mptq: {TENSOR} in ")
-        assert last.endswith("holds no plain tensor (ValueError('it is a posix.mkdir')): the checkpoint is damaged")
+        assert "holds no plain tensor (ValueError('it is a posix.mkdir')): the checkpoint is damaged" in last
 
 
 def test_plain_torch_runs_what_mptq_does_not(copy, boom):

@@ -355,9 +355,13 @@ def _vocabulary(config: ModelConfig, owner: str) -> Copy:
     return Copy(f"{owner}.weight", (f"{hf}.weight",), (config.padded_vocab_size, config.hidden_size), config.vocab_size)
 
 
+LAYERS = "decoder.layers."
+"""What the inner names of all layers begin with."""
+
+
 def megatron_layer(index: int) -> str:
     """Prefix of a layer's inner names."""
-    return f"decoder.layers.{index}."
+    return f"{LAYERS}{index}."
 
 
 def hf_layer(config: ModelConfig, index: int) -> str:

@@ -16,7 +16,9 @@ from mptq.cli.report import report
 from mptq.cli.verify import verify
 from mptq.errors import MptqError
 
-EPILOG = "Exit codes: 0 done, 1 failed, 2 usage, 3 a check was not met, 130 interrupted."
+EPILOG = (
+    "Exit codes: 0 done, 1 failed, 2 usage, 3 a check was not met, 75 stopped by SIGTERM (--resume goes on), 130 interrupted."
+)
 
 app = typer.Typer(
     name="mptq",
@@ -58,7 +60,7 @@ def main() -> None:
     except MptqError as error:
         sys.exit(console.fail(error, str(error), error.exit_code))
     except KeyboardInterrupt as error:
-        sys.exit(console.fail(error, "interrupted: nothing was written", 130))
+        sys.exit(console.fail(error, "interrupted", 130))
     except BrokenPipeError:
         # The reader of our output has seen enough (mptq inspect ... | head).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

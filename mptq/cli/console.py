@@ -32,8 +32,9 @@ def document(content: dict[str, Any]) -> None:
 
 
 def fail(error: BaseException, message: str, code: int) -> int:
-    """Print one line saying what is wrong (and the traceback under --debug); return the exit code."""
+    """Print one line saying what is wrong, with the error's notes (and the traceback under --debug); return the exit code."""
     if debug:
         traceback.print_exception(error)
-    err.print(f"mptq: {' '.join(message.split())}", markup=False)
+    lines = (message, *getattr(error, "__notes__", ()))
+    err.print(f"mptq: {'; '.join(' '.join(line.split()) for line in lines)}", markup=False)
     return code

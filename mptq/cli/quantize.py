@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import signal
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -109,6 +112,7 @@ def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
         bool, typer.Option("--trust-remote-code", help="Let a tokenizer or dataset run its own code.", rich_help_panel=_DATA)
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output of mptq.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped, if there is one.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report (or the plan) as JSON on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and --json.")] = False,
@@ -118,8 +122,10 @@ def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
     from mptq import pipeline, report
     from mptq.calibrate.data import DataOptions
     from mptq.plan import SourceOptions, make_plan
+    from mptq.ranks import is_first
     from mptq.recipe import load_recipe
 
+    terminated = _terminated()
     data = DataOptions(
         datasets=tuple(calib_dataset or ()),
         calib_size=calib_size,
@@ -133,6 +139,8 @@ def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
         tokenizer=tokenizer,
         max_shard_bytes=parse_size(max_shard_size),
         overwrite=overwrite,
+        resume=resume,
+        stop=terminated,
         device=device,
         data=data,
         batch_size=calib_batch_size,
@@ -148,7 +156,10 @@ def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
         document = report.describe(plan, checked.work) | {"warnings": checked.notes, "output": str(out)}
         _show_plan(document, as_json, quiet)
         return
+    quiet = quiet or not is_first()
     document = _run(plan, out, settings, None if quiet else LiveProgress(verbose))
+    if not is_first():
+        return
     if not quiet:
         console.show(tables.summary(document), console.err)
         console.err.print(f"written to  {out}", markup=False)
@@ -174,4 +185,11 @@ def _run(plan: Plan, out: Path, options: Options, live: LiveProgress | None) -> 
         with live or nullcontext(Silent()) as progress:
             return pipeline.run(plan, out, options, progress)
     except KeyboardInterrupt as error:
-        raise typer.Exit(console.fail(error, "interrupted: nothing was written", 130)) from error
+        raise typer.Exit(console.fail(error, "interrupted", 130)) from error
+
+
+def _terminated() -> Callable[[], bool]:
+    """Whether the process has been asked to end, as Slurm does before a time limit: the layer in work is finished first."""
+    asked = Event()
+    signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    return asked.is_set

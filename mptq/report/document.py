@@ -152,6 +152,7 @@ def build(plan: Plan, measured: Measured, gates: Gates) -> dict[str, Any]:
             stage: round(count / record.seconds[stage]) for stage, count in record.bytes.items() if record.seconds[stage]
         },
         "peak_rss_bytes": peak_rss(),
+        "ranks": [record.ranks[rank] for rank in sorted(record.ranks)],
         "versions": versions(),
     }
 

@@ -176,6 +176,14 @@ class Speed(Strict):
     write: float = Field(ge=0, description="output bytes over the time spent writing, bytes a second")
 
 
+class RankShare(Strict):
+    """What one process made."""
+
+    rank: Count = Field(description="its number")
+    units: Count = Field(description="layers, what stands before and after them, and each tensor that is carried over")
+    bytes: Bytes = Field(description="size of their tensors in the outputs, bytes")
+
+
 class Report(Strict):
     """The document."""
 
@@ -205,6 +213,7 @@ class Report(Strict):
     seconds: dict[str, float] = Field(description="stage -> seconds spent in it; total: wall time")
     bytes_per_second: Speed = Field(description="throughput")
     peak_rss_bytes: Bytes = Field(description="peak resident memory of the process, bytes")
+    ranks: list[RankShare] = Field(default=[], description="what each process of the run did, one entry a process that did any")
     versions: dict[str, str] = Field(description="package -> version, of what the figures depend on")
 
     @model_validator(mode="after")

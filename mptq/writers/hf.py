@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,12 +35,16 @@ TOKENIZER_FILES = (
 class HfWriter:
     """Writes the tensors of `specs`, which come layer by layer, in files of at most `max_shard_bytes`.
 
-    Memory: the tensors of one call to `write`; a shard is opened with its first tensor and closed with its last.
+    Memory: the tensors of one call to `write`; a shard is opened with its first tensor and closed with its last. `done` are
+    the tensors that an earlier run has written. Where several processes write, each its own tensors, `prepare` makes the
+    files before.
     """
 
     format = "hf"
 
-    def __init__(self, directory: Path, specs: Sequence[TensorSpec], max_shard_bytes: int) -> None:
+    def __init__(
+        self, directory: Path, specs: Sequence[TensorSpec], max_shard_bytes: int, done: Collection[str] = frozenset()
+    ) -> None:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         shards = assign_shards(specs, max_shard_bytes)
@@ -51,24 +55,54 @@ class HfWriter:
         self._shards = dict(zip(names, shards, strict=True))
         self._file_of = {spec.name: name for name, shard in self._shards.items() for spec in shard}
         self._open: dict[str, ShardFile] = {}
+        self._done = done
+        self._begun = {name for name, shard in self._shards.items() if any(spec.name in done for spec in shard)}
+
+    def prepare(self) -> None:
+        """Make every file that is not there."""
+        for name in self._shards:
+            if name not in self._begun:
+                ShardFile(self.directory / name, self._shards[name]).close()
+
+    def prepared(self) -> None:
+        """Every file is there: none is to be made."""
+        self._begun = set(self._shards)
+
+    @property
+    def complete(self) -> list[Path]:
+        """The files that an earlier run has completed."""
+        return [self.directory / name for name, shard in self._shards.items() if all(spec.name in self._done for spec in shard)]
 
     def write(self, output: LayerOutput) -> list[Path]:
-        """Write a layer's tensors; return the files that are complete now."""
+        """Write tensors; return the files that are complete now. The last of a unit's waits until they are on the disk."""
         done = []
         for tensor_name, tensor in output.tensors[self.format].items():
             name = self._file_of[tensor_name]
             if name not in self._open:
-                self._open[name] = ShardFile(self.directory / name, self._shards[name])
+                self._open[name] = ShardFile(self.directory / name, self._shards[name], self._done, name in self._begun)
             self._open[name].write(tensor_name, tensor)
             if self._open[name].complete:
-                self._open.pop(name).close()
+                file = self._open.pop(name)
+                file.sync()
+                file.close()
                 done.append(self.directory / name)
+        if output.last:
+            for file in self._open.values():
+                file.sync()
         return done
 
+    def account(self) -> None:
+        """Nothing that the journal must know of the unit: the plan says where everything is."""
+
+    def join(self, _accounts: Mapping[int, None]) -> None:
+        """All units are written, by whatever process."""
+        self.abort()
+
     def finish(self, configs: Mapping[str, dict[str, Any]], tokenizer: Path | None) -> list[Path]:
-        """Write the index, the tokenizer's files and the `configs`, by file name; return them."""
+        """Write the index, the tokenizer's files and the `configs`, by file name; return all files."""
         assert not self._open, f"{sorted(self._open)} are incomplete"
-        written = copy_tokenizer(tokenizer, self.directory) if tokenizer else []
+        written = [self.directory / name for name in self._shards]
+        written += copy_tokenizer(tokenizer, self.directory) if tokenizer else []
         if len(self._shards) > 1:
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": self._file_of}
             written.append(_write_json(self.directory / "model.safetensors.index.json", index))

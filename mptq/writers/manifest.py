@@ -27,8 +27,10 @@ class FileHashes:
         self._hashes: dict[Path, Future[str]] = {}
 
     def add(self, files: Iterable[Path]) -> None:
-        """Hash these files."""
-        for file in files:
+        """Hash these files, each once."""
+        for file in dict.fromkeys(files):
+            if file in self._hashes:
+                continue
             self._hashes[file] = self._pool.submit(sha256, file)
 
     def collect(self) -> dict[str, dict[str, Any]]:

@@ -11,13 +11,23 @@ import copyreg
 import io
 import json
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.filesystem import _StoragePrefix
-from torch.distributed.checkpoint.metadata import Metadata, TensorProperties
+from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
 from mptq.types import LayerOutput
@@ -42,42 +52,94 @@ class _MetadataPickler(pickle.Pickler):
         return copyreg.__newobj__, (TensorProperties,), value.__getstate__()[:5]  # type: ignore[attr-defined]
 
 
+Account = dict[str, list[Any]]
+"""Name in a unit's file -> offset, length, and of a tensor (no byte item) its dtype and shape."""
+
+
 class MegatronWriter:
-    """Writes `iter_*` under `directory`, a checkpoint root. Memory: the tensors of one call to `write`."""
+    """Writes `iter_*` under `directory`, a checkpoint root, a file for each unit. Memory: the tensors of one unit.
+
+    `accounts` are those of the units that an earlier run has written, by number.
+    """
 
     format = "megatron"
 
-    def __init__(self, directory: Path, iteration: int | None) -> None:
+    def __init__(self, directory: Path, iteration: int | None, accounts: Mapping[int, Account] = MappingProxyType({})) -> None:
         self.root = directory
         self.tracker = str(iteration) if iteration is not None else "release"
         self.directory = directory / (f"iter_{iteration:07d}" if iteration is not None else "release")
-        self.directory.mkdir(parents=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
         self._storage = FileSystemWriter(self.directory, thread_count=1)
         self._storage.set_up_storage_writer(is_coordinator=True)
-        self._metadata = Metadata(state_dict_metadata={})
-        self._metadata.storage_data = {}
+        self._accounts = dict(accounts)
+        self._state: dict[str, Any] = {}
+        self._last = -1
+
+    @property
+    def complete(self) -> list[Path]:
+        """The files that an earlier run has completed."""
+        return [self._file(unit) for unit in self._accounts]
+
+    def _file(self, unit: int) -> Path:
+        return self.directory / f"__{unit}_0.distcp"
 
     def write(self, output: LayerOutput) -> list[Path]:
-        """Write a layer's tensors and byte items into a file of their own; return it."""
-        state: dict[str, Any] = dict(output.tensors[self.format])
-        state |= {name: io.BytesIO(blob) for name, blob in output.blobs.items()}
+        """Write a unit's tensors and byte items, when all of them have come, to the disk; return the file."""
+        self._state |= output.tensors[self.format] | {name: io.BytesIO(blob) for name, blob in output.blobs.items()}
+        if not output.last:
+            return []
+        state, self._state, self._last = self._state, {}, output.index
         planner = _Planner()
         planner.set_up_planner(state, None, is_coordinator=True)
-        plans, metadata = create_default_global_save_plan([planner.create_local_plan()])
+        plans, _ = create_default_global_save_plan([planner.create_local_plan()])
         plan = planner.finish_plan(SavePlan(plans[0].items, storage_data=_StoragePrefix(f"__{output.index}_")))
-        results = self._storage.write_data(plan, planner).wait()
-        self._metadata.state_dict_metadata.update(metadata.state_dict_metadata)
-        self._metadata.storage_data |= {result.index: result.storage_data for result in results}
-        return [self.directory / f"__{output.index}_0.distcp"]
+        account: Account = {}
+        for result in self._storage.write_data(plan, planner).wait():
+            value = state[result.index.fqn]
+            about = [str(value.dtype).removeprefix("torch."), list(value.shape)] if isinstance(value, torch.Tensor) else []
+            account[result.index.fqn] = [result.storage_data.offset, result.storage_data.length, *about]
+        self._accounts[output.index] = account
+        return [self._file(output.index)]
+
+    def account(self) -> Account:
+        """What the journal must know of the unit that was written last."""
+        return self._accounts[self._last]
+
+    def prepare(self) -> None:
+        """Nothing: each unit has a file of its own."""
+
+    def prepared(self) -> None:
+        """As `prepare`."""
+
+    def join(self, accounts: Mapping[int, Account]) -> None:
+        """All units are written, by whatever process."""
+        self._accounts = dict(accounts)
+
+    def _metadata(self) -> Metadata:
+        """The metadata of all units: made of the accounts alone, it is the same however often the run was stopped."""
+        entries: dict[str, Any] = {}
+        places: dict[MetadataIndex, _StorageInfo] = {}
+        for unit in sorted(self._accounts):
+            for name, (offset, length, *about) in self._accounts[unit].items():
+                start = None
+                if about:
+                    size = torch.Size(about[1])
+                    start = torch.Size([0] * len(size))
+                    properties = TensorProperties(dtype=getattr(torch, about[0]))
+                    entries[name] = TensorStorageMetadata(properties, size, [ChunkStorageMetadata(start, size)])
+                else:
+                    entries[name] = BytesStorageMetadata()
+                places[MetadataIndex(name, start)] = _StorageInfo(self._file(unit).name, offset, length)
+        return Metadata(state_dict_metadata=entries, storage_data=places)
 
     def finish(self, modelopt_state: bytes, common: bytes | None) -> list[Path]:
-        """Write the metadata, ModelOpt's state and the training run's arguments (`common.pt` as it was); return them."""
+        """Write the metadata, ModelOpt's state and the training run's arguments (`common.pt` as it was); return all files."""
         # Not by FileSystemWriter.finish, which adds the path and a random id: the same input must give the same bytes.
         with (self.directory / ".metadata").open("wb") as file:
-            _MetadataPickler(file).dump(self._metadata)
+            _MetadataPickler(file).dump(self._metadata())
         config = json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
         nested = self.directory / "modelopt_state"
-        nested.mkdir()
+        nested.mkdir(exist_ok=True)
         files = {
             nested / "common.pt": modelopt_state,
             nested / "metadata.json": config.encode(),
@@ -88,7 +150,7 @@ class MegatronWriter:
             files[self.directory / "common.pt"] = common
         for path, content in files.items():
             path.write_bytes(content)
-        return [self.directory / ".metadata", *files]
+        return [*self.complete, self.directory / ".metadata", *files]
 
     def abort(self) -> None:
         """Nothing stays open between calls."""

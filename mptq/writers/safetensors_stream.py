@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,9 +24,12 @@ _ALIGNMENT = ("float32", "bfloat16", "float16", "float8_e4m3fn", "uint8")
 
 
 class ShardFile:
-    """One safetensors file, its header written first and its tensors at their places as they come."""
+    """One safetensors file, its header written first and its tensors at their places as they come.
 
-    def __init__(self, path: Path, specs: Iterable[TensorSpec]) -> None:
+    `done` are those that need not come. A file that has been `begun`, by another run or process, is opened again.
+    """
+
+    def __init__(self, path: Path, specs: Iterable[TensorSpec], done: Container[str] = (), begun: bool = False) -> None:
         ordered = sorted(specs, key=lambda spec: (_ALIGNMENT.index(spec.dtype), spec.name))
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         self._specs: dict[str, tuple[TensorSpec, int]] = {}
@@ -42,11 +45,11 @@ class ShardFile:
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
         self._start = 8 + len(encoded)
-        self._missing = set(self._specs)
-        self._file = path.open("wb")
-        self._file.write(len(encoded).to_bytes(8, "little") + encoded)
-        self._file.flush()
-        os.truncate(self._file.fileno(), self._start + end)
+        self._missing = {name for name in self._specs if name not in done}
+        self._descriptor = os.open(path, os.O_WRONLY | (0 if begun else os.O_CREAT | os.O_TRUNC), 0o644)
+        if not begun:
+            self._write(memoryview(len(encoded).to_bytes(8, "little") + encoded), 0)
+            os.truncate(self._descriptor, self._start + end)
 
     @property
     def complete(self) -> bool:
@@ -60,15 +63,20 @@ class ShardFile:
         spec, offset = self._specs[name]
         assert (str(tensor.dtype), tuple(tensor.shape)) == (f"torch.{spec.dtype}", spec.shape), f"{name}: not {spec}"
         self._missing.remove(name)
-        view = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-        written, position = 0, self._start + offset
-        while written < len(view):
-            written += os.pwrite(self._file.fileno(), view[written:], position + written)
+        self._write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()), self._start + offset)
+
+    def _write(self, view: memoryview, position: int) -> None:
+        while view:
+            count = os.pwrite(self._descriptor, view, position)
+            view, position = view[count:], position + count
+
+    def sync(self) -> None:
+        """Wait until what was written is on the disk."""
+        os.fdatasync(self._descriptor)
 
     def close(self) -> None:
-        """Flush the file to the disk and close it."""
-        os.fsync(self._file.fileno())
-        self._file.close()
+        """Let go of the file."""
+        os.close(self._descriptor)
 
 
 def assign_shards(specs: Sequence[TensorSpec], max_bytes: int) -> list[list[TensorSpec]]:

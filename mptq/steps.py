@@ -1,0 +1,200 @@
+"""The steps of a run on the disk: what each unit's outputs become, and the journal that says which of them are there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mptq.errors import OutputError, StoppedError
+from mptq.writers.behind import Behind
+from mptq.writers.journal import Journal, check, committed
+from mptq.writers.manifest import FileHashes
+from mptq.writers.output import sync
+
+if TYPE_CHECKING:
+    from mptq.plan import Plan
+    from mptq.ranks import Ranks
+    from mptq.record import Record
+    from mptq.streams import Streams
+    from mptq.types import LayerOutput
+    from mptq.writers.journal import Row
+
+
+class Writer(Protocol):
+    """What stores one format: `HfWriter` and `MegatronWriter`."""
+
+    format: str
+
+    @property
+    def complete(self) -> list[Path]:
+        """The files that an earlier run has completed."""
+
+    def prepare(self) -> None:
+        """Make the files that several processes write."""
+
+    def prepared(self) -> None:
+        """They are made."""
+
+    def write(self, output: LayerOutput) -> list[Path]:
+        """Write tensors; the last of a unit's waits until they are on the disk. Returns the files that are complete now."""
+
+    def account(self) -> Any:
+        """What the journal must know of the unit that was written last, as plain data."""
+
+    def join(self, accounts: Mapping[int, Any]) -> None:
+        """All units are written, with these accounts, by whatever process."""
+
+    def abort(self) -> None:
+        """Let go of open files."""
+
+
+STATE = ".activations-after-{}"
+"""Both streams of activations after a unit, by its number modulo 2: the one before is there until the journal has the next."""
+
+
+@contextmanager
+def _telling(where: Path) -> Iterator[None]:
+    """Say where it was that the disk was full, or failed."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{error.filename or where} cannot be written: {error.strerror or error}") from error
+
+
+class Steps:
+    """Writes what is made, behind what is being made, and commits each unit when all of it is on the disk.
+
+    A unit's row in the journal is what the report and the metadata need of it. Activations are kept rather than computed again:
+    a layer's forward passes take minutes, and its hidden states seconds to write. Memory: the output that is being written.
+    """
+
+    def __init__(self, plan: Plan, folder: Path, record: Record, ranks: Ranks) -> None:
+        self.plan, self.folder, self.record, self.ranks = plan, folder, record, ranks
+        self.writers: Sequence[Writer] = ()
+        self.activations: Streams | None = None
+        self._reported = self._units = 0
+        self._behind = Behind()
+        self._hashes = FileHashes(folder)
+        self._journal: Journal | None = None
+
+    def begin(self, header: Mapping[str, Any], writers: Callable[[Mapping[int, Row]], Sequence[Writer]]) -> Collection[int]:
+        """Go on where an earlier run was stopped, if there was one of this `header`; return the units that are done.
+
+        `writers` are made from the rows of these.
+        """
+        rows: dict[int, Row] = self.ranks.agree(lambda: self._taken_over(header))
+        self._journal = Journal(self.folder, header, self.ranks.rank)
+        self.writers = writers(rows)
+        if self.ranks.size > 1:
+            self.ranks.agree(self._prepare)
+            for writer in self.writers:
+                writer.prepared()
+        else:
+            for writer in self.writers:
+                self._hashes.add(writer.complete)
+        self._units = len(rows)
+        return rows
+
+    def _prepare(self) -> None:
+        for writer in self.writers:
+            writer.prepare()
+
+    def _taken_over(self, header: Mapping[str, Any]) -> dict[int, Row]:
+        check(self.folder, header)
+        return committed(self.folder)
+
+    def follow(self, activations: Streams, done: Collection[int]) -> None:
+        """Keep these with every unit from now on; those of an earlier run are taken up where the last unit left them."""
+        self.activations = activations
+        if done and max(done) <= self.plan.model.num_layers:
+            activations.load(self._state(max(done)))
+
+    def write(self, output: LayerOutput) -> None:
+        """Write an output behind; with a unit's last, commit it."""
+        work: Callable[[], None] = partial(self._write, output)
+        if output.last:
+            work = partial(self._commit, output, self._row(output.index), self._kept(output.index))
+        with self.record.timed("waiting to write"):
+            self._behind.do(work)
+
+    def _kept(self, unit: int) -> Path | None:
+        """The file in which the activations after a unit are, where there are any."""
+        if self.activations is None or unit > self.plan.model.num_layers:
+            return None
+        self._behind.wait()  # until the unit before is committed
+        state = self._state(unit)
+        with self.record.timed("keep activations"), _telling(state):
+            self.activations.save(state)
+        return state
+
+    def _state(self, unit: int) -> Path:
+        return self.folder / STATE.format(unit % 2)
+
+    def _row(self, unit: int) -> Row:
+        rows = self.record.rows[self._reported :]
+        self._reported += len(rows)
+        layers = [row for row in self.record.layers if row["layer"] == unit - 1]
+        return {"rank": self.ranks.rank, "tensors": rows, "layers": layers, "fidelity": self.record.fidelity}
+
+    def _write(self, output: LayerOutput) -> None:
+        with self.record.timed("write"), _telling(self.folder):
+            self.record.bytes["write"] += output.nbytes
+            for writer in self.writers:
+                self._hashes.add(writer.write(output))
+
+    def _commit(self, output: LayerOutput, row: Row, state: Path | None) -> None:
+        assert self._journal is not None
+        self._write(output)
+        with self.record.timed("write"), _telling(self.folder):
+            if state is not None:
+                sync(state)
+            self._journal.commit(output.index, row | {"accounts": {writer.format: writer.account() for writer in self.writers}})
+        self._units += 1
+
+    def stop_if(self, asked: Callable[[], bool]) -> None:
+        """Raise StoppedError, with everything committed that was made, if it is asked for."""
+        if asked():
+            self._behind.wait()
+            raise StoppedError(f"stopped after {self._units} of {self.plan.outputs} steps")
+
+    def wait(self) -> None:
+        """Until everything that was given to write is on the disk."""
+        self._behind.wait()
+
+    def finish(self, finish: Callable[[Writer], Iterable[Path]]) -> dict[str, Any]:
+        """Let each writer write what belongs to the whole, on rank 0; return size and hash of every file."""
+        self.ranks.wait()
+        if not self.ranks.first:
+            return {}
+        rows = committed(self.folder)
+        self._report(rows)
+        with self.record.timed("finish"), _telling(self.folder):
+            for writer in self.writers:
+                writer.join({unit: row["accounts"][writer.format] for unit, row in rows.items()})
+                self._hashes.add(finish(writer))
+            for unit in range(2):
+                self._state(unit).unlink(missing_ok=True)
+            return self._hashes.collect()
+
+    def _report(self, rows: Mapping[int, Row]) -> None:
+        """Make the record that of all units, in their order, whatever process made them."""
+        record = self.record
+        record.rows[:] = [entry for row in rows.values() for entry in row["tensors"]]
+        record.layers[:] = [entry for row in rows.values() for entry in row["layers"]]
+        for unit, row in rows.items():
+            record.fidelity = row["fidelity"] or record.fidelity
+            share = record.ranks.setdefault(row["rank"], {"rank": row["rank"], "units": 0, "bytes": 0})
+            share["units"] += 1
+            share["bytes"] += self.plan.weights[unit]
+
+    def close(self) -> None:
+        """Finish what is being written, and let go of files and threads."""
+        self._behind.close()
+        for writer in self.writers:
+            writer.abort()
+        self._hashes.close()
+        if self._journal is not None:
+            self._journal.close()

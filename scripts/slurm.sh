@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# A Slurm job that shares the layers out among processes, on one node or several, and goes on by itself after a time limit:
+#     sbatch --nodes 2 --ntasks-per-node 4 scripts/slurm.sh CKPT OUT fp8-blockwise
+# Two minutes before the limit, and when it is preempted, every process finishes the layer that it is at and exits with 75; the job is
+# queued again then, and --resume goes on.
+#SBATCH --job-name=mptq
+#SBATCH --time=04:00:00
+#SBATCH --requeue
+#SBATCH --signal=TERM@120
+#SBATCH --open-mode=append
+set -uo pipefail
+checkpoint=${1:?checkpoint} out=${2:?output} recipe=${3:-fp8-blockwise}
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+export MASTER_ADDR MASTER_PORT
+
+# Not through torchrun, whose own exit code would take the place of 75. The names are those that it gives to its processes.
+srun bash -c '
+    export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
+    export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))
+    exec mptq quantize "$0" -o "$1" --recipe "$2" --eval-size 0 --resume' "$checkpoint" "$out" "$recipe"
+code=$?
+if [ "$code" = 75 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

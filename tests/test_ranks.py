@@ -1,0 +1,75 @@
+"""Several processes, as torchrun starts them: the same bytes as of one."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mptq import make_plan, run
+from mptq.pipeline import default_output
+from mptq.ranks import Ranks, shares
+from tests.conftest import ROOT
+from tests.killing import check, contents
+from tests.test_resume import BOTH, PLAIN, stopped, whole
+
+
+@given(st.dictionaries(st.integers(0, 50), st.integers(1, 1000)), st.integers(1, 8))
+def test_shares_are_of_all_units_and_balanced(weights, size):
+    found = shares(weights, size)
+    assert sorted(unit for share in found for unit in share) == sorted(weights)
+    loads = [sum(weights[unit] for unit in share) for share in found]
+    assert max(loads) - min(loads) <= max(weights.values(), default=0)
+
+
+def test_one_process_agrees_with_itself():
+    ranks = Ranks()
+    assert ranks.first
+    assert ranks.agree(lambda: 7) == 7
+    ranks.wait()
+
+
+def torchrun(size, *arguments):
+    """The command in several processes; the finished process."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}", "-m", "mptq", "quantize", *arguments]
+    return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+COMMON = ("--recipe", "fp8-blockwise", "--eval-size", "0", "--format", "hf,megatron", "--max-shard-size", "200000", "--json")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("model", ["crossing", "mixtral"])
+def test_same_bytes_from_several_processes(request, model, size, tmp_path, tmp_path_factory):
+    checkpoint, out = request.getfixturevalue(model), tmp_path / "out"
+    done = torchrun(size, checkpoint, *COMMON, "-o", out)
+    assert done.returncode == 0, done.stderr
+    plan = make_plan(checkpoint, "fp8-blockwise", BOTH)
+    check(out, whole(plan, tmp_path_factory.mktemp("one")))
+    report = json.loads(done.stdout)  # one document: only rank 0 prints
+    alone = run(plan, tmp_path_factory.mktemp("two") / "out", PLAIN)
+    assert report["tensors"] == alone["tensors"]
+    assert [share["rank"] for share in report["ranks"]] == list(range(size))
+    assert sum(share["units"] for share in report["ranks"]) == plan.outputs
+    assert done.stderr.count("written to") == 1
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on(crossing, tmp_path, tmp_path_factory):
+    plan, out = make_plan(crossing, "fp8-blockwise", BOTH), tmp_path / "out"
+    stopped(plan, out, 2)
+    done = torchrun(2, crossing, *COMMON, "-o", out, "--resume")
+    assert done.returncode == 0, done.stderr
+    check(out, whole(plan, tmp_path_factory.mktemp("one")))
+
+
+@pytest.mark.slow
+def test_what_cannot_be_shared_out_is_one_line(crossing, tokens, tmp_path):
+    done = torchrun(2, crossing, "--recipe", "fp8", "--calib-dataset", tokens, "-o", tmp_path / "out")
+    assert done.returncode == 1
+    assert "mptq: activations are not shared out among processes" in done.stderr
+    assert not default_output(make_plan(crossing, "fp8"), crossing).exists()
+    assert contents(tmp_path) == {}
