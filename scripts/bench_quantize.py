@@ -10,6 +10,8 @@ fits. Peak RSS is that of the largest process (ru_maxrss of the waited-for child
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
 import platform
 import shutil
@@ -17,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -55,6 +58,7 @@ def contenders(hf: Path, checkpoint: Path, out: Path, llmcompressor: str | None)
     commands = {
         "mptq fp8-blockwise, hf": [*mptq, "fp8-blockwise"],
         "mptq fp8-per-tensor, hf": [*mptq, "fp8-per-tensor"],
+        "mptq fp8-per-channel, hf": [*mptq, "fp8-per-channel"],
         "mptq fp8-blockwise, hf + megatron": [*mptq, "fp8-blockwise", "--format", "hf,megatron"],
         "megatron-core + ModelOpt, whole model": [
             *(sys.executable, str(SCRIPTS / "peer_modelopt.py")),
@@ -70,11 +74,28 @@ def contenders(hf: Path, checkpoint: Path, out: Path, llmcompressor: str | None)
     return commands
 
 
-def bench(hf: Path, checkpoint: Path, options: argparse.Namespace) -> dict[str, tuple[float, float]]:
-    """Median seconds and largest peak RSS of every contender, run in turn."""
+@dataclass(frozen=True)
+class Run:
+    """Seconds and peak RSS (GB) of a process, and of mptq's the seconds from the first byte read to the last on the disk.
+
+    `start` is what is before that and after it: imports, planning, configs, the hash of the last file, the report.
+    """
+
+    seconds: float
+    peak: float
+    stream: float = math.nan
+
+    @property
+    def start(self) -> float:
+        """Seconds of everything else."""
+        return self.seconds - self.stream
+
+
+def bench(hf: Path, checkpoint: Path, options: argparse.Namespace) -> dict[str, list[Run]]:
+    """All runs of every contender, in turn."""
     work = options.work
     out = work / "out"
-    found: dict[str, list[tuple[float, float]]] = {}
+    found: dict[str, list[Run]] = {}
     subprocess.run(f"cat {checkpoint}/*/* {hf}/* > /dev/null", shell=True, check=True)
     for _ in range(options.runs):
         for name, command in contenders(hf, checkpoint, out, options.llmcompressor).items():
@@ -82,11 +103,19 @@ def bench(hf: Path, checkpoint: Path, options: argparse.Namespace) -> dict[str, 
                 continue
             shutil.rmtree(out, ignore_errors=True)
             os.sync()
-            found.setdefault(name, []).append(measure(command, work / "log.txt"))
+            seconds, peak = measure(command, work / "log.txt")
+            report = out / "report.json"
+            stream = json.loads(report.read_text())["seconds"]["stream"] if report.is_file() else math.nan
+            found.setdefault(name, []).append(Run(seconds, peak, stream))
     shutil.rmtree(out, ignore_errors=True)
-    return {
-        name: (statistics.median(seconds for seconds, _ in rows), max(peak for _, peak in rows)) for name, rows in found.items()
-    }
+    return found
+
+
+def row(runs: list[Run], first: float) -> str:
+    """Medians, and the largest peak; `first` are the seconds of what all are compared with."""
+    seconds, stream, start = (statistics.median(getattr(run, name) for run in runs) for name in ("seconds", "stream", "start"))
+    own = " | " if math.isnan(stream) else f"{stream:.1f} | {start:.1f}"
+    return f"{seconds:.1f} | {seconds / first:.2f} | {own} | {max(run.peak for run in runs):.2f} |"
 
 
 def main() -> None:
@@ -107,11 +136,12 @@ def main() -> None:
     else:
         inputs = {f"{layers} layers": make_inputs(options.work, layers) for layers in options.layers}
     for title, (hf, checkpoint) in inputs.items():
-        rows = bench(hf, checkpoint, options)
-        first = next(iter(rows.values()))[0]
-        print(f"\n| {title}, median of {options.runs} | seconds | to mptq | peak RSS, GB |\n|---|---|---|---|")
-        for name, (seconds, peak) in rows.items():
-            print(f"| {name} | {seconds:.1f} | {seconds / first:.2f} | {peak:.2f} |", flush=True)
+        found = bench(hf, checkpoint, options)
+        first = statistics.median(run.seconds for run in next(iter(found.values())))
+        print(f"\n| {title}, median of {options.runs} | seconds | to mptq | stream | the rest | peak RSS, GB |")
+        print("|---|---|---|---|---|---|")
+        for name, runs in found.items():
+            print(f"| {name} | {row(runs, first)}", flush=True)
 
 
 if __name__ == "__main__":
