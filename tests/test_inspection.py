@@ -71,6 +71,7 @@ def test_predictions_are_those_of_the_plan(model, request):
     rows = inspect(path)[0]["recipes"]
     assert [row["recipe"] for row in rows] == recipe_names()
     for row in rows:
+        peaks = []
         for form in ("hf", "megatron"):
             if form in row["problems"]:
                 assert form not in row["bytes"]
@@ -79,7 +80,8 @@ def test_predictions_are_those_of_the_plan(model, request):
                 continue
             plan = make_plan(path, row["recipe"], (form,))
             assert row["bytes"][form] == plan.bytes_out(form)
-            assert row["peak_bytes"] == peak_memory(plan)
+            peaks.append(peak_memory(plan))
+        assert row["peak_bytes"] == max(peaks)
 
 
 @pytest.mark.parametrize("name", ["deepseek-v3-mtp", "moe-freq-list", "nemotron-h", "gpt"])

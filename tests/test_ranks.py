@@ -41,8 +41,7 @@ COMMON = ("--recipe", "fp8-blockwise", "--eval-size", "0", "--format", "hf,megat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("model", ["crossing", "mixtral"])
+@pytest.mark.parametrize(("model", "size"), [("crossing", 2), ("mixtral", 3)])
 def test_same_bytes_from_several_processes(request, model, size, tmp_path, tmp_path_factory):
     checkpoint, out = request.getfixturevalue(model), tmp_path / "out"
     done = torchrun(size, checkpoint, *COMMON, "-o", out)

@@ -195,7 +195,7 @@ def test_killed_runs_go_on(aligned, mode, tmp_path):
 
 @pytest.mark.slow
 def test_killed_runs_with_data_go_on(mixtral, tokens, tmp_path):
-    killing("moments", mixtral, tmp_path, "--recipe", "fp8", "--dataset", tokens, "--kills", 10)
+    killing("moments", mixtral, tmp_path, "--recipe", "fp8", "--dataset", tokens, "--kills", 5)
 
 
 def killing(mode, checkpoint, folder, *more):

@@ -116,6 +116,10 @@ def _recipes(document: Mapping[str, Any]) -> Iterator[RenderableType]:
     for row in rows:
         sizes = [size(row["bytes"][form]) if form in row["bytes"] else "-" for form in _FORMS]
         table.add_row(row["recipe"], *sizes, "-" if row["peak_bytes"] is None else size(row["peak_bytes"]))
-    yield from ("", table, "peak memory is without activations: `mptq quantize --dry-run` says what those add")
+    yield from (
+        "",
+        table,
+        "peak memory is of the form that takes more, without activations: `mptq quantize --dry-run` says what those add",
+    )
     for problem in dict.fromkeys(text for row in rows for text in row["problems"].values()):
         yield f"[yellow]-[/] {escape(problem)}"

@@ -58,7 +58,7 @@ def _signatures(source: Source) -> Iterator[Any]:
 
 
 def predictions(source: Source) -> list[dict[str, Any]]:
-    """A row a built-in recipe: bytes of each output and the peak of memory, or why there is no such output."""
+    """A row a built-in recipe: bytes of each output, or why there is none, and the peak of memory of that which takes more."""
     short = Representatives(source)
     return [_row(short, load_recipe(name)) for name in recipe_names()]
 
@@ -68,7 +68,8 @@ def _row(short: Representatives, recipe: Recipe) -> dict[str, Any]:
     row |= {"needs_data": recipe.needs_data, "bytes": {}, "problems": {}}
     for form in FORMATS:
         try:
-            row["bytes"][form], row["peak_bytes"] = short.predict(recipe, form)
+            row["bytes"][form], peak = short.predict(recipe, form)
+            row["peak_bytes"] = max(peak, row["peak_bytes"] or 0)
         except (RecipeError, UnsupportedModelError) as error:
             row["problems"][form] = str(error)
     return row
