@@ -34,6 +34,10 @@ def _release_memory() -> None:
             trim(0)
 
 
+_LAZY = 2
+"""Units after which everything is imported, torch's lazy parts too: what is left then is not looked through again each time."""
+
+
 class LayerStream:
     """The outputs of one unit after another, in the order of the forward pass; the checkpoint is read one tensor ahead.
 
@@ -58,14 +62,14 @@ class LayerStream:
     def outputs(self, units: Sequence[int] | None = None) -> Generator[LayerOutput]:
         """The outputs of `units`, or of all; an empty one with `last` set follows those of each."""
         units = range(self.plan.outputs) if units is None else units
-        gc.collect()
-        gc.freeze()  # what the imports made is not looked through again after every layer
         self.ahead = ReadAhead(self._read, (item for unit in units for item in self._items(unit)))
         try:
-            for unit in units:
+            for number, unit in enumerate(units):
                 yield from self.unit(unit)
                 yield LayerOutput(unit, {form: {} for form in self.plan.formats}, last=True)
                 _release_memory()
+                if number < _LAZY:
+                    gc.freeze()
         finally:
             gc.unfreeze()
             self.ahead.close()

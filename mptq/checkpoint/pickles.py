@@ -158,8 +158,10 @@ def gc_paused() -> Iterator[None]:
     finally:
         if enabled:
             # To the oldest generation with all of it, and back into use: else the next collection goes through it at once.
-            gc.freeze()
-            gc.unfreeze()
+            # But what the process has frozen (stream.py) stays so.
+            if not gc.get_freeze_count():
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 

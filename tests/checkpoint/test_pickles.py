@@ -166,3 +166,17 @@ def test_damage_is_one_line(data, tmp_path):
     (tmp_path / "x").write_bytes(data)
     with pytest.raises(CheckpointError, match=r"x was not written by torch\.save"):
         load_torch_file(tmp_path / "x", "x")
+
+
+def test_what_is_frozen_stays_so():
+    """A run freezes what its imports made; every tensor that is read is a pickle."""
+    import gc
+
+    gc.freeze()
+    try:
+        frozen = gc.get_freeze_count()
+        load_pickle(pickle.dumps({"a": [1, 2]}), "here")
+        assert gc.get_freeze_count() == frozen
+        assert gc.isenabled()
+    finally:
+        gc.unfreeze()
