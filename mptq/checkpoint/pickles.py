@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from mptq.checkpoint.opcodes import OpcodeError, check
 from mptq.errors import CheckpointError
 
+_LARGE = 1 << 20  # bytes of a pickle of which so much is made that the garbage collector would notice
 _GLOBALS = 4096  # distinct ones in a pickle; a class takes 1 kB, and checkpoints name dozens
 _TUPLES = 10_000  # nested tuples whose hash fits any thread's stack
 _HASH_FRAME = 256  # bytes of stack for the hash of a tuple inside of another: more than twice what it takes
@@ -141,7 +142,7 @@ def load_pickle(data: bytes, where: str, known: Mapping[str, Any] | None = None)
     """
     try:
         check(data)
-        with gc_paused():
+        with gc_paused(large=len(data) > _LARGE):
             return _with_stack_for(data, _Unpickler(data, known or {}).load)
     except _DAMAGE as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
@@ -149,17 +150,19 @@ def load_pickle(data: bytes, where: str, known: Mapping[str, Any] | None = None)
 
 
 @contextmanager
-def gc_paused() -> Iterator[None]:
-    """Nothing becomes garbage while an index is made, and looking for it takes longer than making it."""
+def gc_paused(large: bool = True) -> Iterator[None]:
+    """Nothing becomes garbage while an index is made, and looking for it takes longer than making it.
+
+    What is not `large` leaves alone what the process has frozen (stream.py).
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if enabled:
-            # To the oldest generation with all of it, and back into use: else the next collection goes through it at once.
-            # But what the process has frozen (stream.py) stays so.
-            if not gc.get_freeze_count():
+            if large:
+                # To the oldest generation with all of it, and back into use: else the next collection goes through it at once.
                 gc.freeze()
                 gc.unfreeze()
             gc.enable()
