@@ -89,19 +89,33 @@ def _told() -> Iterator[None]:
         ) from error
 
 
+def _size() -> int:
+    """How many processes the environment says there are, as torchrun writes it."""
+    words = os.environ.get("WORLD_SIZE", "1")
+    if not words.isdecimal() or words == "0":
+        raise MptqError(f"WORLD_SIZE is {words!r} in the environment, and must be a number of processes: unset it to run alone")
+    return int(words)
+
+
 def is_first() -> bool:
     """Whether this process is rank 0 of those that torchrun started, or alone. No torch."""
-    return os.environ.get("RANK", "0") == "0"
+    return _size() == 1 or os.environ.get("RANK") == "0"
 
 
 def started() -> Ranks:
     """This process among those that torchrun says there are, or alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if _size() == 1:
         return Ranks()
     from torch.distributed import rendezvous
 
-    with _told():
+    try:
         store, rank, size = next(iter(rendezvous("env://", timeout=PATIENCE)))
+    except (ValueError, RuntimeError) as error:  # a variable that is missing, or a store that is not there
+        reason = str(error).partition("\n")[0]
+        raise MptqError(
+            f"the environment says that there are {_size()} processes, which do not find each other ({reason}): start them "
+            "with torchrun, or unset WORLD_SIZE to run alone"
+        ) from error
     return Ranks(rank, size, store)
 
 

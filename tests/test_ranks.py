@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mptq import make_plan, run
+from mptq.errors import MptqError
 from mptq.pipeline import default_output
-from mptq.ranks import Ranks, shares
+from mptq.ranks import Ranks, is_first, shares, started
 from tests.conftest import ROOT
 from tests.killing import check, contents
 from tests.test_resume import BOTH, PLAIN, stopped, whole
@@ -29,6 +30,33 @@ def test_one_process_agrees_with_itself():
     assert ranks.first
     assert ranks.agree(lambda: 7) == 7
     ranks.wait()
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE is 'x' in the environment, and must be a number of processes"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+        ({"WORLD_SIZE": "2"}, "there are 2 processes, which do not find each other .*RANK.*: start them with torchrun"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "abc"}, "do not find each other"),
+    ],
+)
+def test_an_environment_that_is_half_of_torchruns_is_one_line(variables, message, monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(MptqError, match=message) as caught:
+        started()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_rank_that_is_alone_is_the_first(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "1")
+    assert is_first()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not is_first()
 
 
 def torchrun(size, *arguments):

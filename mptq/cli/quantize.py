@@ -151,10 +151,11 @@ def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
     chosen = SourceOptions(iteration, tuple(config or ()), hf_config)
     plan = make_plan(checkpoint, load_recipe(recipe).changed(ignore or (), kv_cache), tuple(formats.split(",")), chosen)
     out = output or pipeline.default_output(plan, checkpoint)
-    if dry_run:
+    if dry_run and is_first():
         checked = pipeline.check(plan, out.resolve(), settings)
         document = report.describe(plan, checked.work) | {"warnings": checked.notes, "output": str(out)}
         _show_plan(document, as_json, quiet)
+    if dry_run:
         return
     quiet = quiet or not is_first()
     document = _run(plan, out, settings, None if quiet else LiveProgress(verbose))
@@ -185,7 +186,8 @@ def _run(plan: Plan, out: Path, options: Options, live: LiveProgress | None) -> 
         with live or nullcontext(Silent()) as progress:
             return pipeline.run(plan, out, options, progress)
     except KeyboardInterrupt as error:
-        raise typer.Exit(console.fail(error, "interrupted", 130)) from error
+        kept = hasattr(error, "__notes__")
+        raise typer.Exit(console.fail(error, "interrupted" if kept else "interrupted: nothing was written", 130)) from error
 
 
 def _terminated() -> Callable[[], bool]:
