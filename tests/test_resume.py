@@ -122,11 +122,12 @@ def test_a_line_that_was_cut_short_does_not_count(aligned, tmp_path, tmp_path_fa
     check(tmp_path / "out", whole(plan, tmp_path_factory.mktemp("one")))
 
 
-def test_a_damaged_journal_is_one_line(aligned, tmp_path):
+@pytest.mark.parametrize(("old", "new"), [('"unit"', '"none"'), ('"accounts"', '"none"'), ('{"unit"', '["x", {"unit"')])
+def test_a_damaged_journal_is_one_line(aligned, old, new, tmp_path):
     plan = make_plan(aligned, "fp8-blockwise")
     stopped(plan, tmp_path / "out", 2)
     file = tmp_path / ".out.partial" / journal.NAME
-    file.write_text(file.read_text().replace('"unit"', '"none"'))
+    file.write_text(file.read_text().replace(old, new))
     with pytest.raises(OutputError, match=r"\.journal is damaged .*: pass --overwrite to begin again"):
         run(plan, tmp_path / "out", replace(PLAIN, resume=True))
 

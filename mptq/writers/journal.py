@@ -18,6 +18,7 @@ NAME = ".journal"
 SCHEMA = 1
 
 Row = dict[str, Any]
+_KEYS = frozenset(("rank", "tensors", "layers", "fidelity", "accounts"))
 
 
 class Journal:
@@ -75,8 +76,10 @@ def read(path: Path) -> tuple[dict[str, Any], dict[int, Row], int]:
         return {}, {}, 0
     lines = raw[: raw.rfind(b"\n") + 1].splitlines(keepends=True)
     try:
-        header, *found = [json.loads(line) for line in lines] or [{}]
-        rows = {row.pop("unit"): row for row in found}
-    except (ValueError, KeyError, AttributeError) as error:
+        header, *found = [dict(json.loads(line)) for line in lines] or [{}]
+        rows = {int(row.pop("unit")): row for row in found}
+    except (ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{path} is damaged ({error}): pass --overwrite to begin again") from error
+    if not all(row.keys() >= _KEYS for row in rows.values()):
+        raise OutputError(f"{path} is damaged (a line without {' or '.join(sorted(_KEYS))}): pass --overwrite to begin again")
     return header, rows, sum(map(len, lines))
