@@ -76,7 +76,8 @@ def _layer_memory(plan: Plan, layer: int, work: Work | None) -> int:
     largest = max(numels)
     compressed = 8 * largest
     if "megatron" in plan.formats:
-        compressed = max(compressed, 2 * (sum(numels) - largest) + 13 * largest)
+        # Beside the 13 bytes, the linear as it is stored, the next one, and what the other format has of it.
+        compressed = max(compressed, 2 * (sum(numels) - largest) + (17 + 2 * (len(plan.formats) - 1)) * largest)
     if work is None:
         return compressed
     batch = 8 * work.batch_tokens * max(sum(linear.shape) for linear in linears)
