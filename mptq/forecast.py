@@ -52,10 +52,8 @@ def peak_memory(plan: Plan, work: Work | None = None) -> int:
     """Predicted peak resident memory in bytes: the imports, and the largest of one layer, one copy and the output layer.
 
     A linear, the one that is read ahead and its projections apart are 2 bytes a parameter each; it and the one that is being
-    written 1 byte each in FP8. For the Megatron form, a compressed linear is in the layer and in the output at 1 byte each, and
-    ModelOpt holds the largest in float32, its quotient by the scale, the scale of every element, and the result: 13 bytes a
-    parameter. With activations there are the layer as it was, its input and output in float32 where the sums are made (on a
-    CPU), and at the end the output layer's weight in its own and in float32.
+    written 1 byte each in FP8, for each format. With activations there are the layer as it was, its input and output in float32
+    where the sums are made (on a CPU), and at the end the output layer's weight in its own and in float32.
     """
     copies = [copy for group in naming.outer_copies(plan.model) for copy in group]
     outer = max(spec.nbytes for copy in (*copies, *plan.carried) for spec in plan.copy_specs("megatron", copy))
@@ -74,10 +72,7 @@ def _layer_memory(plan: Plan, layer: int, work: Work | None) -> int:
     if not numels:
         return 0
     largest = max(numels)
-    compressed = 8 * largest
-    if "megatron" in plan.formats:
-        # Beside the 13 bytes, the linear as it is stored, the next one, and what the other format has of it.
-        compressed = max(compressed, 2 * (sum(numels) - largest) + (17 + 2 * (len(plan.formats) - 1)) * largest)
+    compressed = (6 + 2 * len(plan.formats)) * largest
     if work is None:
         return compressed
     batch = 8 * work.batch_tokens * max(sum(linear.shape) for linear in linears)

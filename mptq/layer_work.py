@@ -9,7 +9,8 @@ import torch
 
 from mptq import report
 from mptq.arch import naming
-from mptq.quantize.fp8 import E4M3_MAX, dequantize, require_finite, weight_error
+from mptq.quantize import strips
+from mptq.quantize.fp8 import E4M3_MAX, dequantize, require_finite
 from mptq.quantize.logical import quantized_members
 from mptq.types import LayerOutput, TensorSpec, WeightError
 
@@ -33,16 +34,14 @@ def place(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
 class LayerWork:
     """One layer on its way from the checkpoint to the writers, linear by linear.
 
-    For the Megatron form, `module` is megatron-core's layer, whose linears ModelOpt quantizes for good and freezes; the Hugging
-    Face form alone needs none. `copies` are the tensors that keep their precision, as the checkpoint has them. Where
-    activations go along, `live` is the layer that they go through: first as it was, then with the numbers that are stored
-    (the Hugging Face form's, where it is written).
+    `copies` are the tensors that keep their precision, as the checkpoint has them. Where activations go along, `live` is the
+    layer of megatron-core that they go through: first as it was, then with the numbers that are stored (the Hugging Face
+    form's, where it is written).
     """
 
     def __init__(self, stream: LayerStream, index: int) -> None:
         self.plan, self.record, self.progress = stream.plan, stream.record, stream.progress
         self.stream, self.index = stream, index
-        self.module: torch.nn.Module | None = None
         self.copies: dict[str, torch.Tensor] = {}
         self.live: TransformerLayer | None = None
         self.calibrated: Calibrated | None = None
@@ -50,8 +49,6 @@ class LayerWork:
 
     def outputs(self) -> Iterator[LayerOutput]:
         """What the formats store of the layer: first what keeps its precision, then one linear after another."""
-        if "megatron" in self.plan.formats:
-            self.module = self._module()
         yield self._copied()
         activations = self.stream.activations
         if activations:
@@ -64,12 +61,6 @@ class LayerWork:
         if activations:
             self.compare(activations)
 
-    def _module(self) -> torch.nn.Module:
-        """The layer without its weights, or, of a model that cannot be built here, its linears alone."""
-        from mptq.arch.layer import build_layer, hold_linears
-
-        return (hold_linears if self.plan.model.not_run else build_layer)(self.plan.model, self.index)
-
     def _output(self) -> LayerOutput:
         return LayerOutput(self.index + 1, {form: {} for form in self.plan.formats})
 
@@ -79,8 +70,6 @@ class LayerWork:
             tensor = self.stream.take(prefix + copy.megatron, copy.shape)
             require_finite(tensor, prefix + copy.megatron)
             self.copies[copy.megatron] = tensor
-            if self.module is not None and not self.plan.model.not_run:
-                place(self.module, copy.parameter, tensor.to(self.stream.device))
             self.stream.copied(output, copy, tensor, self.index)
         return output
 
@@ -123,36 +112,33 @@ class LayerWork:
             source = self.stream.take(self._inner(linear), linear.shape).to(self.stream.device)
         else:  # a copy: the live weight is overwritten by what the first format stores
             source = self.live.get_parameter(f"{linear.module}.weight").clone()
-        if self.module is not None:
+        if "megatron" in self.plan.formats:
             self._megatron(linear, source, output)
         if "hf" in self.plan.formats:
             self._hf(linear, source, output)
         return output
 
     def _megatron(self, linear: Linear, source: torch.Tensor, output: LayerOutput) -> None:
-        """ModelOpt quantizes the fused matrix in its module, or leaves it there as it is; its state goes along."""
-        from mptq.quantize.modelopt import compress_linear, keep_linear, megatron_state
+        """The fused matrix, quantized or as it is, with the state that ModelOpt restores it by."""
+        from mptq.quantize.modelopt import kept_state, linear_state
 
         inner, owner = self._inner(linear), f"{naming.megatron_layer(self.index)}{linear.megatron}."
         scheme = self.plan.scheme("megatron", self.index, linear)
-        assert self.module is not None
-        target = self.module.get_submodule(linear.module)
-        with self.record.timed("quantize"):
-            fused = None
-            if scheme is None:
-                keep_linear(target, source.to(getattr(torch, self.plan.source.dtype(inner)), copy=True))
-            else:
-                amax = self._input_amax(linear) if scheme.static else None
-                fused = compress_linear(target, source.to(torch.float32, copy=True), scheme, inner, amax)
-        tensors, output.blobs[f"{owner}_extra_state/shard_0_1"] = megatron_state(target)
-        weight = target.get_parameter("weight").data if fused is None else fused.data
-        tensors |= zip(linear.keys, weight.split(linear.key_rows), strict=True)
-        output.tensors["megatron"] |= {owner + key: tensor.cpu() for key, tensor in tensors.items()}
-        if fused is not None and scheme is not None:
+        tensors: dict[str, torch.Tensor] = {}
+        if scheme is None:
+            require_finite(source, inner)
+            weight, blob = source.to(getattr(torch, self.plan.source.dtype(inner))), kept_state()
+        else:
             with self.record.timed("quantize"):
-                error = weight_error(source, fused, scheme)
+                fused, error = strips.quantize(source, scheme, inner)
+            input_amax = self._input_amax(linear) if scheme.static else None
+            tensors, blob = linear_state(scheme, fused, getattr(torch, self.plan.model.dtype), input_amax)
+            weight = fused.data
             self._row(("megatron", inner), linear, scheme, error, source.shape)
             self._show(linear, lambda out: dequantize(fused, scheme, out))
+        tensors |= zip(linear.keys, weight.split(linear.key_rows), strict=True)
+        output.blobs[f"{owner}_extra_state/shard_0_1"] = blob
+        output.tensors["megatron"] |= {owner + key: tensor.cpu() for key, tensor in tensors.items()}
 
     def _hf(self, linear: Linear, source: torch.Tensor, output: LayerOutput) -> None:
         scheme = self.plan.scheme("hf", self.index, linear)
@@ -187,12 +173,11 @@ class LayerWork:
         if "hf" in self.plan.formats:
             for spec, scale in zip(self.plan.kv_specs("hf", self.index), scales, strict=True):
                 output.tensors["hf"][spec.name] = scale.reshape(spec.shape).cpu()
-        if self.module is not None:
+        if "megatron" in self.plan.formats:
             from mptq.quantize.modelopt import attention_state
 
             owner = f"{naming.megatron_layer(self.index)}{naming.CORE_ATTENTION}."
-            attention = self.module.get_submodule(naming.CORE_ATTENTION)
-            tensors, output.blobs[f"{owner}_extra_state/shard_0_1"] = attention_state(attention, *values)
+            tensors, output.blobs[f"{owner}_extra_state/shard_0_1"] = attention_state(*values)
             output.tensors["megatron"] |= {owner + key: tensor.cpu() for key, tensor in tensors.items()}
         return output
 

@@ -52,10 +52,12 @@ class Fp8Weight:
 
     `data` is float8_e4m3fn [out, in]. `scale` is float32 and multiplies (amax / 448): [] for one scale a tensor, [out, 1]
     for rows, [ceil(out / 128), ceil(in / 128)] for blocks. For MX it is uint8 [out, in / 32] and means 2 ** (byte - 127).
+    `amax`, of the same shape, is what the scale is of (448 for zeros alone); None where nobody wants it, and for MX.
     """
 
     data: torch.Tensor
     scale: torch.Tensor
+    amax: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,9 @@
 Every mode is run with every recipe, which has a checkpoint each, into FOLDER/RECIPE/MODE.pt.
 
 restored    a GPTModel with zero weights, `restore_sharded_modelopt_state`, `dist_checkpointing.load`: the written output
-inprocess   the BF16 GPTModel with its linears replaced by those that mptq's pipeline compressed in this process
+inprocess   the BF16 GPTModel with its linears replaced by those that ModelOpt compressed in this process (compressing.py)
 ..._cache   the same with mptq's core attention, whose quantizers round K and V as Transformer Engine's do with an FP8 cache
-layers      the BF16 GPTModel with whole layers of mptq's instead of megatron-core's local ones
+layers      the BF16 GPTModel with whole layers of mptq's, so compressed, instead of megatron-core's local ones
 attention   the BF16 GPTModel with mptq's core attention
 observed    the same, with what it saw on the way: the hidden states, and the largest magnitude of each linear's input (of
             the second of an expert before the router's weights come in)
@@ -47,13 +47,14 @@ def restored(model, options):
 
 
 def _layers(options):
-    """The layers that mptq compresses, in this process."""
+    """mptq's layers as ModelOpt compresses them, in this process, with the scales of activations that mptq calibrates."""
     from mptq.calibrate.data import DataOptions, load_tokens
     from mptq.plan import make_plan
     from mptq.recipe import load_recipe
     from mptq.record import Record, Silent
     from mptq.stream import LayerStream
     from mptq.streams import StreamOptions, Streams
+    from tests.compressing import compressed_layer
 
     recipe = load_recipe(options.recipe).changed(kv_cache=options.kv_cache)
     plan = make_plan(options.checkpoint, recipe, ("hf", "megatron"))
@@ -65,9 +66,9 @@ def _layers(options):
     found = {}
     for output in stages.outputs():
         if stages.work is not None:
-            found[output.index] = stages.work.module
+            found[output.index] = stages.work
     _megatron_arithmetic()
-    return list(found.values())
+    return [compressed_layer(stages, work) for work in found.values()]
 
 
 def _megatron_arithmetic():
@@ -94,9 +95,9 @@ def layers(model, options):
 
 
 def restored_cache(model, options):
-    import mptq.quantize.modelopt  # registers the attention with quantizers, as Transformer Engine's has them
+    import tests.compressing  # registers the attention with quantizers, as Transformer Engine's has them
 
-    assert mptq.quantize.modelopt
+    assert tests.compressing
     attention(model, options)
     restored(model, options)
     assert all(layer.self_attention.core_attention.k_bmm_quantizer.is_enabled for layer in model.decoder.layers)

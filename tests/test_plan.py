@@ -255,8 +255,8 @@ def test_mixtral_8x7b_in_blocks():
     quantized = [name for name, action in forecast.actions(plan).items() if action == "FP8, 128x128 blocks"]
     assert quantized == ["attention", "experts"]
     assert forecast.actions(plan)["router"] == "copied"
-    # One layer compressed, twice, and one expert's fc1 in ModelOpt: not the 90 GB of the model.
-    assert 5e9 < forecast.peak_memory(plan) < 6e9
+    # A few times one expert's fc1, whatever the layer has.
+    assert 2e9 < forecast.peak_memory(plan) < 2.4e9
 
 
 def test_ragged_experts_are_excluded_together():

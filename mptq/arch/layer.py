@@ -10,12 +10,10 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mptq.arch.naming import layer_linears
 from mptq.arch.positions import ALONE, YARN, Positions, yarn_fields
 from mptq.errors import UnsupportedModelError
 
@@ -44,12 +42,6 @@ if TYPE_CHECKING:
     from mptq.arch.config import Kind, ModelConfig
 
 
-class HasDtype(Protocol):
-    """What `Linear` needs of megatron-core's config."""
-
-    params_dtype: torch.dtype
-
-
 def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x` [..., in] times `weight` [out, in], in the dtype of `x`.
 
@@ -64,7 +56,9 @@ def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
 class Linear(torch.nn.Linear):
     """A whole linear in place of megatron-core's parallel ones: weight [out, in], returns (output, bias or None)."""
 
-    def __init__(self, input_size: int, output_size: int, *, config: HasDtype, bias: bool = False, **parallel: Any) -> None:
+    def __init__(
+        self, input_size: int, output_size: int, *, config: TransformerConfig, bias: bool = False, **parallel: Any
+    ) -> None:
         self.skip_bias_add = bool(parallel.get("skip_bias_add"))
         super().__init__(input_size, output_size, bias=bias, dtype=config.params_dtype)
 
@@ -351,23 +345,6 @@ def _attention(config: ModelConfig, kind: Kind) -> ModuleSpec:
         linear_qkv=Linear, core_attention=CoreAttention, linear_proj=Linear, q_layernorm=norm, k_layernorm=norm
     )
     return ModuleSpec(module=SelfAttention, params=params, submodules=plain)
-
-
-def hold_linears(config: ModelConfig, index: int) -> torch.nn.Module:
-    """The linears of a layer that cannot be built here, at their places in it, on the meta device."""
-    holder = torch.nn.Module()
-    dtype = SimpleNamespace(params_dtype=getattr(torch, config.dtype))  # the one field that Linear looks at
-    with torch.device("meta"):
-        for linear in layer_linears(config, index):
-            *owners, name = linear.module.split(".")
-            place = holder
-            for owner in owners:
-                if not hasattr(place, owner):
-                    place.add_module(owner, torch.nn.Module())
-                place = place.get_submodule(owner)
-            rows, columns = linear.shape
-            place.add_module(name, Linear(columns, rows, config=dtype, bias=linear.bias))
-    return holder
 
 
 # The constructor of multi-latent attention takes no other linear for its down projections than those it knows by name, and

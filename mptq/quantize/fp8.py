@@ -1,4 +1,4 @@
-"""FP8 arithmetic in plain torch, float32 throughout: what a quantized weight means, and how far it is from its source.
+"""FP8 arithmetic in plain torch, float32 throughout: what a quantized weight means, and which ones are right.
 
 Format: E4M3 (OCP 8-bit floating point specification, "fn": no infinities, largest value 448, 3 mantissa bits).
 Dequantized = data * scale, scale = amax / 448.
@@ -14,7 +14,7 @@ import torch
 from mptq.errors import CheckpointError
 from mptq.quantize import mx
 from mptq.recipe import Scheme
-from mptq.types import Fp8Weight, WeightError
+from mptq.types import Fp8Weight
 
 E4M3_MAX = 448.0
 LARGEST_CODE = 0x7E
@@ -63,40 +63,6 @@ def dequantize(weight: Fp8Weight, scheme: Scheme, out: torch.Tensor | None = Non
     for rows, values, _ in strips(weight, scheme):
         out[rows] = values
     return out
-
-
-def weight_error(source: torch.Tensor, weight: Fp8Weight, scheme: Scheme) -> WeightError:
-    """Measure `weight` against `source` [out, in] of any float dtype. Peak memory: a few strips of 128 rows."""
-    noise, signal, worst, amax, zeros, saturated = 0.0, 0.0, 0.0, 0.0, 0, 0
-    for rows, values, _ in strips(weight, scheme):
-        original = source[rows].float()
-        amax = max(amax, _largest(original))
-        signal += float(torch.linalg.vector_norm(original)) ** 2
-        difference = values.sub_(original)
-        worst = max(worst, _largest(difference))
-        noise += float(torch.linalg.vector_norm(difference)) ** 2
-        codes = weight.data[rows].view(torch.uint8) & 0x7F
-        zeros += int((codes == 0).sum())
-        saturated += int((codes == LARGEST_CODE).sum())
-    ratio = noise / signal if signal else 0.0
-    scale = powers_of_two(weight.scale) if scheme.scale == "mx" else weight.scale
-    count = weight.data.numel()
-    return WeightError(
-        relative=math.sqrt(ratio),
-        sqnr_db=-10 * math.log10(ratio) if ratio else None,
-        max_abs=worst,
-        norm=math.sqrt(signal),
-        amax=amax,
-        scale_min=float(scale.min()),
-        scale_max=float(scale.max()),
-        zeros=zeros / count,
-        saturated=saturated / count,
-    )
-
-
-def _largest(tensor: torch.Tensor) -> float:
-    low, high = torch.aminmax(tensor)
-    return max(-float(low), float(high))
 
 
 def require_finite(weight: torch.Tensor, name: str) -> None:

@@ -1,7 +1,7 @@
-"""Real quantization of one linear through NVIDIA ModelOpt: `mtq.quantize`, then `mtq.compress`. The only importer of it.
+"""NVIDIA ModelOpt's side of a quantized linear: the quantizers and the state that its restore expects. The only importer of it.
 
-Each linear is converted alone and in place, so that only one of them is in float32 at a time. ModelOpt computes amax and
-scale in the dtype of the weight, hence the float32 weight.
+The numbers are those of strips.py, which are ModelOpt's own bit for bit (tests/quantize/test_strips.py); what ModelOpt makes of
+them is what `mtq.quantize` and `mtq.compress` leave in a module, read from a small module that went through both.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ import contextlib
 import io
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import cache
 from types import MappingProxyType
 from typing import Any
 
 import torch
-
-from mptq.arch.layer import CoreAttention, Linear
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -23,39 +22,24 @@ with warnings.catch_warnings():
     import modelopt.torch.quantization as mtq
     from modelopt.torch.opt.plugins.mcore_dist_checkpointing import remove_per_module_state
     from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry, TensorQuantizer
-    from modelopt.torch.quantization.nn.modules.quant_linear import _QuantLinear
     from modelopt.torch.quantization.plugins.megatron import quant_module_get_extra_state
+    from modelopt.torch.quantization.qtensor.base_qtensor import QTensorWrapper
     from modelopt.torch.utils.serialization import safe_save
 
-from mptq.quantize import mx
-from mptq.quantize.fp8 import E4M3_MAX, require_finite
 from mptq.recipe import Scheme
 from mptq.types import Fp8Weight
 
-# ModelOpt matches subclasses only while they keep the forward of their base.
-QuantModuleRegistry.register({Linear: "mptq.Linear"})(_QuantLinear)
+
+class _Cache(torch.nn.Module):
+    """Stands for a core attention, of which only the quantizers have a state."""
 
 
-@QuantModuleRegistry.register({CoreAttention: "mptq.CoreAttention"})
-class _QuantCoreAttention(QuantModule):  # type: ignore[misc]
-    """Core attention with the quantizers of ModelOpt's class for Transformer Engine's, so that their states are alike."""
+@QuantModuleRegistry.register({_Cache: "mptq.Cache"})
+class _QuantCache(QuantModule):  # type: ignore[misc]
+    """The quantizers of ModelOpt's class for Transformer Engine's core attention, so that their states are alike."""
 
     def _setup(self) -> None:
         self.q_bmm_quantizer, self.k_bmm_quantizer, self.v_bmm_quantizer = (TensorQuantizer() for _ in range(3))
-
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        query, key, value = self.q_bmm_quantizer(query), self.k_bmm_quantizer(key), self.v_bmm_quantizer(value)
-        out: torch.Tensor = super().forward(query, key, value, *args, **kwargs)
-        return out
-
-    def get_extra_state(self) -> None:
-        """Nothing: torch asks the class for this, and ModelOpt gives each object its own."""
-
-    def set_extra_state(self, state: Any) -> None:
-        """As `get_extra_state`."""
-
-    def modelopt_post_restore(self, prefix: str = "") -> None:
-        """Nothing to reshape: one scale a tensor, whatever the parallel layout."""
 
 
 _E4M3: dict[str, Any] = {"num_bits": (4, 3), "axis": None}
@@ -98,111 +82,72 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _convert(linear: Any, config: dict[str, Any], name: str) -> torch.nn.ModuleDict:
-    """Quantize and compress `linear` in place; return the holder, which has ModelOpt's record of the conversion."""
-    holder = torch.nn.ModuleDict({"linear": linear})
+def _convert(module: torch.nn.Module, config: dict[str, Any]) -> torch.nn.ModuleDict:
+    """Quantize and compress `module` in place; return the holder, which has ModelOpt's record of the conversion."""
+    holder = torch.nn.ModuleDict({"linear": module})
     with _quiet():
         mtq.quantize(holder, config)
-        amax = getattr(linear.weight_quantizer, "_amax", None)
-        if amax is None:  # not quantized, or in blocks that have exponents instead
-            mtq.compress(holder)
-            return holder
-        source = linear.weight.detach()
-        assert source.dtype == torch.float32, f"{name} must be cast to float32 first, not {source.dtype}"
-        # An all-zero block (or one so small that its scale is) has no scale of its own: 448 / 448 = 1 instead of 0 / 0.
-        empty = amax / E4M3_MAX == 0
-        amax.masked_fill_(empty, E4M3_MAX)
         mtq.compress(holder)
-    if empty.numel() == 1 and empty.all():
-        # ModelOpt computes the amax of a single block again, whatever it has been given.
-        linear.weight_quantizer._scale.fill_(1.0)
-        linear.weight.data.copy_(source)
     return holder
 
 
-def compress_linear(
-    linear: Any, weight: torch.Tensor, scheme: Scheme, name: str, input_amax: torch.Tensor | None = None
-) -> Fp8Weight:
-    """Give `linear` the float32 `weight` [out, in], quantize it for good and freeze it; return what it now holds.
-
-    `linear` is a torch.nn.Linear, which ModelOpt turns into a class of its own; it computes in the dtype it was built with,
-    dequantizing as ModelOpt does. `input_amax` is the calibrated magnitude of its input, for a scheme that is static. Raises
-    CheckpointError naming `name` for a weight that is not finite. Peak memory: four times the float32 weight, in ModelOpt.
-    """
-    dtype = linear.weight.dtype
-    require_finite(weight, name)
-    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-    _convert(linear, quant_config(scheme), name)
-    # What the linear dequantizes to is its own business: the scales stay float32.
-    linear.weight.metadata["dtype"] = dtype
-    if input_amax is not None:
-        linear.input_quantizer.amax = input_amax
-    if scheme.scale == "mx":
-        found = mx.quantize(weight)  # ModelOpt's exponent is a rounded logarithm, and its scale of zeros is 2 ** -127
-        linear.weight.data.copy_(found.data)
-        linear.weight_quantizer._scale.copy_(found.scale)
-    _freeze(linear)
-    # ModelOpt gives a weight of a single row a scale without dimensions.
-    return Fp8Weight(linear.weight.data, linear.weight_quantizer._scale.reshape(scheme.grid(*weight.shape)))
+@cache
+def _example(scheme: Scheme | None, rows: int = 2, columns: int = 32) -> Any:
+    """A linear that ModelOpt has quantized for good, or left alone where there is no `scheme`."""
+    linear = torch.nn.Linear(columns, rows, bias=False, device="cpu").requires_grad_(False)
+    _convert(linear, quant_config(scheme))
+    return linear
 
 
-def keep_linear(linear: Any, weight: torch.Tensor) -> None:
-    """Give `linear` the `weight` [out, in] as it is, and ModelOpt's class with every quantizer off, and freeze it."""
-    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-    _convert(linear, quant_config(None), "")
-    _freeze(linear)
+def linear_state(
+    scheme: Scheme, weight: Fp8Weight, dtype: torch.dtype, input_amax: torch.Tensor | None = None
+) -> tuple[dict[str, torch.Tensor], bytes]:
+    """What a linear adds to a Megatron checkpoint beside its `weight`: quantizer tensors by name, and its `_extra_state`.
 
-
-def _freeze(linear: Any) -> None:
-    for parameter in linear.parameters():
-        parameter.requires_grad_(False)
-
-
-def quantize_weight(weight: torch.Tensor, scheme: Scheme, name: str) -> Fp8Weight:
-    """Quantize a float32 weight [out, in] that is no linear of the layer, such as one projection of a fused one."""
-    with torch.device("meta"):
-        linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    return compress_linear(linear, weight, scheme, name)
-
-
-def megatron_state(linear: Any) -> tuple[dict[str, torch.Tensor], bytes]:
-    """What a compressed linear adds to a Megatron checkpoint: quantizer tensors by name, and its `_extra_state`.
-
-    Shapes and the encoding are those of modelopt/torch/quantization/plugins/megatron.py and opt/plugins/megatron.py:
+    `dtype` is what ModelOpt dequantizes to, and `input_amax` the calibrated magnitude of its input, for a scheme that is
+    static. Shapes and the encoding are those of modelopt/torch/quantization/plugins/megatron.py and opt/plugins/megatron.py:
     amax of blocks without its unit axes, of rows as [rows, 1], a single one as [1], and the state as torch.save of a list of
-    one byte tensor.
+    one byte tensor. Memory: that of a linear of rows or columns that are no whole blocks, and 128 of the others.
     """
-    tensors = {}
-    quantizer = linear.weight_quantizer
-    if (amax := getattr(quantizer, "_amax", None)) is not None:
-        if amax.dim() == 4:
-            amax = amax.squeeze(1).squeeze(-1)
+    example = _example(scheme)
+    if scheme.scale == "block":  # what is not whole blocks, its state has the size of
+        example = _example(scheme, *(size if size % 128 else 128 for size in weight.data.shape))
+    metadata = example.weight.metadata | {"shape": weight.data.shape, "dtype": dtype}
+    example.weight = QTensorWrapper(weight.data.to("meta"), metadata)
+    quantizer, tensors = example.weight_quantizer, {"weight_quantizer._scale": weight.scale}
+    quantizer._scale = weight.scale.to("meta")
+    if weight.amax is not None:
+        single = weight.amax.numel() == 1
+        tensors["weight_quantizer._amax"] = weight.amax.reshape(1) if single else weight.amax
+        if scheme.scale == "block":  # to ModelOpt a single block is a tensor
+            quantizer._amax = (weight.amax.reshape(()) if single else weight.amax[:, None, :, None]).to("meta")
         else:
-            amax = amax.reshape(-1) if amax.numel() == 1 else amax.reshape(linear.weight.shape[0], -1)
-        tensors["weight_quantizer._amax"] = amax
-    if (scale := getattr(quantizer, "_scale", None)) is not None:
-        tensors["weight_quantizer._scale"] = scale
-    if (amax := getattr(linear.input_quantizer, "_amax", None)) is not None:
-        tensors["input_quantizer._amax"] = amax.reshape(1)
-    # megatron-core stores the objects of a key as a list.
-    return tensors, _saved([_as_bytes(quant_module_get_extra_state(linear))])
+            quantizer._amax = weight.amax.to("meta")
+    if input_amax is not None:
+        example.input_quantizer.amax = input_amax
+        tensors["input_quantizer._amax"] = input_amax.reshape(1)
+    return tensors, _extra_state(example)
 
 
-def attention_state(attention: Any, k_amax: torch.Tensor, v_amax: torch.Tensor) -> tuple[dict[str, torch.Tensor], bytes]:
-    """What a core attention with an FP8 cache adds to a Megatron checkpoint: float32 [] magnitudes, and its `_extra_state`.
+def kept_state() -> bytes:
+    """The `_extra_state` of a linear that keeps its precision: every quantizer is off."""
+    return _extra_state(_example(None))
 
-    `attention` is mptq's CoreAttention, which ModelOpt turns into a class with quantizers, as it does Transformer Engine's.
-    """
-    holder = torch.nn.ModuleDict({"attention": attention})
+
+def attention_state(k_amax: torch.Tensor, v_amax: torch.Tensor) -> tuple[dict[str, torch.Tensor], bytes]:
+    """What a core attention with an FP8 cache adds to a Megatron checkpoint: float32 [] magnitudes, and its `_extra_state`."""
+    attention: Any = _Cache()
     with _quiet():
-        mtq.quantize(holder, quant_config(None, kv_cache=True))
+        mtq.quantize(torch.nn.ModuleDict({"attention": attention}), quant_config(None, kv_cache=True))
     attention.k_bmm_quantizer.amax, attention.v_bmm_quantizer.amax = k_amax, v_amax
     tensors = {f"{kind}_bmm_quantizer._amax": getattr(attention, f"{kind}_bmm_quantizer")._amax for kind in "kv"}
-    return tensors, _saved([_as_bytes(quant_module_get_extra_state(attention))])
+    return tensors, _extra_state(attention)
 
 
-def _as_bytes(state: dict[str, Any]) -> torch.Tensor:
-    return torch.frombuffer(bytearray(_saved(state)), dtype=torch.uint8)
+def _extra_state(module: Any) -> bytes:
+    """As ModelOpt encodes it and megatron-core stores it, which keeps the objects of a key as a list."""
+    state = _saved(quant_module_get_extra_state(module))
+    return _saved([torch.frombuffer(bytearray(state), dtype=torch.uint8)])
 
 
 def _saved(state: Any) -> bytes:
@@ -226,9 +171,7 @@ def modelopt_state(scheme: Scheme, kv_cache: bool = False, others: Mapping[str, 
     `others` are the modules that do not have `scheme`. It holds the modes and their configs; what belongs to a module is in
     that module's `_extra_state`.
     """
-    columns = 32 if scheme.scale == "mx" else 2
-    with torch.device("cpu"):
-        linear = torch.nn.Linear(columns, 2, bias=False)
-    state = mto.modelopt_state(_convert(linear, quant_config(scheme, kv_cache, others), "modelopt_state"))
+    linear = torch.nn.Linear(32, 2, bias=False, device="cpu")
+    state = mto.modelopt_state(_convert(linear, quant_config(scheme, kv_cache, others)))
     remove_per_module_state(state)
     return _saved(state)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -65,12 +66,9 @@ def quantize(
     Raises CheckpointError naming `name` for a weight that is not finite. Peak memory: the result, and on a CPU 12 MB
     for each of up to 8 threads.
     """
+    made = _unfilled(weight, scheme)
     if scheme.scale == "tensor":
-        scale = _scale(amax_of(weight, name) if amax is None else amax)
-    else:
-        dtype = torch.uint8 if scheme.scale == "mx" else torch.float32
-        scale = torch.empty(scheme.grid(*weight.shape), dtype=dtype, device=weight.device)
-    made = Fp8Weight(torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device), scale)
+        _store(amax_of(weight, name) if amax is None else amax, made, ...)
     found = _Sums()
     cuts = list(_cuts(weight.shape, _STRIP[weight.device.type]))
     share = _pool().map if weight.device.type == "cpu" and len(cuts) > 1 else map
@@ -81,10 +79,21 @@ def quantize(
     return made, _error(made, scheme, found)
 
 
-def _scale(amax: torch.Tensor) -> torch.Tensor:
-    """Scale amax / 448, and 1 for what is all zeros (or so small that its scale would be)."""
-    scale = amax / E4M3_MAX
-    return scale.masked_fill_(scale == 0, 1.0)
+def _unfilled(weight: torch.Tensor, scheme: Scheme) -> Fp8Weight:
+    """The memory of what `weight` becomes."""
+    grid, device = scheme.grid(*weight.shape), weight.device
+    data = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=device)
+    if scheme.scale == "mx":
+        return Fp8Weight(data, torch.empty(grid, dtype=torch.uint8, device=device))
+    return Fp8Weight(data, torch.empty(grid, device=device), torch.empty(grid, device=device))
+
+
+def _store(amax: torch.Tensor, made: Fp8Weight, at: Any) -> torch.Tensor:
+    """Store magnitudes and their scales, amax / 448, and 1 for all zeros (or what is so small that its scale would be 0)."""
+    assert made.amax is not None
+    made.amax[at] = torch.where(amax / E4M3_MAX == 0, E4M3_MAX, amax)
+    made.scale[at] = made.amax[at] / E4M3_MAX
+    return made.scale[at]
 
 
 def _cuts(shape: torch.Size, elements: int) -> Iterator[slice]:
@@ -100,14 +109,13 @@ def _cuts(shape: torch.Size, elements: int) -> Iterator[slice]:
 def _block(strip: torch.Tensor, made: Fp8Weight, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
     columns = strip.shape[2]
     amax = torch.nn.functional.pad(_magnitudes(strip, 1), (0, -columns % 128)).unflatten(1, (-1, 128)).amax(2)
-    scale = made.scale[rows.start // 128 : rows.start // 128 + len(strip)].copy_(_scale(amax))
+    scale = _store(amax, made, slice(rows.start // 128, rows.start // 128 + len(strip)))
     return scale.repeat_interleave(128, dim=1)[:, None, :columns], amax
 
 
 def _row(strip: torch.Tensor, made: Fp8Weight, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
     amax = _magnitudes(strip, 2)
-    made.scale[rows] = _scale(amax).view(-1, 1)
-    return made.scale[rows].view(*strip.shape[:2], 1), amax
+    return _store(amax.view(-1, 1), made, rows).view(*strip.shape[:2], 1), amax
 
 
 def _tensor(strip: torch.Tensor, made: Fp8Weight, _rows: slice) -> tuple[torch.Tensor, torch.Tensor]:

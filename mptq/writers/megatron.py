@@ -1,25 +1,23 @@
 """The Megatron form: torch_dist with one key per layer and ModelOpt's state, which megatron-core + ModelOpt restores.
 
 Keys and shapes are those of a model that ModelOpt quantized and compressed and megatron-core saved (one key per layer and
-expert, gated fc1 split into `weight_w` and `weight_v`, quantizer tensors, `_extra_state/shard_0_1`). Written with torch's own
-DCP, one file a layer.
+expert, gated fc1 split into `weight_w` and `weight_v`, quantizer tensors, `_extra_state/shard_0_1`). A file a layer, in which
+each tensor is a whole `torch.save` file and each byte item just its bytes (torch/distributed/checkpoint/filesystem.py).
 """
 
 from __future__ import annotations
 
 import copyreg
-import io
 import json
+import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import IO, Any
 
 import torch
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
-from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -28,19 +26,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
 from mptq.types import LayerOutput
-
-
-class _Planner(DefaultSavePlanner):
-    """Byte items are serialized already; everything else is as in torch."""
-
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False)
-
-    def transform_object(self, write_item: WriteItem, object: Any) -> io.BytesIO:  # noqa: A002 (torch's name)
-        return object  # type: ignore[no-any-return]
 
 
 class _MetadataPickler(pickle.Pickler):
@@ -57,7 +44,7 @@ Account = dict[str, list[Any]]
 
 
 class MegatronWriter:
-    """Writes `iter_*` under `directory`, a checkpoint root, a file for each unit. Memory: the tensors of one unit.
+    """Writes `iter_*` under `directory`, a checkpoint root, a file for each unit. Memory: a tensor that is a part of another.
 
     `accounts` are those of the units that an earlier run has written, by number.
     """
@@ -69,11 +56,9 @@ class MegatronWriter:
         self.tracker = str(iteration) if iteration is not None else "release"
         self.directory = directory / (f"iter_{iteration:07d}" if iteration is not None else "release")
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._storage = FileSystemWriter(self.directory, thread_count=1)
-        self._storage.set_up_storage_writer(is_coordinator=True)
         self._accounts = dict(accounts)
-        self._state: dict[str, Any] = {}
-        self._last = -1
+        self._open: IO[bytes] | None = None
+        self._account: Account = {}
 
     @property
     def complete(self) -> list[Path]:
@@ -84,26 +69,28 @@ class MegatronWriter:
         return self.directory / f"__{unit}_0.distcp"
 
     def write(self, output: LayerOutput) -> list[Path]:
-        """Write a unit's tensors and byte items, when all of them have come, to the disk; return the file."""
-        self._state |= output.tensors[self.format] | {name: io.BytesIO(blob) for name, blob in output.blobs.items()}
+        """Write tensors and byte items; the last of a unit's waits until they are on the disk, and its file is returned."""
+        file = self._file(output.index)
+        if self._open is None:
+            self._open, self._account = file.open("wb"), {}
+        for name, blob in output.blobs.items():
+            self._account[name] = [self._open.tell(), self._open.write(blob)]
+        for name, tensor in output.tensors[self.format].items():
+            start = self._open.tell()
+            torch.save(_alone(tensor), self._open)
+            about = [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+            self._account[name] = [start, self._open.tell() - start, *about]
         if not output.last:
             return []
-        state, self._state, self._last = self._state, {}, output.index
-        planner = _Planner()
-        planner.set_up_planner(state, None, is_coordinator=True)
-        plans, _ = create_default_global_save_plan([planner.create_local_plan()])
-        plan = planner.finish_plan(SavePlan(plans[0].items, storage_data=_StoragePrefix(f"__{output.index}_")))
-        account: Account = {}
-        for result in self._storage.write_data(plan, planner).wait():
-            value = state[result.index.fqn]
-            about = [str(value.dtype).removeprefix("torch."), list(value.shape)] if isinstance(value, torch.Tensor) else []
-            account[result.index.fqn] = [result.storage_data.offset, result.storage_data.length, *about]
-        self._accounts[output.index] = account
-        return [self._file(output.index)]
+        self._accounts[output.index] = self._account
+        self._open.flush()
+        os.fsync(self._open.fileno())
+        self.abort()
+        return [file]
 
     def account(self) -> Account:
         """What the journal must know of the unit that was written last."""
-        return self._accounts[self._last]
+        return self._account
 
     def prepare(self) -> None:
         """Nothing: each unit has a file of its own."""
@@ -134,7 +121,7 @@ class MegatronWriter:
 
     def finish(self, modelopt_state: bytes, common: bytes | None) -> list[Path]:
         """Write the metadata, ModelOpt's state and the training run's arguments (`common.pt` as it was); return all files."""
-        # Not by FileSystemWriter.finish, which adds the path and a random id: the same input must give the same bytes.
+        # Not by torch's FileSystemWriter, which adds the path and a random id: the same input must give the same bytes.
         with (self.directory / ".metadata").open("wb") as file:
             _MetadataPickler(file).dump(self._metadata())
         config = json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
@@ -153,4 +140,12 @@ class MegatronWriter:
         return [*self.complete, self.directory / ".metadata", *files]
 
     def abort(self) -> None:
-        """Nothing stays open between calls."""
+        """Close what is open."""
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with a storage that has nothing else: torch.save writes the whole of it."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor

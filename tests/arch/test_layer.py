@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import linear, silu
 
-from mptq.arch.layer import CoreAttention, Norm, build_layer, hold_linears, transformer_config
+from mptq.arch.layer import CoreAttention, Norm, build_layer, transformer_config
 from mptq.arch.naming import layer_copies, layer_linears
 from mptq.errors import UnsupportedModelError
 from tests.arch.models import ARGS, FAMILY_ARGS, HYBRID, LATENT, MOE_ARGS, OSS_ARGS, TENSORS, model
@@ -42,13 +42,6 @@ def test_layers_of_a_hybrid_model_that_can_be_built():
         found = {name: tuple(weight.shape) for name, weight in build_layer(config, index).state_dict().items()}
         expected = {f"{part.module}.weight": part.shape for part in layer_linears(config, index)}
         assert found == expected | {copy.parameter: copy.shape for copy in layer_copies(config, index)}
-
-
-@pytest.mark.parametrize("index", [0, 1, 4])
-def test_linears_of_a_layer_that_is_not_built_are_at_their_places(index):
-    config = model(HYBRID)
-    held = {name: tuple(weight.shape) for name, weight in hold_linears(config, index).named_parameters()}
-    assert held == {f"{linear.module}.weight": linear.shape for linear in layer_linears(config, index)}
 
 
 def experts_by_hand(mlp, hidden, topk):
@@ -171,10 +164,3 @@ def test_what_megatron_core_does_not_build_is_one_line():
     with pytest.raises(UnsupportedModelError, match=r"^megatron-core does not build this model: .*Expert bias") as caught:
         transformer_config(config)
     assert "\n" not in str(caught.value)
-
-
-def test_linears_are_held_of_a_model_that_cannot_be_built():
-    config = model(ARGS, activation_func="lab.acts.mish")
-    assert config.not_run == ["an activation function that is not known here (activation_func=lab.acts.mish)"]
-    held = hold_linears(config, 0)
-    assert {weight.dtype for weight in held.parameters()} == {torch.bfloat16}

@@ -1,13 +1,15 @@
-import pytest
+import io
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from modelopt.torch.quantization.plugins.megatron import quant_module_get_extra_state
 from modelopt.torch.quantization.qtensor import FP8QTensor
 
-from mptq.errors import CheckpointError
-from mptq.quantize.modelopt import modelopt_state, quant_config, quantize_weight
+from mptq.quantize import strips
+from mptq.quantize.modelopt import _ordered, kept_state, linear_state, modelopt_state, quant_config
 from mptq.recipe import Scheme
-from tests import reference
+from tests.compressing import compress
 
 BLOCK, TENSOR, ROW, MX = (Scheme(scale) for scale in ("block", "tensor", "row", "mx"))
 
@@ -28,81 +30,53 @@ def weights(draw):
     return weight
 
 
-@settings(max_examples=60, deadline=None)
-@given(weights())
-def test_blocks_equal_the_reference(weight):
-    found = quantize_weight(weight.clone(), BLOCK, "w")
-    data, scales = reference.block(weight)
-    assert found.scale.dtype == torch.float32
-    assert torch.equal(found.scale, scales)
-    assert torch.equal(found.data.view(torch.uint8), data)
+def converted(weight, scheme):
+    """A linear that ModelOpt quantized and compressed."""
+    linear = torch.nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+    compress(linear, weight, scheme, None)
+    return linear
 
 
 @settings(max_examples=40, deadline=None)
-@given(weights())
-def test_one_scale_equals_the_reference(weight):
-    found = quantize_weight(weight.clone(), TENSOR, "w")
-    data, scale = reference.tensor(weight)
-    assert found.scale.dtype == torch.float32
-    assert found.scale.shape == ()
-    assert torch.equal(found.scale, scale)
-    assert torch.equal(found.data.view(torch.uint8), data)
+@given(weights(), st.sampled_from([BLOCK, TENSOR, ROW]))
+def test_equals_what_modelopt_makes_of_a_linear(weight, scheme):
+    weight = weight + (weight == 0) * 2.0**-100  # without all-zero blocks, where ModelOpt divides 0 by 0
+    theirs = converted(weight, scheme)
+    ours, _ = strips.quantize(weight, scheme, "w")
+    assert torch.equal(ours.data.view(torch.uint8), theirs.weight.data.view(torch.uint8))
+    assert torch.equal(ours.scale.flatten(), theirs.weight_quantizer._scale.flatten())
+    assert torch.equal(ours.amax.flatten(), theirs.weight_quantizer._amax.flatten())
 
 
-@settings(max_examples=30, deadline=None)
-@given(weights())
-def test_rows_equal_the_reference(weight):
-    found = quantize_weight(weight.clone(), ROW, "w")
-    data, scales = reference.row(weight)
-    assert torch.equal(found.scale, scales)
-    assert torch.equal(found.data.view(torch.uint8), data)
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 300), st.integers(2, 300), st.sampled_from([BLOCK, TENSOR, ROW, MX]))
+def test_state_is_that_of_a_linear_of_modelopts(rows, columns, scheme):
+    weight = torch.randn(rows, columns * 32 if scheme is MX else columns)
+    tensors, state = linear_state(scheme, strips.quantize(weight, scheme, "w")[0], torch.float32)
+    theirs = converted(weight, scheme)
+    expected = _ordered(quant_module_get_extra_state(theirs))
+    (packed,) = torch.load(io.BytesIO(state))
+    with torch.serialization.safe_globals([type(theirs.weight.get_qtensor())]):
+        assert torch.load(io.BytesIO(packed.numpy().tobytes())) == expected
+    assert tensors.keys() == {f"weight_quantizer.{name}" for name, _ in theirs.weight_quantizer.named_buffers()}
+
+
+def test_state_of_a_linear_that_is_left_alone():
+    (packed,) = torch.load(io.BytesIO(kept_state()))
+    state = torch.load(io.BytesIO(packed.numpy().tobytes()))
+    assert all(quantizer["_disabled"] for quantizer in state["modelopt_quantizer_state"].values())
+    assert "modelopt_q_tensor_state" not in state or not state["modelopt_q_tensor_state"]
 
 
 @settings(max_examples=30, deadline=None)
 @given(weights())
 def test_equals_modelopts_fp8_tensor_on_float32(weight):
     weight = weight + (weight == 0) * 2.0**-100  # without all-zero blocks, where ModelOpt divides 0 by 0
-    theirs, scale = FP8QTensor.quantize(weight, block_sizes={-1: 128, -2: 128})
-    ours = quantize_weight(weight.clone(), BLOCK, "w")
-    assert torch.equal(ours.scale, scale)
-    assert torch.equal(ours.data.view(torch.uint8), theirs._quantized_data.view(torch.uint8))
-    theirs, scale = FP8QTensor.quantize(weight)
-    ours = quantize_weight(weight.clone(), TENSOR, "w")
-    assert torch.equal(ours.scale, scale.squeeze())
-    assert torch.equal(ours.data.view(torch.uint8), theirs._quantized_data.view(torch.uint8))
-    weight = weight + (weight.abs().amax(1, keepdim=True) == 0) * 2.0**-100
-    theirs, scale = FP8QTensor.quantize(weight, axis=0)
-    ours = quantize_weight(weight.clone(), ROW, "w")
-    assert torch.equal(ours.scale, scale.reshape(-1, 1))
-    assert torch.equal(ours.data.view(torch.uint8), theirs._quantized_data.view(torch.uint8))
-
-
-@pytest.mark.parametrize("recipe", [BLOCK, TENSOR, ROW])
-def test_all_zero_weight_has_scale_one(recipe):
-    found = quantize_weight(torch.zeros(130, 200), recipe, "w")
-    assert (found.scale == 1).all()
-    assert (found.data.float() == 0).all()
-
-
-@pytest.mark.parametrize(("recipe", "quantize"), [(BLOCK, reference.block), (TENSOR, reference.tensor), (ROW, reference.row)])
-@pytest.mark.parametrize("amax", [1e-44, 2**-133, 2**-126, 3e38])
-def test_the_ends_of_float32(recipe, quantize, amax):
-    """Scales that would be zero, subnormal weights, and the largest ones."""
-    weight = torch.linspace(-1, 1, 260 * 130).reshape(260, 130) * amax
-    found = quantize_weight(weight.clone(), recipe, "w")
-    data, scale = quantize(weight)
-    assert torch.equal(found.scale, scale)
-    assert torch.equal(found.data.view(torch.uint8), data)
-    assert torch.isfinite(found.data.float()).all()
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("recipe", [BLOCK, TENSOR, ROW])
-def test_values_that_are_not_finite_stop_the_run_by_name(recipe, value):
-    weight = torch.randn(200, 130)
-    weight[150, 7] = value
-    with pytest.raises(CheckpointError, match=r"decoder\.x \[200, 130\] has 1 values .* first at \[150, 7\]"):
-        quantize_weight(weight, recipe, "decoder.x")
+    for scheme, arguments in ((BLOCK, {"block_sizes": {-1: 128, -2: 128}}), (TENSOR, {}), (ROW, {"axis": 0})):
+        theirs, scale = FP8QTensor.quantize(weight, **arguments)
+        ours, _ = strips.quantize(weight, scheme, "w")
+        assert torch.equal(ours.scale.flatten(), scale.flatten())
+        assert torch.equal(ours.data.view(torch.uint8), theirs._quantized_data.view(torch.uint8))
 
 
 def test_state_does_not_depend_on_the_hash_seed():
@@ -112,9 +86,8 @@ def test_state_does_not_depend_on_the_hash_seed():
 
     code = (
         "import torch, hashlib; from mptq.quantize.modelopt import *; from mptq.recipe import Scheme; "
-        "r = Scheme('block'); l = torch.nn.Linear(8, 8, bias=False); torch.manual_seed(0); "
-        "compress_linear(l, torch.randn(8, 8), r, 'w'); "
-        "print(hashlib.sha256(megatron_state(l)[1] + modelopt_state(r)).hexdigest())"
+        "from mptq.quantize.strips import quantize; r = Scheme('block'); w = quantize(torch.ones(8, 8), r, 'w')[0]; "
+        "print(hashlib.sha256(linear_state(r, w, torch.bfloat16)[1] + modelopt_state(r)).hexdigest())"
     )
     prints = {
         subprocess.run(

@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mptq.errors import CheckpointError
-from mptq.quantize import mx, strips
+from mptq.quantize import strips
 from mptq.quantize.fp8 import decode, dequantize
-from mptq.quantize.modelopt import quantize_weight
 from mptq.recipe import Scheme
 from tests import reference
 from tests.quantize.test_modelopt import weights
@@ -38,20 +37,13 @@ def test_equals_the_reference(weight, kind, dtype):
     assert same(found, *REFERENCES[kind](weight.float()))
 
 
-@settings(max_examples=40, deadline=None)
-@given(weights(), st.sampled_from(list(REFERENCES)))
-def test_equals_modelopt_on_float32(weight, kind):
-    theirs = quantize_weight(weight.clone(), SCHEMES[kind], "w")
-    assert same(strips.quantize(weight, SCHEMES[kind], "w")[0], theirs.data, theirs.scale)
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 300), st.integers(1, 12), st.integers(0, 99), DTYPES)
-def test_microscaling_equals_its_own(rows, blocks, seed, dtype):
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 5), st.integers(0, 99), DTYPES)
+def test_microscaling_equals_the_reference(rows, blocks, seed, dtype):
     torch.manual_seed(seed)
     weight = (torch.randn(rows, blocks * 32) * torch.exp2(torch.randint(-9, 9, (rows, 1)).float())).to(dtype)
-    theirs = mx.quantize(weight.float())  # tests/quantize/test_mx.py
-    assert same(strips.quantize(weight, SCHEMES["mx"], "w")[0], theirs.data, theirs.scale)
+    weight = weight[: -(-4096 // weight.shape[1])]  # the reference goes element by element
+    assert same(strips.quantize(weight, SCHEMES["mx"], "w")[0], *reference.mx(weight.float()))
 
 
 @settings(max_examples=30, deadline=None)
@@ -97,6 +89,15 @@ def test_values_that_are_not_finite_stop_the_run_by_name(kind, dtype, value):
     weight[150, 7] = value
     with pytest.raises(CheckpointError, match=r"decoder\.x \[200, 160\] has 1 values .* first at \[150, 7\]"):
         strips.quantize(weight, SCHEMES[kind], "decoder.x")
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_all_zero_weight_has_scale_one(kind):
+    found, error = strips.quantize(torch.zeros(130, 200), SCHEMES[kind], "w")
+    assert (found.scale == 1).all()
+    assert (found.amax == 448).all()
+    assert (found.data.float() == 0).all()
+    assert (error.relative, error.sqnr_db, error.norm, error.zeros) == (0.0, None, 0.0, 1.0)
 
 
 def test_every_code_is_decoded():
