@@ -41,6 +41,10 @@ class Coverage:
 
         return count
 
+    def join(self, ranks: Sequence[Counter[int]]) -> None:
+        """Count what each of the `ranks` has counted."""
+        self.tokens = sum(ranks, Counter())
+
     def complete(self, amax: dict[str, torch.Tensor], minimum: int) -> dict[str, Any] | None:
         """Give the experts that saw fewer than `minimum` tokens, in `amax`, the largest magnitude of their layer's others.
 

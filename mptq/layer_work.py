@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +15,8 @@ from mptq.arch import naming
 from mptq.quantize import strips
 from mptq.quantize.fp8 import E4M3_MAX, dequantize, require_finite
 from mptq.quantize.logical import quantized_members
-from mptq.types import LayerOutput, TensorSpec, WeightError
+from mptq.ranks import shares
+from mptq.types import Fp8Weight, LayerOutput, TensorSpec, WeightError
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -21,6 +25,9 @@ if TYPE_CHECKING:
     from mptq.recipe import Scheme
     from mptq.stream import LayerStream
     from mptq.streams import Calibrated, Streams
+
+
+Quantized = Sequence[tuple[Fp8Weight, WeightError | None]]
 
 
 def place(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -36,7 +43,7 @@ class LayerWork:
 
     `copies` are the tensors that keep their precision, as the checkpoint has them. Where activations go along, `live` is the
     layer of megatron-core that they go through: first as it was, then with the numbers that are stored (the Hugging Face
-    form's, where it is written).
+    form's, where it is written). Several ranks then have the same layer: each quantizes its share of the linears for all.
     """
 
     def __init__(self, stream: LayerStream, index: int) -> None:
@@ -46,6 +53,10 @@ class LayerWork:
         self.live: TransformerLayer | None = None
         self.calibrated: Calibrated | None = None
         self.row: dict[str, Any] = {"layer": index}
+        self.ranks = stream.ranks
+        sizes = {place: math.prod(linear.shape) for place, linear in enumerate(stream.plan.linears(index))}
+        self.owners = {place: rank for rank, share in enumerate(shares(sizes, self.ranks.size)) for place in share}
+        self.rows: list[tuple[int, dict[str, Any]]] = []
 
     def outputs(self) -> Iterator[LayerOutput]:
         """What the formats store of the layer: first what keeps its precision, then one linear after another."""
@@ -56,8 +67,10 @@ class LayerWork:
             if self.plan.has_cache(self.index):
                 assert self.calibrated is not None
                 yield self._cache(self.calibrated.cache())
-        for linear in self.plan.linears(self.index):
-            yield self.linear(linear)
+        for place, linear in enumerate(self.plan.linears(self.index)):
+            yield self.linear(linear, place)
+        rows = chain.from_iterable(self.ranks.gather(self.rows))
+        self.record.rows.extend(row for _, row in sorted(rows, key=itemgetter(0)))
         if activations:
             self.compare(activations)
 
@@ -105,9 +118,9 @@ class LayerWork:
             self.row |= activations.compare(self.index, self.live, self.calibrated) or {}
         self.record.layers.append(self.row)
 
-    def linear(self, linear: Linear) -> LayerOutput:
-        """Quantize one linear of the layer: what each format stores of it."""
-        output = self._output()
+    def linear(self, linear: Linear, place: int) -> LayerOutput:
+        """Quantize one linear, of that place in the layer: what each format stores of it."""
+        output, self.place = self._output(), place
         if self.live is None:
             source = self.stream.take(self._inner(linear), linear.shape).to(self.stream.device)
         else:  # a copy: the live weight is overwritten by what the first format stores
@@ -129,12 +142,11 @@ class LayerWork:
             require_finite(source, inner)
             weight, blob = source.to(getattr(torch, self.plan.source.dtype(inner))), kept_state()
         else:
-            with self.record.timed("quantize"):
-                fused, error = strips.quantize(source, scheme, inner)
+            ((fused, error),) = self._shared(scheme, [source], lambda: [strips.quantize(source, scheme, inner)])
             input_amax = self._input_amax(linear) if scheme.static else None
             tensors, blob = linear_state(scheme, fused, getattr(torch, self.plan.model.dtype), input_amax)
             weight = fused.data
-            self._row(("megatron", inner), linear, scheme, error, source.shape)
+            self._row(("megatron", inner), linear, scheme, (fused, error))
             self._show(linear, lambda out: dequantize(fused, scheme, out))
         tensors |= zip(linear.keys, weight.split(linear.key_rows), strict=True)
         output.blobs[f"{owner}_extra_state/shard_0_1"] = blob
@@ -150,9 +162,9 @@ class LayerWork:
                 stored[spec.name] = part.to(getattr(torch, spec.dtype)).cpu()
             self._show(linear, lambda out: out.copy_(source))
             return
-        with self.record.timed("quantize"):
-            members = quantized_members(source, linear, scheme, self._inner(linear))
-        for member, error, part in members:
+        parts, inner = linear.fusion.split(source), self._inner(linear)
+        members = self._shared(scheme, parts, lambda: quantized_members(source, parts, linear, scheme, inner))
+        for member, error in members:
             weight, scale = next(specs), next(specs)
             stored[weight.name] = member.data.cpu()
             # Not contiguous(), for which a single element is contiguous whatever its stride: writers want bytes.
@@ -160,9 +172,20 @@ class LayerWork:
             if scheme.static:
                 spec = next(specs)
                 stored[spec.name] = (self._input_amax(linear) / E4M3_MAX).reshape(spec.shape).cpu()
-            self._row(("hf", weight.name), linear, scheme, error, part.shape)
-        found = [member for member, _, _ in members]
+            self._row(("hf", weight.name), linear, scheme, (member, error))
+        found = [member for member, _ in members]
         self._show(linear, lambda out: out.copy_(linear.fusion.merge([dequantize(member, scheme) for member in found])))
+
+    def _shared(self, scheme: Scheme, sources: Sequence[torch.Tensor], quantize: Callable[[], Quantized]) -> Quantized:
+        """What `quantize` makes of `sources` on the rank that has this linear, on every rank; errors on that one alone."""
+        owner = self.owners[self.place]
+        with self.record.timed("quantize"):
+            made = quantize() if owner == self.ranks.rank else [(strips.unfilled(source, scheme), None) for source in sources]
+            for weight, _ in made:
+                for tensor in (weight.data, weight.scale, weight.amax):
+                    if tensor is not None:
+                        self.ranks.share(tensor, owner)
+        return made
 
     def _cache(self, amax: dict[str, torch.Tensor]) -> LayerOutput:
         """The scales of K and V."""
@@ -186,13 +209,16 @@ class LayerWork:
         if self.live is not None:
             write(self.live.get_parameter(f"{linear.module}.weight").data)
 
-    def _row(self, stored: tuple[str, str], linear: Linear, scheme: Scheme, error: WeightError, shape: torch.Size) -> None:
-        """Add a row to the report for the tensor `stored`, a format and a name."""
+    def _row(self, stored: tuple[str, str], linear: Linear, scheme: Scheme, made: tuple[Fp8Weight, WeightError | None]) -> None:
+        """Add a row to the report for the tensor `stored`, a format and a name; without its error, it is another rank's to."""
+        weight, error = made
+        if error is None:
+            return
         inner = self._inner(linear)
-        before = TensorSpec(inner, self.plan.source.dtype(inner), tuple(shape))
+        before = TensorSpec(inner, self.plan.source.dtype(inner), tuple(weight.data.shape))
         row = report.tensor_row(stored, before, scheme, error)
         row["input_amax"] = float(self._input_amax(linear)) if scheme.static else None
-        self.record.rows.append(row)
+        self.rows.append((self.place, row))
         self.progress.tensor(row)
 
     def _inner(self, linear: Linear) -> str:

@@ -82,6 +82,7 @@ def run(plan: Plan, out: Path, options: Options = Options(), progress: Progress 
         return report.read(out)
     checked = ranks.agree(lambda: check(plan, out, options, ranks))
     with OutputDirectory(out, options.resume) if ranks.first else nullcontext():
+        ranks.wait()
         document = _run(plan, Place(out, partial_of(out), ranks), checked, options, progress)
     ranks.wait()
     return document if ranks.first else report.read(out)
@@ -102,7 +103,7 @@ def _run(plan: Plan, place: Place, checked: Checked, options: Options, progress:
         device = pick_device(options.device)
         from mptq.stream import LayerStream
     with ExitStack() as stack:
-        activations, calibration = _activations(plan, checked, options, (device, place.partial), record)
+        activations, calibration = _activations(plan, checked, options, (device, place), record)
         steps = Steps(plan, place.partial, record, place.ranks)
         stack.callback(steps.close)
         done = steps.begin(_header(plan, options, device, activations), partial(_writers, plan, place.partial, options))
@@ -111,15 +112,17 @@ def _run(plan: Plan, place: Place, checked: Checked, options: Options, progress:
             steps.follow(activations, done)
         left = {unit: weight for unit, weight in plan.weights.items() if unit not in done}
         mine = shares(left, place.ranks.size)[place.ranks.rank]
-        stream = LayerStream(plan, device, record, progress, activations)
+        # Activations go through every layer, and what follows the last, on all ranks together.
+        units = [unit for unit in left if unit in mine or (activations and unit <= plan.model.num_layers + 1)]
+        stream = LayerStream(plan, device, record, progress, activations, mine)
         with record.timed("stream"):  # from the first byte that is read to the last that is on the disk
-            for output in stack.enter_context(closing(stream.outputs(sorted(mine)))):
+            for output in stack.enter_context(closing(stream.outputs(units))):
                 unit, last = output.index, output.last
-                steps.write(output)
+                steps.write(output, unit in mine)
                 del output  # before the next is made
                 if last:
                     progress.stage(unit + 1, plan.outputs, f"layer {unit}" if unit < plan.model.num_layers else "finishing")
-                    steps.stop_if(options.stop)
+                    steps.stop_if(options.stop, unit)
             steps.wait()
         files = steps.finish(partial(_finish, plan=plan, tokenizer=checked.tokenizer))
         if not place.ranks.first:
@@ -192,10 +195,8 @@ def check(plan: Plan, out: Path, options: Options, ranks: Ranks = Ranks()) -> Ch
     if tokenizer is None and "hf" in plan.formats:
         notes.append(f"no tokenizer in the output ({missing}): pass --tokenizer DIR")
     runs = plan.runs and has_data and (plan.recipe.needs_data or options.data.eval_size > 0)
-    if runs and ranks.size > 1:
-        raise DataError(
-            "activations are not shared out among processes: pass --eval-size 0 with a recipe that needs no data, or start one"
-        )
+    if runs and ranks.size > 1 and plan.recipe.calibration.method != "max":
+        raise DataError("a percentile is of all samples together: calibrate with method max, or start one process")
     return Checked(tokenizer, work if runs else None, notes)
 
 
@@ -247,7 +248,7 @@ def _require_no_data(plan: Plan, options: Options, missing: str) -> None:
 
 
 def _activations(
-    plan: Plan, checked: Checked, options: Options, place: tuple[torch.device, Path], record: Record
+    plan: Plan, checked: Checked, options: Options, place: tuple[torch.device, Place], record: Record
 ) -> tuple[Streams | None, dict[str, Any] | None]:
     """The two streams of activations, and what the report says of their data; None where nothing needs them."""
     if checked.work is None:
@@ -258,8 +259,8 @@ def _activations(
         length = min(options.data.seq_length, plan.model.max_position_embeddings)
         data = replace(options.data, seq_length=length)
         tokens = load_tokens(data, checked.tokenizer, plan.model.vocab_size, plan.recipe.needs_data)
-    device, folder = place
-    settings = StreamOptions(device, options.batch_size, _memory(options), folder, options.moe_min_tokens)
+    device, where = place
+    settings = StreamOptions(device, options.batch_size, _memory(options), where.partial, options.moe_min_tokens, where.ranks)
     streams = Streams(plan, tokens, settings)
     return streams, tokens.account | plan.recipe.calibration.model_dump(exclude_none=True) | {
         "activation_bytes": streams.bytes,

@@ -1,21 +1,21 @@
-"""The processes of a run, as torchrun starts them: each takes its share of the units, and rank 0 plans and commits."""
+"""The processes of a run, as torchrun starts them: each takes its share of the work, and rank 0 plans and finishes."""
 
 from __future__ import annotations
 
 import os
 import pickle
-import time
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from mptq.errors import MptqError
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    import torch
+    from torch.distributed import ProcessGroup, Store
 
 PATIENCE = timedelta(hours=2)
 """How long the others may take for their shares, which are of equal bytes, when this process is done with its own."""
@@ -25,14 +25,16 @@ PATIENCE = timedelta(hours=2)
 class Ranks:
     """This process, number `rank` of `size`.
 
-    They speak through torch's key-value store alone. There is no process group: ModelOpt and megatron-core would take it for
-    that of a model that is spread over the processes, and reduce the scales of different layers into one.
+    They speak through torch's key-value store, and share tensors through process groups of their own, gloo on CPUs and NCCL on
+    GPUs. None of these is torch's default group: ModelOpt and megatron-core would take that for the group of a model that is
+    spread over the processes, and reduce the scales of different layers into one.
     """
 
     rank: int = 0
     size: int = 1
     store: Store | None = None
     talks: int = 0
+    groups: dict[str, ProcessGroup] = field(default_factory=dict)
 
     @property
     def first(self) -> bool:
@@ -59,24 +61,64 @@ class Ranks:
         self._say(key, (True, content))
         return content
 
-    def _say(self, key: str, content: tuple[bool, Any]) -> None:
-        assert self.store is not None
-        self.store.set(key, b64encode(pickle.dumps(content)).decode())
-
     def wait(self) -> None:
-        """Until every rank is here; raises MptqError when one of them does not come."""
+        """Until every rank is here; raises MptqError when one of them has ended, or does not come."""
+        if self.store is not None:
+            import torch
+            from torch.distributed import BarrierOptions
+
+            with _told():
+                self._group(torch.device("cpu")).barrier(BarrierOptions()).wait()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The `value` of every rank, by rank, on every rank."""
+        if self.store is None:
+            return [value]
+        self.talks += 1
+        keys = [f"mptq/{self.talks}/{rank}" for rank in range(self.size)]
+        self._say(keys[self.rank], value)
+        self.wait()
+        with _told():
+            return [pickle.loads(b64decode(self.store.get(key))) for key in keys]  # noqa: S301 (of our own processes)
+
+    def share(self, tensor: torch.Tensor, source: int) -> None:
+        """Fill a contiguous `tensor` with that of rank `source`, which has the same shape and dtype."""
         if self.store is None:
             return
-        self.talks += 1
-        key = f"mptq/{self.talks}"
+        import torch
+        from torch.distributed import BroadcastOptions
+
+        options = BroadcastOptions()
+        options.rootRank, options.rootTensor = source, 0
         with _told():
-            if self.store.add(f"{key}/here", 1) == self.size:
-                self.store.set(f"{key}/all", "yes")
-            self.store.wait([f"{key}/all"], PATIENCE)
-            self.store.add(f"{key}/gone", 1)
-            # The store may be in the first process: it stays until the others have seen that all are here.
-            while self.first and self.store.add(f"{key}/gone", 0) < self.size:
-                time.sleep(0.01)
+            self._group(tensor.device).broadcast([tensor.view(-1).view(torch.uint8)], options).wait()
+
+    def largest(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The elements of `tensor` [any], each the largest of all ranks; in place."""
+        if self.store is None or not tensor.numel():
+            return tensor
+        from torch.distributed import AllreduceOptions, ReduceOp
+
+        options = AllreduceOptions()
+        options.reduceOp = ReduceOp.MAX
+        with _told():
+            self._group(tensor.device).allreduce([tensor], options).wait()
+        return tensor
+
+    def _group(self, device: torch.device) -> ProcessGroup:
+        """The process group for tensors on `device`, made when it is first asked for: by all ranks at once."""
+        from torch import distributed
+
+        if device.type not in self.groups:
+            assert self.store is not None
+            made = {"cpu": "ProcessGroupGloo", "cuda": "ProcessGroupNCCL"}[device.type]
+            store = distributed.PrefixStore(f"mptq/{device.type}", self.store)
+            self.groups[device.type] = getattr(distributed, made)(store, self.rank, self.size, PATIENCE)
+        return self.groups[device.type]
+
+    def _say(self, key: str, content: Any) -> None:
+        assert self.store is not None
+        self.store.set(key, b64encode(pickle.dumps(content)).decode())
 
 
 @contextmanager

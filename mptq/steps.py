@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mptq.errors import OutputError, StoppedError
+from mptq.ranks import Ranks
 from mptq.writers.behind import Behind
 from mptq.writers.journal import Journal, check, committed
 from mptq.writers.manifest import FileHashes
@@ -16,7 +17,6 @@ from mptq.writers.output import sync
 
 if TYPE_CHECKING:
     from mptq.plan import Plan
-    from mptq.ranks import Ranks
     from mptq.record import Record
     from mptq.streams import Streams
     from mptq.types import LayerOutput
@@ -75,7 +75,8 @@ class Steps:
         self.plan, self.folder, self.record, self.ranks = plan, folder, record, ranks
         self.writers: Sequence[Writer] = ()
         self.activations: Streams | None = None
-        self._reported = self._units = 0
+        self._together = Ranks()
+        self._reported = 0
         self._behind = Behind()
         self._hashes = FileHashes(folder)
         self._journal: Journal | None = None
@@ -95,7 +96,6 @@ class Steps:
         else:
             for writer in self.writers:
                 self._hashes.add(writer.complete)
-        self._units = len(rows)
         return rows
 
     def _prepare(self) -> None:
@@ -108,27 +108,35 @@ class Steps:
 
     def follow(self, activations: Streams, done: Collection[int]) -> None:
         """Keep these with every unit from now on; those of an earlier run are taken up where the last unit left them."""
-        self.activations = activations
-        if done and max(done) <= self.plan.model.num_layers:
-            activations.load(self._state(max(done)))
+        self.activations, self._together = activations, self.ranks
+        layers = self.plan.model.num_layers
+        through = [unit for unit in done if unit <= layers]
+        if through and layers + 1 not in done:
+            activations.load(self._state(max(through)))
 
-    def write(self, output: LayerOutput) -> None:
-        """Write an output behind; with a unit's last, commit it."""
+    def write(self, output: LayerOutput, mine: bool = True) -> None:
+        """Write an output behind; with a unit's last, commit it, unless it is another rank's."""
         work: Callable[[], None] = partial(self._write, output)
         if output.last:
-            work = partial(self._commit, output, self._row(output.index), self._kept(output.index))
+            row = self._row(output.index)
+            self._keep(output.index)
+            if not mine:
+                return
+            work = partial(self._commit, output, row)
         with self.record.timed("waiting to write"):
             self._behind.do(work)
 
-    def _kept(self, unit: int) -> Path | None:
-        """The file in which the activations after a unit are, where there are any."""
+    def _keep(self, unit: int) -> None:
+        """Keep the activations after a unit, where there are any: what each rank has, before any goes on."""
         if self.activations is None or unit > self.plan.model.num_layers:
-            return None
-        self._behind.wait()  # until the unit before is committed
+            return
+        self._behind.wait()
+        self._together.wait()  # the unit before is committed
         state = self._state(unit)
         with self.record.timed("keep activations"), _telling(state):
             self.activations.save(state)
-        return state
+            sync(state)
+        self._together.wait()
 
     def _state(self, unit: int) -> Path:
         return self.folder / STATE.format(unit % 2)
@@ -145,20 +153,22 @@ class Steps:
             for writer in self.writers:
                 self._hashes.add(writer.write(output))
 
-    def _commit(self, output: LayerOutput, row: Row, state: Path | None) -> None:
+    def _commit(self, output: LayerOutput, row: Row) -> None:
         assert self._journal is not None
         self._write(output)
         with self.record.timed("write"), _telling(self.folder):
-            if state is not None:
-                sync(state)
             self._journal.commit(output.index, row | {"accounts": {writer.format: writer.account() for writer in self.writers}})
-        self._units += 1
 
-    def stop_if(self, asked: Callable[[], bool]) -> None:
-        """Raise StoppedError, with everything committed that was made, if it is asked for."""
-        if asked():
+    def stop_if(self, asked: Callable[[], bool], unit: int) -> None:
+        """Raise StoppedError after `unit`, with everything committed that was made, if it is asked for.
+
+        Ranks that go through the layers together stop together, whichever is asked.
+        """
+        together = self._together if unit <= self.plan.model.num_layers + 1 else Ranks()
+        if any(together.gather(asked())):
             self._behind.wait()
-            raise StoppedError(f"stopped after {self._units} of {self.plan.outputs} steps")
+            together.wait()
+            raise StoppedError(f"stopped after {len(committed(self.folder))} of {self.plan.outputs} steps")
 
     def wait(self) -> None:
         """Until everything that was given to write is on the disk."""
@@ -175,8 +185,8 @@ class Steps:
             for writer in self.writers:
                 writer.join({unit: row["accounts"][writer.format] for unit, row in rows.items()})
                 self._hashes.add(finish(writer))
-            for unit in range(2):
-                self._state(unit).unlink(missing_ok=True)
+            for file in self.folder.glob(STATE.partition("-")[0] + "-*"):
+                file.unlink()
             return self._hashes.collect()
 
     def _report(self, rows: Mapping[int, Row]) -> None:

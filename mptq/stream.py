@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Container, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +16,7 @@ from mptq.checkpoint.index import read_blob
 from mptq.checkpoint.reader import Reader
 from mptq.layer_work import LayerWork
 from mptq.quantize.fp8 import require_finite
+from mptq.ranks import Ranks
 from mptq.types import LayerOutput
 
 if TYPE_CHECKING:
@@ -42,18 +43,27 @@ class LayerStream:
     """The outputs of one unit after another, in the order of the forward pass; the checkpoint is read one tensor ahead.
 
     Units are what stands before the layers (0), the layers (from 1), what follows them, and each carried tensor; a
-    layer has an output for each of its linears. With `activations`, their two streams go through each layer as it is quantized.
-    Peak memory: `forecast.peak_memory` of the plan.
+    layer has an output for each of its linears. With `activations`, their two streams go through each layer as it is quantized,
+    on all ranks together; of the outputs of a unit that is not among `mine` (None: all are), only the last comes. Peak
+    memory: `forecast.peak_memory` of the plan.
     """
 
     def __init__(
-        self, plan: Plan, device: torch.device, record: Record, progress: Progress, activations: Streams | None = None
+        self,
+        plan: Plan,
+        device: torch.device,
+        record: Record,
+        progress: Progress,
+        activations: Streams | None = None,
+        mine: Container[int] | None = None,
     ) -> None:
         self.plan = plan
         self.device = device
         self.record = record
         self.progress = progress
         self.activations = activations
+        self.ranks = activations.options.ranks if activations else Ranks()
+        self.mine = mine
         self.compute_dtype: torch.dtype = getattr(torch, plan.model.dtype)
         self.reader = Reader(plan.source.checkpoint)
         self.ahead: ReadAhead | None = None
@@ -65,7 +75,9 @@ class LayerStream:
         self.ahead = ReadAhead(self._read, (item for unit in units for item in self._items(unit)))
         try:
             for number, unit in enumerate(units):
-                yield from self.unit(unit)
+                for output in self.unit(unit):
+                    if self._is_mine(unit):
+                        yield output
                 yield LayerOutput(unit, {form: {} for form in self.plan.formats}, last=True)
                 _release_memory()
                 if number < _LAZY:
@@ -81,29 +93,34 @@ class LayerStream:
             self.work = LayerWork(self, unit - 1)
             yield from self.work.outputs()
             self.work = None
-        elif unit == 0:
-            yield self.outer(unit, naming.outer_copies(self.plan.model)[0])
-            self.start()
-        elif unit == layers + 1:
+            return
+        if unit == layers + 1:
             self.finish()
-            yield self._after(unit)
-        else:
-            yield self.outer(unit, [self.plan.carried[unit - layers - 2]])
+        if self._is_mine(unit):
+            yield self._after(unit) if unit == layers + 1 else self.outer(unit, self._copies(unit))
+        if unit == 0:
+            self.start()
+
+    def _is_mine(self, unit: int) -> bool:
+        return self.mine is None or unit in self.mine
+
+    def _copies(self, unit: int) -> Sequence[Copy]:
+        """The tensors of a unit outside the layers."""
+        layers = self.plan.model.num_layers
+        before, after = naming.outer_copies(self.plan.model)
+        return {0: before, layers + 1: after}.get(unit) or (self.plan.carried[unit - layers - 2],)
 
     def _items(self, unit: int) -> Iterator[Item]:
         """What a unit takes from the checkpoint, in its order."""
-        layers = self.plan.model.num_layers
-        before, after = naming.outer_copies(self.plan.model)
-        if 1 <= unit <= layers:
+        if 1 <= unit <= self.plan.model.num_layers:
             prefix = naming.megatron_layer(unit - 1)
             yield from ((prefix + copy.megatron, copy.shape) for copy in self.plan.copies(unit - 1))
             yield from ((f"{prefix}{linear.megatron}.weight", linear.shape) for linear in self.plan.linears(unit - 1))
-            return
-        outer = {0: before, layers + 1: after}.get(unit) or (self.plan.carried[unit - layers - 2],)
-        yield from ((copy.megatron, copy.shape) for copy in outer)
+        elif self._is_mine(unit):
+            yield from ((copy.megatron, copy.shape) for copy in self._copies(unit))
 
     def _after(self, unit: int) -> LayerOutput:
-        output = self.outer(unit, naming.outer_copies(self.plan.model)[1])
+        output = self.outer(unit, self._copies(unit))
         checkpoint = self.plan.source.checkpoint
         # The training arguments go over byte by byte: what is never unpickled is never executed.
         output.blobs = {

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from mptq.errors import CheckpointError, OutputError
 from mptq.experts import Coverage
 from mptq.quantize.fp8 import E4M3_MAX
 from mptq.quantize.observers import CACHE, Observers
+from mptq.ranks import Ranks
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -35,13 +37,14 @@ LOGITS = 2**23
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """Where and in what pieces the activations are computed; `folder` holds what is over `memory` bytes."""
+    """Where and in what pieces the activations are computed; `folder` holds what is over `memory` bytes of a rank."""
 
     device: torch.device
     batch_size: int
     memory: int
     folder: Path
     moe_min_tokens: int = 0
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 @dataclass
@@ -61,7 +64,9 @@ class Streams:
     """Hidden states of the held-out and calibration sequences by both streams, before the layer that comes next.
 
     Held-out tokens come first. The quantized stream holds those, and the calibration tokens only where they calibrate
-    (`propagate: quantized`). Memory: tokens * hidden * 2 bytes for each stream, up to a budget; then they are in files.
+    (`propagate: quantized`). Of several ranks, each has every n-th batch: of calibration tokens the same batches as one
+    would have, so that scales are the same to the bit; of held-out tokens smaller ones where there are too few to share.
+    Memory: tokens * hidden * 2 bytes for each stream, of the rank's own, up to a budget; then they are in files.
     """
 
     def __init__(self, plan: Plan, tokens: TokenData, options: StreamOptions) -> None:
@@ -70,17 +75,21 @@ class Streams:
         self.propagates = plan.recipe.calibration.propagate == "quantized"
         self.ids = flat([*tokens.held_out, *tokens.calibration])
         held_out, calibration = ([len(sequence) for sequence in part] for part in (tokens.held_out, tokens.calibration))
-        self.held_out = batches(held_out, options.batch_size)
-        self.calibration = batches(calibration, options.batch_size, sum(held_out))
-        self.sequences = batches(held_out, 1)
+        ranks = options.ranks
+        self.measures, self.calibrates = bool(held_out), bool(calibration)
+        self.layout = (held_out, calibration, options.batch_size, self.propagates, options.moe_min_tokens)
+        together = max(1, min(options.batch_size, len(held_out) // ranks.size))
+        self.held_out = batches(held_out, together)[ranks.rank :: ranks.size]
+        self.calibration = batches(calibration, options.batch_size, sum(held_out))[ranks.rank :: ranks.size]
+        self.sequences = [one for batch in self.held_out for one in batch.sequences]
         wide = sum(held_out) + sum(calibration)
         counts = (sum(held_out), wide) if self.propagates else (wide, sum(held_out))
         dtype = getattr(torch, self.config.dtype)
         self.bytes = sum(counts) * self.config.hidden_size * dtype.itemsize
-        self.on_disk = self.bytes > options.memory
+        self.on_disk = self.bytes // ranks.size > options.memory
         folder = options.folder if self.on_disk else None
         self.reference, self.quantized = (
-            Activations(count, self.config.hidden_size, dtype, folder, name)
+            Activations(count, self.config.hidden_size, dtype, folder, f"{name}-{ranks.rank}")
             for count, name in zip(counts, ("reference", "quantized"), strict=True)
         )
 
@@ -103,17 +112,24 @@ class Streams:
         with observers.collecting(layer), coverage.counting(layer):
             self._collect(layer)
         # Without calibration data, the held-out tokens are those that the report counts.
-        with nullcontext() if self.calibration else coverage.counting(layer):
+        with nullcontext() if self.calibrates else coverage.counting(layer):
             for batch in self.held_out:
                 self.reference.write(batch, self._run(layer, self.reference, batch))
-        where = megatron_layer(index).rstrip(".")
+        coverage.join(self.options.ranks.gather(coverage.tokens))
+        magnitudes = self._largest(observers.magnitudes(megatron_layer(index).rstrip(".")))
         # What is always zero has scale 1, as an all-zero block of a weight has.
-        magnitudes = {name: found for name, found in observers.magnitudes(where).items() if found is not None}
         amax = {name: torch.where(found == 0, E4M3_MAX, found) for name, found in magnitudes.items()}
         for name in CACHE:
             if name in amax:
                 amax[name] = _representable(amax[name])
         return Calibrated(observers, amax, coverage.complete(amax, self.options.moe_min_tokens))
+
+    def _largest(self, magnitudes: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+        """The largest of all ranks, without what nothing passed on any."""
+        nothing = torch.tensor(-1.0, device=self.options.device)
+        found = [nothing if one is None else one for one in magnitudes.values()]
+        together = self.options.ranks.largest(torch.stack(found) if found else nothing[None][:0])
+        return {name: one for name, one in zip(magnitudes, together, strict=True) if one >= 0}
 
     def _collect(self, layer: TransformerLayer) -> None:
         """Run the calibration sequences through a layer with its own weights."""
@@ -135,9 +151,10 @@ class Streams:
                 self.quantized.write(batch, out)
                 if batch.tokens.stop <= len(self.reference.states):
                     deviation.add(self.reference.read(batch, out.device), out)
-        if not math.isfinite(deviation.noise + deviation.signal):
+        deviation.batches = [*chain.from_iterable(self.options.ranks.gather(deviation.batches))]
+        if not deviation.finite:
             raise CheckpointError(f"layer {index}: the held-out data leads to activations that are not finite")
-        if not self.held_out:
+        if not self.measures:
             return None
         return {"hidden_relative_error": deviation.relative_error, "hidden_cosine": deviation.cosine}
 
@@ -156,37 +173,50 @@ class Streams:
             pieces = chunks(predicting, max(1, LOGITS // self.config.vocab_size))
             found.add(self._piece(piece, norm, head) for piece in pieces)
         self.close()
-        if not self.sequences:
+        if not self.measures:
             return None
+        mine, found = found, NextTokens()
+        found.join(self.options.ranks.gather(mine))
         if not found.finite:
             raise CheckpointError("output layer: the held-out data leads to probabilities whose logarithms are not finite")
         return found.document
 
     def save(self, path: Path) -> None:
-        """Write both streams to a file, for a run that goes on from here."""
-        with path.open("wb") as file:
-            for states in self._bytes():
-                file.write(states)
+        """Write the rank's part of both streams to its place in a file, for a run that goes on from here."""
+        with path.open("r+b" if path.exists() else "wb", buffering=0) as file:
+            file.truncate(self.bytes)
+            for place, states in self._bytes():
+                file.seek(place)
+                left = states
+                while left:
+                    left = left[file.write(left) or 0 :]
 
     def load(self, path: Path) -> None:
-        """Go on from what `save` wrote; raises OutputError for a file of another size."""
-        streams = self._bytes()
-        if path.stat().st_size != sum(map(len, streams)):
+        """Go on from what `save` wrote, on however many ranks; raises OutputError for a file of another size."""
+        if path.stat().st_size != self.bytes:
             raise OutputError(f"{path} is not what the run wrote: pass --overwrite instead of --resume to begin again")
         with path.open("rb", buffering=0) as file:
-            for states in streams:
+            for place, states in self._bytes():
+                file.seek(place)
                 left = states
                 while left:
                     left = left[file.readinto(left) or 0 :]
 
-    def _bytes(self) -> list[memoryview]:
-        return [memoryview(stream.states.view(-1).view(torch.uint8).numpy()) for stream in (self.reference, self.quantized)]
+    def _bytes(self) -> Iterator[tuple[int, memoryview]]:
+        """The bytes of each of the rank's batches in both streams, and their place among those of all."""
+        start = 0
+        for states in (self.reference.states, self.quantized.states):
+            width = states.shape[1] * states.itemsize
+            for batch in [*self.held_out, *self.calibration]:
+                if batch.tokens.stop <= len(states):
+                    rows = states[batch.tokens].view(-1).view(torch.uint8)
+                    yield start + batch.start * width, memoryview(rows.numpy())
+            start += states.nbytes
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of everything that the outcome depends on beside the model: the tokens, and how they are taken."""
-        layout = (self.held_out, self.calibration, self.propagates, self.options.moe_min_tokens)
-        return hashlib.sha256(self.ids.numpy().tobytes() + repr(layout).encode()).hexdigest()
+        return hashlib.sha256(self.ids.numpy().tobytes() + repr(self.layout).encode()).hexdigest()
 
     def close(self) -> None:
         """Give memory and files back."""

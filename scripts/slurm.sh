@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A Slurm job that shares the layers out among processes, on one node or several, and goes on by itself after a time limit:
-#     sbatch --nodes 2 --ntasks-per-node 4 scripts/slurm.sh CKPT OUT fp8-blockwise
+#     sbatch --nodes 2 --ntasks-per-node 4 scripts/slurm.sh CKPT OUT fp8-blockwise [OPTIONS OF mptq quantize]
 # Two minutes before the limit, and when it is preempted, every process finishes the layer that it is at and exits with 75; the job is
 # queued again then, and --resume goes on.
 #SBATCH --job-name=mptq
@@ -18,7 +18,7 @@ export MASTER_ADDR MASTER_PORT
 srun bash -c '
     export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
     export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))
-    exec mptq quantize "$0" -o "$1" --recipe "$2" --eval-size 0 --resume' "$checkpoint" "$out" "$recipe"
+    exec mptq quantize "$0" -o "$1" --recipe "$2" --resume "${@:3}"' "$checkpoint" "$out" "$recipe" "${@:4}"
 code=$?
 if [ "$code" = 75 ]; then
     scontrol requeue "$SLURM_JOB_ID"

@@ -25,9 +25,9 @@ ALLOWED = {
     "record": set(),
     "ranks": {"errors"},
     "experts": {"arch"},
-    "streams": SHARED | STAGES | {"experts", "plan"},
-    "layer_work": SHARED | STAGES | {"plan", "record", "report", "stream", "streams"},  # of stream: a type
-    "stream": SHARED | STAGES | {"layer_work", "plan", "record", "report", "streams"},
+    "streams": SHARED | STAGES | {"experts", "plan", "ranks"},
+    "layer_work": SHARED | STAGES | {"plan", "ranks", "record", "report", "stream", "streams"},  # of stream: a type
+    "stream": SHARED | STAGES | {"layer_work", "plan", "ranks", "record", "report", "streams"},
     "steps": {"errors", "plan", "ranks", "record", "streams", "types", "writers"},
     "pipeline": {"errors", "forecast", "plan", "ranks", "types", "record", "report", "steps", "stream", "streams"} | STAGES,
     "inspection": SHARED | {"checkpoint", "forecast", "plan", "report", "writers"},

@@ -1,19 +1,29 @@
 """Several processes, as torchrun starts them: the same bytes as of one."""
 
 import json
+import math
+import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mptq import make_plan, run
-from mptq.errors import MptqError
-from mptq.pipeline import default_output
+from mptq import Options, make_plan, run
+from mptq.calibrate.data import DataOptions
+from mptq.errors import MptqError, StoppedError
 from mptq.ranks import Ranks, is_first, shares, started
+from mptq.recipe import load_recipe
+from mptq.report import read
+from mptq.writers.journal import NAME as JOURNAL
+from mptq.writers.output import partial_of
 from tests.conftest import ROOT
-from tests.killing import check, contents
+from tests.killing import DIFFERENT, check, contents
 from tests.test_resume import BOTH, PLAIN, stopped, whole
 
 
@@ -29,6 +39,9 @@ def test_one_process_agrees_with_itself():
     ranks = Ranks()
     assert ranks.first
     assert ranks.agree(lambda: 7) == 7
+    assert ranks.gather(7) == [7]
+    assert ranks.largest(torch.tensor([7.0])) == 7
+    ranks.share(torch.tensor([7.0]), 0)
     ranks.wait()
 
 
@@ -69,9 +82,8 @@ COMMON = ("--recipe", "fp8-blockwise", "--eval-size", "0", "--format", "hf,megat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "size"), [("crossing", 2), ("mixtral", 3)])
-def test_same_bytes_from_several_processes(request, model, size, tmp_path, tmp_path_factory):
-    checkpoint, out = request.getfixturevalue(model), tmp_path / "out"
+def test_same_bytes_from_several_processes(mixtral, tmp_path, tmp_path_factory):
+    checkpoint, size, out = mixtral, 3, tmp_path / "out"
     done = torchrun(size, checkpoint, *COMMON, "-o", out)
     assert done.returncode == 0, done.stderr
     plan = make_plan(checkpoint, "fp8-blockwise", BOTH)
@@ -93,10 +105,118 @@ def test_another_number_of_processes_goes_on(crossing, tmp_path, tmp_path_factor
     check(out, whole(plan, tmp_path_factory.mktemp("one")))
 
 
+DATA = ("--calib-seq-length", 32, "--calib-size", 11, "--calib-batch-size", 2, "--eval-size", 5, "--moe-min-tokens", 4)
+
+
+def with_data(tokens, **more):
+    """The options of `DATA`."""
+    return Options(data=DataOptions((str(tokens),), 11, 5, 32), batch_size=2, moe_min_tokens=4, max_shard_bytes=200_000, **more)
+
+
+def kept(folder):
+    """The bytes of every file that has no seconds in it."""
+    return {name: data for name, data in contents(folder).items() if name not in DIFFERENT}
+
+
+def check_figures(report, alone):
+    """What the activations say, which batches of other sizes round otherwise."""
+    kl, expected = (document["fidelity"]["kl"]["mean"] for document in (report, alone))
+    assert math.isclose(kl, expected, rel_tol=0.02)
+    for layer, other in zip(report["layers"], alone["layers"], strict=True):
+        assert layer["experts"] == other["experts"]
+        assert layer["kv_cache"] == other["kv_cache"]
+        assert math.isclose(layer["hidden_relative_error"], other["hidden_relative_error"], rel_tol=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "size", "more"),
+    [("mixtral", 3, ()), ("crossing", 2, ("--activation-memory", "1"))],
+)
+def test_samples_and_linears_are_shared_out(request, tokens, model, size, more, tmp_path, tmp_path_factory):
+    checkpoint, out = request.getfixturevalue(model), tmp_path / "out"
+    recipe = load_recipe("fp8").changed(kv_cache="fp8")
+    arguments = ("--format", "hf,megatron", "--max-shard-size", 200000, "--json", "--kv-cache", "fp8")
+    done = torchrun(size, checkpoint, "--recipe", "fp8", "--calib-dataset", tokens, *DATA, *arguments, *more, "-o", out)
+    assert done.returncode == 0, done.stderr
+    whole = tmp_path_factory.mktemp("one") / "out"
+    alone = run(make_plan(checkpoint, recipe, BOTH), whole, with_data(tokens))
+    check(out, kept(whole))
+    report = json.loads(done.stdout)
+    assert report["tensors"] == alone["tensors"]
+    assert [share["rank"] for share in report["ranks"]] == list(range(size))
+    check_figures(report, alone)
+
+
+def calibrated(folder, how):
+    """A static recipe that calibrates so."""
+    path = folder / "recipe.yaml"
+    path.write_text(f"description: d\nhf: modelopt\nweights: {{scale: tensor}}\nactivations: static\ncalibration: {{{how}}}\n")
+    return path
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on_with_activations(crossing, tokens, tmp_path, tmp_path_factory):
+    recipe, out = calibrated(tmp_path_factory.mktemp("recipe"), "propagate: quantized"), tmp_path / "out"
+    plan = make_plan(crossing, load_recipe(str(recipe)), BOTH)
+    asked = iter((False, False, True))
+    with pytest.raises(StoppedError):
+        run(plan, out, with_data(tokens, stop=lambda: next(asked)))
+    arguments = ("--format", "hf,megatron", "--max-shard-size", 200000, "--calib-dataset", tokens, *DATA, "--resume")
+    done = torchrun(2, crossing, "--recipe", recipe, *arguments, "-o", out)
+    assert done.returncode == 0, done.stderr
+    whole = tmp_path_factory.mktemp("one") / "out"
+    alone = run(plan, whole, with_data(tokens))
+    check(out, kept(whole))
+    check_figures(read(out), alone)
+
+
+def start(size, *arguments):
+    """The processes of a run, each started by itself."""
+    environment = os.environ | {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-m", "mptq", "quantize", *map(str, arguments)]
+    return [
+        subprocess.Popen(command, cwd=ROOT, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(size)
+    ]
+
+
+def free_port():
+    """A port that nobody listens at."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def wait_for(journal, steps):
+    """Until so many steps are in the journals."""
+    limit = time.monotonic() + 120
+    while sum(len(file.read_text().splitlines()) - 1 for file in journal.parent.glob(f"{journal.name}*")) < steps:
+        assert time.monotonic() < limit
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sent", "codes"), [(signal.SIGTERM, [75, 75]), (signal.SIGKILL, [1, -9])])
+def test_ranks_that_go_together_end_together(aligned, tokens, tmp_path, sent, codes):
+    out = tmp_path / "out"
+    arguments = (aligned, "--recipe", "fp8-blockwise", "--calib-dataset", tokens, "--calib-seq-length", 32, "--eval-size", 30)
+    ranks = start(2, *arguments, "--calib-batch-size", 1, "-o", out)
+    wait_for(partial_of(out) / JOURNAL, 1)
+    ranks[1].send_signal(sent)
+    told = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == codes
+    last = told[0].strip().splitlines()[-1]
+    expected = "stopped after" if sent == signal.SIGTERM else "another process of the run has ended: see what it says"
+    assert last.startswith(f"mptq: {expected}")
+    assert "--resume goes on with it" in last
+    assert not out.exists()
+
+
 @pytest.mark.slow
 def test_what_cannot_be_shared_out_is_one_line(crossing, tokens, tmp_path):
-    done = torchrun(2, crossing, "--recipe", "fp8", "--calib-dataset", tokens, "-o", tmp_path / "out")
+    recipe = calibrated(tmp_path, "method: percentile, percentile: 99.9")
+    done = torchrun(2, crossing, "--recipe", recipe, "--calib-dataset", tokens, "-o", tmp_path / "out")
     assert done.returncode == 1
-    assert "mptq: activations are not shared out among processes" in done.stderr
-    assert not default_output(make_plan(crossing, "fp8"), crossing).exists()
-    assert contents(tmp_path) == {}
+    assert "mptq: a percentile is of all samples together" in done.stderr
+    assert contents(tmp_path) == {"recipe.yaml": recipe.read_bytes()}

@@ -26,6 +26,11 @@ class Batch:
         """The batch's rows among all tokens."""
         return slice(self.start, self.start + self.count * self.length)
 
+    @property
+    def sequences(self) -> list[Batch]:
+        """Its sequences, each alone."""
+        return [Batch(self.start + place * self.length, 1, self.length) for place in range(self.count)]
+
 
 def batches(lengths: Sequence[int], size: int, start: int = 0) -> list[Batch]:
     """Neighbouring sequences of the same length, at most `size` together: nothing is padded, so padding is never computed."""

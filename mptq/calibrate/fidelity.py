@@ -16,31 +16,40 @@ _LARGEST = math.log(sys.float_info.max)
 
 @dataclass
 class Deviation:
-    """Relative error and cosine of hidden states against the reference's, summed up batch by batch in float64."""
+    """Relative error and cosine of hidden states against the reference's.
 
-    noise: float = 0.0
-    signal: float = 0.0
-    other: float = 0.0
-    product: float = 0.0
+    Sums over batches, each in float64; their own sums are exact, so that they are the same in whatever order.
+    """
+
+    batches: list[tuple[float, float, float, float]] = field(default_factory=list)
 
     def add(self, reference: torch.Tensor, quantized: torch.Tensor) -> None:
         """Two tensors of hidden states of the same tokens."""
         left, right = reference.float(), quantized.float()
-        self.noise += float((right - left).square().sum(dtype=torch.float64))
-        self.signal += float(left.square().sum(dtype=torch.float64))
-        self.other += float(right.square().sum(dtype=torch.float64))
-        self.product += float((left * right).sum(dtype=torch.float64))
+        products = (left - right).square(), left.square(), right.square(), left * right
+        noise, signal, other, product = (float(part.sum(dtype=torch.float64)) for part in products)
+        self.batches.append((noise, signal, other, product))
+
+    @property
+    def finite(self) -> bool:
+        """Whether all sums are numbers."""
+        return all(math.isfinite(part) for batch in self.batches for part in batch)
 
     @property
     def relative_error(self) -> float:
         """Norm of the difference over the norm of the reference."""
-        return math.sqrt(self.noise / self.signal) if self.signal else 0.0
+        noise, signal, _, _ = self._sums()
+        return math.sqrt(noise / signal) if signal else 0.0
 
     @property
     def cosine(self) -> float:
         """Cosine of the angle between the two, all tokens as one vector."""
-        norms = math.sqrt(self.signal * self.other)
-        return self.product / norms if norms else 1.0
+        _, signal, other, product = self._sums()
+        norms = math.sqrt(signal * other)
+        return product / norms if norms else 1.0
+
+    def _sums(self) -> list[float]:
+        return [math.fsum(batch[column] for batch in self.batches) for column in range(4)]
 
 
 @dataclass
@@ -99,6 +108,13 @@ class NextTokens:
         for mean, total in zip((self.kl, self.reference, self.quantized, self.agreement), sums.tolist(), strict=True):
             mean.add(total, count)
         self.rise.add(float(sums[2] - sums[1]), count)
+
+    def join(self, others: Iterable[NextTokens]) -> None:
+        """Add the sequences of `others`."""
+        for other in others:
+            for mine, more in ((getattr(self, name), getattr(other, name)) for name in vars(self)):
+                mine.sums += more.sums
+                mine.counts += more.counts
 
     @property
     def finite(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -88,8 +89,11 @@ def _check_records(directory: Path, records: Iterable[Record]) -> None:
         files[record.file].append(record)
     for name, places in sorted(files.items()):
         size = _shard_size(directory, name)
-        if set(map(type, chain(map(_offset, places), map(_length, places)))) != {int}:
-            raise CheckpointError(f"{directory}/.metadata has records of {name} that are no places in a file: it is damaged")
+        try:
+            array("q", chain(map(_offset, places), map(_length, places)))  # the fastest way to see that all are integers
+        except (TypeError, OverflowError) as error:
+            where = f"{directory}/.metadata has records of {name}"
+            raise CheckpointError(f"{where} that are no places in a file: it is damaged") from error
         places.sort(key=_offset)
         offsets = list(map(_offset, places))
         ends = list(map(add, offsets, map(_length, places)))

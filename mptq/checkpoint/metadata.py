@@ -104,7 +104,8 @@ def parse(raw: bytes, where: str) -> tuple[dict[str, Tensor], dict[str, Record]]
 def _without_plans(raw: bytes) -> bytes:
     place = raw.find(_PLANS)
     # The frame that the end is in must be whole.
-    return raw if place < 0 else raw[:place] + _END + raw[place + len(_END) : place + _FRAME]
+    view = memoryview(raw)
+    return raw if place < 0 else b"".join((view[:place], _END, view[place + len(_END) : place + _FRAME]))
 
 
 def _entries(metadata: Inert) -> tuple[dict[str, Tensor], dict[str, Record]]:
@@ -125,7 +126,7 @@ def _records(storage: dict[_Index, _Info]) -> dict[str, dict[tuple[int, ...] | N
     """The records by name and offset."""
     names = list(map(attrgetter("fqn"), storage))
     offsets = list(map(attrgetter("offset"), storage))
-    if not set(map(type, names)) <= {str} or not _are_integers(offset for offset in offsets if offset is not None):
+    if not set(map(type, names)) <= {str} or not _are_integers(filter(None, offsets)):
         raise TypeError("an index of something else than a name and a tuple of integers")
     found: defaultdict[str, dict[tuple[int, ...] | None, Record]] = defaultdict(dict)
     places = _as(Record, map(attrgetter("place"), storage.values()))
@@ -145,11 +146,14 @@ def _are_integers(sizes: Iterable[tuple[int, ...]]) -> bool:
 
 
 _Boxes = list[tuple[int, ...]]
-_Grids = dict[tuple[int, ...], tuple[_Boxes, _Boxes]]
+_Grids = dict[tuple[int, ...], tuple[_Boxes, _Boxes, set[tuple[int, ...]]]]
 
 
 def _tensor(name: str, state: dict[str, Any], records: dict[tuple[int, ...] | None, Record], grids: _Grids) -> Tensor:
-    """One tensor; `grids` are the offsets and sizes of chunks, by shape, that were found to be good in others."""
+    """One tensor; `grids` are the offsets and sizes of chunks, by shape, that were found to be good in others.
+
+    With them are the different sizes, of which there is mostly one.
+    """
     _check_name(name)
     dtype = state["properties"].state[0].global_name.removeprefix("torch.")
     if dtype not in DTYPE_BYTES:
@@ -158,15 +162,16 @@ def _tensor(name: str, state: dict[str, Any], records: dict[tuple[int, ...] | No
     offsets = list(map(attrgetter("offsets"), state["chunks"]))
     sizes = list(map(attrgetter("sizes"), state["chunks"]))
     _check_sizes(name, [shape], shape)
-    if grids.get(shape) != (offsets, sizes):
+    if grids.get(shape, ())[:2] != (offsets, sizes):
         _check_sizes(name, sizes, shape)
         _check_sizes(name, offsets, shape)
         _check_cover(name, shape, offsets, sizes)
-        grids[shape] = offsets, sizes
-    offsets, sizes = grids[shape]
+        grids[shape] = offsets, sizes, set(sizes)
+    offsets, sizes, different = grids[shape]
     places = [records[offset] for offset in offsets]
-    most = {size: math.prod(size) * DTYPE_BYTES[dtype] for size in set(sizes)}
-    if any(map(gt, map(most.__getitem__, sizes), map(attrgetter("length"), places))):
+    most = {size: math.prod(size) * DTYPE_BYTES[dtype] for size in different}
+    wanted = repeat(*most.values()) if len(most) == 1 else map(most.__getitem__, sizes)
+    if any(map(gt, wanted, map(attrgetter("length"), places))):
         raise CheckpointError(f"{name} has chunks with more bytes than their records: the checkpoint is damaged")
     return Tensor(TensorSpec(name, dtype, shape), tuple(_as(Chunk, zip(offsets, sizes, places, strict=True))))
 

@@ -21,6 +21,7 @@ from mptq.errors import CheckpointError
 _LARGE = 1 << 20  # bytes of a pickle of which so much is made that the garbage collector would notice
 _GLOBALS = 4096  # distinct ones in a pickle; a class takes 1 kB, and checkpoints name dozens
 _TUPLES = 10_000  # nested tuples whose hash fits any thread's stack
+_NO_TUPLES = bytes(set(range(256)) - set(b"t\x85\x86\x87"))  # what is not TUPLE, TUPLE1, TUPLE2 or TUPLE3
 _HASH_FRAME = 256  # bytes of stack for the hash of a tuple inside of another: more than twice what it takes
 _DAMAGE = (
     pickle.UnpicklingError,
@@ -173,7 +174,7 @@ def _with_stack_for(data: bytes, load: Callable[[], Any]) -> Any:
 
     CPython hashes nested tuples by recursion in C, unguarded: a dict's key of 100 kB of TUPLE1 would end the process.
     """
-    most = len(data) - len(data.translate(None, b"t\x85\x86\x87"))
+    most = len(data.translate(None, _NO_TUPLES))
     if most <= _TUPLES:
         return load()
     result: list[Any] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from typing import Annotated
@@ -68,3 +69,5 @@ def main() -> None:
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         sys.exit(console.fail(error, f"{error.strerror or error}{where}", 1))
+    finally:
+        gc.freeze()  # the process ends: nobody needs to look through all of its objects once more

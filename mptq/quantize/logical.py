@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from mptq.quantize import strips
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from mptq.arch.naming import Linear
@@ -15,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def quantized_members(
-    source: torch.Tensor, linear: Linear, scheme: Scheme, name: str
-) -> list[tuple[Fp8Weight, WeightError, torch.Tensor]]:
-    """The projections of `linear`, whose fused matrix is `source`: quantized, their error, and their own rows of the source.
+    source: torch.Tensor, parts: Sequence[torch.Tensor], linear: Linear, scheme: Scheme, name: str
+) -> list[tuple[Fp8Weight, WeightError]]:
+    """The projections of `linear`, whose fused matrix is `source` and their own rows `parts`: quantized, and their error.
 
     Blocks and rows belong to the projections; one scale a tensor to the fused matrix, because engines fuse it again. Raises
     CheckpointError naming `name` for a weight that is not finite.
     """
     amax = strips.amax_of(source, name) if scheme.scale == "tensor" else None
-    parts = zip(linear.fusion.split(source), linear.members, strict=True)
-    return [(*strips.quantize(part, scheme, f"{name} ({member})", amax), part) for part, (member, _) in parts]
+    named = zip(parts, linear.members, strict=True)
+    return [strips.quantize(part, scheme, f"{name} ({member})", amax) for part, (member, _) in named]

@@ -66,7 +66,7 @@ def quantize(
     Raises CheckpointError naming `name` for a weight that is not finite. Peak memory: the result, and on a CPU 12 MB
     for each of up to 8 threads.
     """
-    made = _unfilled(weight, scheme)
+    made = unfilled(weight, scheme)
     if scheme.scale == "tensor":
         _store(amax_of(weight, name) if amax is None else amax, made, ...)
     found = _Sums()
@@ -79,7 +79,7 @@ def quantize(
     return made, _error(made, scheme, found)
 
 
-def _unfilled(weight: torch.Tensor, scheme: Scheme) -> Fp8Weight:
+def unfilled(weight: torch.Tensor, scheme: Scheme) -> Fp8Weight:
     """The memory of what `weight` becomes."""
     grid, device = scheme.grid(*weight.shape), weight.device
     data = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=device)
