@@ -18,6 +18,7 @@ IMPORTS_BYTES = 750_000_000
 """Resident memory of a process that has imported torch and transformers' configs (scripts/bench_quantize.py)."""
 LAYER_BYTES = 250_000_000
 """What megatron-core's layer and ModelOpt add to it."""
+_PIECE_BYTES = 1 << 26  # stream.PIECE_BYTES, which needs torch
 SERVING_TP = (2, 4, 8)
 _COMPONENTS = (
     ("mtp.", "multi-token prediction"),
@@ -57,13 +58,14 @@ def peak_memory(plan: Plan, work: Work | None = None) -> int:
     """
     copies = [copy for group in naming.outer_copies(plan.model) for copy in group]
     outer = max(spec.nbytes for copy in (*copies, *plan.carried) for spec in plan.copy_specs("megatron", copy))
+    pieces = outer if "megatron" in plan.formats else min(outer, _PIECE_BYTES)
     kinds = {kind: layer for layer, kind in enumerate(plan.model.kinds)}
     layer = max(_layer_memory(plan, layer, work) for layer in kinds.values())
     imports = IMPORTS_BYTES + (LAYER_BYTES if work or "megatron" in plan.formats else 0)
     if work is None:
-        return imports + max(2 * outer, layer)
+        return imports + max(3 * pieces, layer)
     head = 3 * outer + _LOGITS_BYTES if work.compares else 0
-    return imports + work.stored_bytes + max(2 * outer, layer, head)
+    return imports + work.stored_bytes + max(3 * pieces, 2 * outer, layer, head)
 
 
 def _layer_memory(plan: Plan, layer: int, work: Work | None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import sys
 from collections.abc import Container, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from mptq.checkpoint.reader import Reader
 from mptq.layer_work import LayerWork
 from mptq.quantize.fp8 import require_finite
 from mptq.ranks import Ranks
-from mptq.types import LayerOutput
+from mptq.types import DTYPE_BYTES, LayerOutput
 
 if TYPE_CHECKING:
     from mptq.arch.naming import Copy
@@ -35,6 +36,8 @@ def _release_memory() -> None:
             trim(0)
 
 
+PIECE_BYTES = 1 << 26
+"""Of the rows of a tensor outside the layers that are in memory at once."""
 _LAZY = 2
 """Units after which everything is imported, torch's lazy parts too: what is left then is not looked through again each time."""
 
@@ -97,7 +100,10 @@ class LayerStream:
         if unit == layers + 1:
             self.finish()
         if self._is_mine(unit):
-            yield self._after(unit) if unit == layers + 1 else self.outer(unit, self._copies(unit))
+            for copy in self._copies(unit):
+                yield from self._copied(unit, copy)
+            if unit == layers + 1 and "megatron" in self.plan.formats:
+                yield self._arguments(unit)
         if unit == 0:
             self.start()
 
@@ -114,37 +120,43 @@ class LayerStream:
         """What a unit takes from the checkpoint, in its order."""
         if 1 <= unit <= self.plan.model.num_layers:
             prefix = naming.megatron_layer(unit - 1)
-            yield from ((prefix + copy.megatron, copy.shape) for copy in self.plan.copies(unit - 1))
-            yield from ((f"{prefix}{linear.megatron}.weight", linear.shape) for linear in self.plan.linears(unit - 1))
+            yield from (Item(prefix + copy.megatron, copy.shape) for copy in self.plan.copies(unit - 1))
+            yield from (Item(f"{prefix}{linear.megatron}.weight", linear.shape) for linear in self.plan.linears(unit - 1))
         elif self._is_mine(unit):
-            yield from ((copy.megatron, copy.shape) for copy in self._copies(unit))
+            yield from (item for copy in self._copies(unit) for item in self._pieces(copy))
 
-    def _after(self, unit: int) -> LayerOutput:
-        output = self.outer(unit, self._copies(unit))
+    def _pieces(self, copy: Copy) -> Iterator[Item]:
+        """A tensor outside the layers, or, of a large one that Hugging Face stores by rows, some rows after the others."""
+        row = math.prod(copy.shape[1:]) * DTYPE_BYTES[self.plan.source.dtype(copy.megatron)]
+        height = max(1, PIECE_BYTES // row) if copy.by_rows and self.plan.formats == ("hf",) else copy.shape[0]
+        for first in range(0, copy.shape[0], height):
+            yield Item(copy.megatron, (min(height, copy.shape[0] - first), *copy.shape[1:]), first)
+
+    def _copied(self, unit: int, copy: Copy) -> Iterator[LayerOutput]:
+        """A tensor outside the layers, as it is, the vocabulary's padding cut off for Hugging Face."""
+        for item in self._pieces(copy):
+            tensor = self.take(*item)
+            require_finite(tensor, copy.megatron)
+            output = LayerOutput(unit, {form: {} for form in self.plan.formats}, first=item.first)
+            self.copied(output, copy, tensor)
+            yield output
+
+    def _arguments(self, unit: int) -> LayerOutput:
+        """The training arguments, byte by byte: what is never unpickled is never executed."""
         checkpoint = self.plan.source.checkpoint
-        # The training arguments go over byte by byte: what is never unpickled is never executed.
-        output.blobs = {
+        blobs = {
             name: read_blob(checkpoint.directory, record)
             for name, record in checkpoint.blobs.items()
             if name.partition("/")[0] == "common_state"
         }
-        return output
-
-    def outer(self, index: int, copies: Sequence[Copy]) -> LayerOutput:
-        """Tensors outside the layers, as they are, the vocabulary's padding cut off for Hugging Face."""
-        output = LayerOutput(index, {form: {} for form in self.plan.formats})
-        for copy in copies:
-            tensor = self.take(copy.megatron, copy.shape)
-            require_finite(tensor, copy.megatron)
-            self.copied(output, copy, tensor)
-        return output
+        return LayerOutput(unit, {form: {} for form in self.plan.formats}, blobs)
 
     def copied(self, output: LayerOutput, copy: Copy, tensor: torch.Tensor, layer: int | None = None) -> None:
         """Add to an output what each format stores of a tensor that keeps its precision."""
         for form in self.plan.formats:
             specs = self.plan.copy_specs(form, copy, layer)
             if specs:
-                parts = copy.for_hf(tensor) if form == "hf" else tensor.split([spec.shape[0] for spec in specs])
+                parts = copy.for_hf(tensor, output.first) if form == "hf" else tensor.split([spec.shape[0] for spec in specs])
                 output.tensors[form] |= {spec.name: part for spec, part in zip(specs, parts, strict=True)}
 
     def start(self) -> None:
@@ -166,20 +178,20 @@ class LayerStream:
             *norm, head = (self.read(copy.megatron, copy.shape) for copy in norms)
             self.record.fidelity = self.activations.finish(norm, head)
 
-    def take(self, inner: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """The inner tensor that is next in the order of the run, in its own dtype, in CPU memory."""
+    def take(self, inner: str, shape: tuple[int, ...], first: int = 0) -> torch.Tensor:
+        """The inner tensor (or rows of it) that is next in the order of the run, in its own dtype, in CPU memory."""
         assert self.ahead is not None
         with self.record.timed("waiting to read"):
-            tensor = self.ahead.take(inner, shape)
+            tensor = self.ahead.take(Item(inner, shape, first))
         self.progress.bytes(tensor.nbytes)
         return tensor
 
     def read(self, inner: str, shape: tuple[int, ...]) -> torch.Tensor:
         """An inner tensor out of that order, for the activations: in their dtype, on the device."""
-        return self._read(inner, shape).to(self.device, self.compute_dtype)
+        return self._read(Item(inner, shape)).to(self.device, self.compute_dtype)
 
-    def _read(self, inner: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def _read(self, item: Item) -> torch.Tensor:
         with self.record.timed("read"):
-            out = torch.empty(shape, dtype=getattr(torch, self.plan.source.dtype(inner)))
+            out = torch.empty(item.shape, dtype=getattr(torch, self.plan.source.dtype(item.name)))
             self.record.bytes["read"] += out.nbytes
-            return self.reader.read_parts(self.plan.source.places[inner], out)
+            return self.reader.read_parts(self.plan.source.places[item.name], out, item.first)

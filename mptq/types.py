@@ -87,12 +87,14 @@ class LayerOutput:
 
     `tensors` maps a format ("hf", "megatron") to output names and tensors in CPU memory. `blobs` are the byte items of
     the Megatron form (ModelOpt's quantizer state of a linear), by name. `last` says that nothing of the unit follows.
+    `first` is the row that the tensors begin with, where they are rows of larger ones.
     """
 
     index: int
     tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
     last: bool = False
+    first: int = 0
 
     @property
     def nbytes(self) -> int:

@@ -13,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import mptq.stream
 from mptq import Options, load_recipe, make_plan, run, verify
+from mptq.calibrate.data import DataOptions
 from mptq.checkpoint.index import open_checkpoint
 from mptq.checkpoint.reader import Reader
 from mptq.errors import CheckpointError, OutputError
@@ -391,3 +393,17 @@ def test_interrupt_leaves_no_output(aligned, tmp_path):
     assert process.returncode == 130
     assert "mptq: interrupted; what was finished before is kept (1 of its steps): --resume" in process.stderr.read()
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+
+
+def test_large_tables_go_through_by_rows(aligned, tmp_path, monkeypatch):
+    """The same bytes, and never more than some rows of the vocabulary (whose padding is cut off) in memory."""
+    plan = make_plan(aligned, "fp8-blockwise")
+    options = Options(device="cpu", data=DataOptions(eval_size=0))
+    run(plan, tmp_path / "whole", options)
+    sizes, read_parts = [], Reader.read_parts
+    monkeypatch.setattr(mptq.stream, "PIECE_BYTES", 40_000)
+    monkeypatch.setattr(Reader, "read_parts", lambda *args: sizes.append(args[2].shape) or read_parts(*args))
+    run(plan, tmp_path / "rows", options)
+    assert not [shape for shape in sizes if shape[0] == plan.model.padded_vocab_size]
+    for file in sorted((tmp_path / "whole").glob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "rows" / file.name).read_bytes()

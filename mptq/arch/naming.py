@@ -104,12 +104,17 @@ class Copy:
         """The parameter or buffer in megatron-core's layer."""
         return self.path or self.megatron
 
-    def for_hf(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """The tensors of `hf_shapes` that `tensor` becomes."""
+    @property
+    def by_rows(self) -> bool:
+        """Whether Hugging Face stores it row by row as it is."""
+        return len(self.shape) > 1 and self.fusion is None and not self.before
+
+    def for_hf(self, tensor: torch.Tensor, first: int = 0) -> list[torch.Tensor]:
+        """The tensors of `hf_shapes` that `tensor` becomes, or, stored `by_rows`, the rows of it from `first` on."""
         if self.fusion is not None:
             return self.fusion.split(tensor)
         if not self.before:
-            return [tensor[: self.rows]]
+            return [tensor[: max(0, self.rows - first)]]
         padded = tensor.new_zeros(self.before + self.rows, *self.shape[1:])
         padded[self.before :] = tensor[: self.rows]
         return [padded]

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import torch
 
-Item = tuple[str, tuple[int, ...]]
-"""Inner name and shape of a tensor."""
+
+class Item(NamedTuple):
+    """A tensor by its inner name, or its rows from `first` on: `shape` is that of what is read."""
+
+    name: str
+    shape: tuple[int, ...]
+    first: int = 0
 
 
 class ReadAhead:
     """Tensors in an order that is known before. Memory: the one that was taken last, and the next."""
 
-    def __init__(self, read: Callable[[str, tuple[int, ...]], torch.Tensor], items: Iterable[Item]) -> None:
+    def __init__(self, read: Callable[[Item], torch.Tensor], items: Iterable[Item]) -> None:
         self._read = read
         self._items: Iterator[Item] = iter(items)
         self._pool = ThreadPoolExecutor(1, "read")
@@ -25,13 +30,13 @@ class ReadAhead:
 
     def _begin(self) -> None:
         item = next(self._items, None)
-        self._next = None if item is None else (item, self._pool.submit(self._read, *item))
+        self._next = None if item is None else (item, self._pool.submit(self._read, item))
 
-    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def take(self, item: Item) -> torch.Tensor:
         """The next tensor, which must be this one; what went wrong in reading it is raised here."""
-        assert self._next is not None, f"{name} is read after the last"
-        item, reading = self._next
-        assert item == (name, shape), f"{name} is read where {item[0]} comes next"
+        assert self._next is not None, f"{item} is read after the last"
+        following, reading = self._next
+        assert following == item, f"{item} is read where {following} comes next"
         tensor = reading.result()
         self._begin()
         return tensor

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -33,51 +33,72 @@ class Reader:
         self._stacks: dict[tuple[str, int], _Stack] = {}
         self._checked: dict[Record, Stored] = {}
 
-    def read(self, name: str, out: torch.Tensor, index: tuple[int, ...] = ()) -> torch.Tensor:
+    def read(self, name: str, out: torch.Tensor, index: tuple[int, ...] = (), first: int = 0) -> torch.Tensor:
         """Fill `out` with tensor `name`, or with `name[index]` of a stack of layers (or experts); casts to the dtype of `out`.
+
+        Of more rows than `out` has, those from `first` on.
 
         Raises CheckpointError naming the file and the tensor when a record is not what the metadata says, or has changed.
         Peak memory: `out` and 8 MB; for a chunk that is stored transposed, that chunk too.
         """
         tensor = self.checkpoint.tensors[name]
-        assert tensor.spec.shape[len(index) :] == tuple(out.shape), f"{name}: {list(tensor.spec.shape)} into {list(out.shape)}"
+        shape = tensor.spec.shape[len(index) :]
+        fits = shape[1:] == out.shape[1:] and first + len(out) <= shape[0] if shape else not out.shape
+        assert fits, f"{name}: {list(tensor.spec.shape)} into {list(out.shape)} from row {first}"
         key = name, len(index)
         if key not in self._stacks:
             self._stacks[key] = _Stack(tensor.chunks, len(index))
         for chunk in self._stacks[key].at(index):
             try:
-                self._read_chunk(name, chunk, out, index)
+                self._read_chunk(name, chunk, _Place(out, index, first))
             except OSError as error:
                 file = self.checkpoint.directory / chunk.record.file
                 raise CheckpointError(f"{name} in {file} cannot be read: {error.strerror or error}") from error
         return out
 
-    def read_parts(self, parts: Sequence[Part], out: torch.Tensor) -> torch.Tensor:
-        """Fill `out` with `parts`, one above the other by rows."""
-        row = 0
+    def read_parts(self, parts: Sequence[Part], out: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """Fill `out` with `parts`, one above the other by rows, from row `first` on."""
+        row = -first
         for part in parts:
-            self.read(part.key, out[row : row + part.shape[0]], part.index)
+            low, high = max(row, 0), min(row + part.shape[0], len(out))
+            if low < high:
+                self.read(part.key, out[low:high], part.index, low - row)
             row += part.shape[0]
         return out
 
-    def _read_chunk(self, name: str, chunk: Chunk, out: torch.Tensor, index: tuple[int, ...]) -> None:
-        """Fill the part of `out` that `chunk` has."""
-        if 0 in chunk.sizes:
+    def _read_chunk(self, name: str, chunk: Chunk, wanted: _Place) -> None:
+        """Fill the part of what is wanted that `chunk` has."""
+        target, place, skipped = wanted.within(chunk)
+        if not target.numel():
             return
-        depth = len(index)
-        target = out
-        for dim, (start, size) in enumerate(zip(chunk.offsets[depth:], chunk.sizes[depth:], strict=True)):
-            target = target.narrow(dim, start, size)
-        place = [number - start for number, start in zip(index, chunk.offsets, strict=False)]
         record = chunk.record
         file = self.checkpoint.directory / record.file
         where = f"{name} in {file} at byte {record.offset}"
         with open_record(file, where, record.offset, record.length) as archive:
             known = self._checked.get(record)
             stored = known or _as_said(stored_tensor(archive), chunk, self.checkpoint.tensors[name].spec.dtype)
-            _copy(Stream(archive.descriptor, stored, check=known is None), stored, place, target)
-        if math.prod(chunk.sizes[:depth]) > 1:  # others of the stack are in this chunk too
+            _copy(Stream(archive.descriptor, stored, check=known is None), stored, (place, skipped), target)
+        if target.numel() < math.prod(chunk.sizes):  # others of the stack are in this chunk too, or other rows
             self._checked[record] = stored
+
+
+class _Place(NamedTuple):
+    """What is to be filled: `out`, with the index `at` of a stack, from row `first` on."""
+
+    out: torch.Tensor
+    at: tuple[int, ...]
+    first: int
+
+    def within(self, chunk: Chunk) -> tuple[torch.Tensor, list[int], int]:
+        """The part of `out` that a chunk has, the index in the chunk, and how many of its rows come before."""
+        depth, target, skipped = len(self.at), self.out, 0
+        for dim, (start, size) in enumerate(zip(chunk.offsets[depth:], chunk.sizes[depth:], strict=True)):
+            low, high = start, start + size
+            if dim == 0:
+                low, high = max(start - self.first, 0), min(start + size - self.first, len(self.out))
+                skipped = low + self.first - start
+            target = target.narrow(dim, low, max(high - low, 0)) if low < target.shape[dim] else target.narrow(dim, 0, 0)
+        return target, [number - start for number, start in zip(self.at, chunk.offsets, strict=False)], skipped
 
 
 class _Stack:
@@ -111,12 +132,13 @@ def _as_said(stored: Stored, chunk: Chunk, dtype: str) -> Stored:
     return stored
 
 
-def _copy(stream: Stream, stored: Stored, place: list[int], target: torch.Tensor) -> None:
-    """Fill `target` with `stored[place]`."""
+def _copy(stream: Stream, stored: Stored, where: tuple[list[int], int], target: torch.Tensor) -> None:
+    """Fill `target` with the rows of `stored[place]` after those that are skipped, for `where` = place, skipped."""
     dtype: torch.dtype = getattr(torch, stored.dtype)
+    place, skipped = where
     if stored.contiguous:
-        strides = (math.prod(stored.sizes[dim + 1 :]) for dim in range(len(place)))
-        first = stored.start + sum(number * stride for number, stride in zip(place, strides, strict=True))
+        strides = [math.prod(stored.sizes[dim + 1 :]) for dim in range(len(stored.sizes))]
+        first = stored.start + sum(number * stride for number, stride in zip((*place, skipped), strides, strict=False))
         stream.skip_to(first * dtype.itemsize)
         _fill(stream, target, dtype)
         stream.finish()
@@ -124,7 +146,8 @@ def _copy(stream: Stream, stored: Stored, place: list[int], target: torch.Tensor
         storage = torch.empty(stored.member.size // dtype.itemsize, dtype=dtype)
         stream.read_into(_bytes(storage))
         stream.finish()
-        target.copy_(storage.as_strided(stored.sizes, stored.strides, stored.start)[tuple(place)])
+        whole = storage.as_strided(stored.sizes, stored.strides, stored.start)[tuple(place)]
+        target.copy_(whole[skipped : skipped + len(target)] if whole.dim() else whole)
 
 
 def _fill(stream: Stream, target: torch.Tensor, dtype: torch.dtype) -> None:

@@ -80,7 +80,7 @@ class HfWriter:
             name = self._file_of[tensor_name]
             if name not in self._open:
                 self._open[name] = ShardFile(self.directory / name, self._shards[name], self._done, name in self._begun)
-            self._open[name].write(tensor_name, tensor)
+            self._open[name].write(tensor_name, tensor, output.first)
             if self._open[name].complete:
                 file = self._open.pop(name)
                 file.sync()

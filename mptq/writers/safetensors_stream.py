@@ -45,7 +45,7 @@ class ShardFile:
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
         self._start = 8 + len(encoded)
-        self._missing = {name for name in self._specs if name not in done}
+        self._missing = {name: spec.nbytes for name, (spec, _) in self._specs.items() if name not in done}
         self._descriptor = os.open(path, os.O_WRONLY | (0 if begun else os.O_CREAT | os.O_TRUNC), 0o644)
         if not begun:
             self._write(memoryview(len(encoded).to_bytes(8, "little") + encoded), 0)
@@ -56,14 +56,20 @@ class ShardFile:
         """Whether every tensor of the header has been written."""
         return not self._missing
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write `tensor` at its place; dtype and shape must be those that were announced."""
+    def write(self, name: str, tensor: torch.Tensor, first: int = 0) -> None:
+        """Write `tensor` at its place, or the rows from `first` on; dtype and shape must be those that were announced."""
         import torch
 
         spec, offset = self._specs[name]
-        assert (str(tensor.dtype), tuple(tensor.shape)) == (f"torch.{spec.dtype}", spec.shape), f"{name}: not {spec}"
-        self._missing.remove(name)
-        self._write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()), self._start + offset)
+        some = bool(spec.shape) and first + len(tensor) <= spec.shape[0] and tuple(tensor.shape[1:]) == spec.shape[1:]
+        fits = some if tensor.nbytes < spec.nbytes else tuple(tensor.shape) == spec.shape
+        assert fits, f"{name}: {list(tensor.shape)} from row {first}: not {spec}"
+        assert str(tensor.dtype) == f"torch.{spec.dtype}", f"{name}: {tensor.dtype}, not {spec}"
+        self._missing[name] -= tensor.nbytes
+        if not self._missing[name]:
+            del self._missing[name]
+        place = offset + first * (spec.nbytes // spec.shape[0] if first else 0)
+        self._write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()), self._start + place)
 
     def _write(self, view: memoryview, position: int) -> None:
         while view:

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mptq.arch.places import Part
 from mptq.checkpoint import stored
 from mptq.checkpoint.index import open_checkpoint, read_blob
 from mptq.checkpoint.reader import Reader
@@ -57,6 +58,46 @@ def test_every_dtype(tmp_path, dtype):
 )
 def test_tensors_that_are_not_their_storage(tmp_path, value):
     assert torch.equal(read(one(tmp_path, saved(value))), value)
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(1, 2), st.integers(1, 5), st.booleans(), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_some_rows_after_the_others(tmp_path_factory, heights, halves, height, transposed, stacked):
+    """Of a tensor in chunks of these heights and in halves by columns, `height` rows at a time; each record is checked once."""
+    value = torch.randn(2 if stacked else 1, sum(heights), 4).bfloat16()
+    value = value.transpose(1, 2).contiguous().transpose(1, 2) if transposed else value
+    starts = [sum(heights[:place]) for place in range(len(heights))]
+    boxes = [
+        ((0, start, column), (len(value), rows, 4 // halves))
+        for start, rows in zip(starts, heights, strict=True)
+        for column in range(0, 4, 4 // halves)
+    ]
+    made = Maker()
+    made.tensor("weight", value, boxes)
+    reader = Reader(open_checkpoint(made.write(tmp_path_factory.mktemp("rows"))))
+    for layer in range(len(value)):
+        for first in range(0, sum(heights), height):
+            expected = value[layer, first : first + height]
+            assert torch.equal(reader.read("weight", torch.empty_like(expected), (layer,), first), expected)
+
+
+def test_rows_of_parts_one_above_the_other(tmp_path):
+    made = Maker()
+    for name in "ab":
+        made.tensor(name, VALUES + ord(name), [((0, 0), (4, 6))])
+    reader = Reader(open_checkpoint(made.write(tmp_path)))
+    parts = [Part(name, (), (4, 6)) for name in "ab"]
+    whole = torch.cat([VALUES + ord(name) for name in "ab"])
+    for first in range(8):
+        for last in range(first + 1, 9):
+            assert torch.equal(reader.read_parts(parts, torch.empty(last - first, 6), first), whole[first:last])
+
+
+def test_a_changed_row_is_found_with_the_first(tmp_path):
+    raw = bytearray(saved(VALUES))
+    raw[raw.index(VALUES.numpy().tobytes()) + VALUES.nbytes - 1] ^= 1
+    with pytest.raises(CheckpointError, match="has changed since it was written"):
+        one(tmp_path, bytes(raw)).read("weight", torch.empty(1, 6))
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.lists(st.integers(1, 5), min_size=1, max_size=2), st.booleans())

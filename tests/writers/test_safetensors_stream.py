@@ -47,12 +47,27 @@ def test_library_reads_it(tmp_path):
         assert file.get_tensor("s").item() == 0.5
 
 
+def test_rows_one_after_the_other(tmp_path):
+    weight = torch.randn(5, 3).bfloat16()
+    shard = ShardFile(tmp_path / "x", [TensorSpec("w", "bfloat16", (5, 3)), TensorSpec("v", "uint8", (1,))])
+    shard.write("v", torch.ones(1, dtype=torch.uint8))
+    for first, rows in ((3, 2), (0, 1), (1, 2)):
+        assert not shard.complete
+        shard.write("w", weight[first : first + rows], first)
+    assert shard.complete
+    shard.close()
+    with safe_open(tmp_path / "x", framework="pt") as file:
+        assert torch.equal(file.get_tensor("w"), weight)
+
+
 def test_a_tensor_must_be_what_was_announced(tmp_path):
     shard = ShardFile(tmp_path / "x", [TensorSpec("w", "float32", (2, 2))])
     with pytest.raises(AssertionError):
         shard.write("w", torch.ones(2, 3))
     with pytest.raises(AssertionError):
         shard.write("w", torch.ones(2, 2, dtype=torch.bfloat16))
+    with pytest.raises(AssertionError):
+        shard.write("w", torch.ones(1, 2), 2)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1), st.integers(1, 100))
