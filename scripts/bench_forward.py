@@ -1,0 +1,66 @@
+"""The arithmetic of the fidelity figures, in FLOP/s, beside plain float32 products of the same shapes in the same process.
+
+    python scripts/bench_forward.py CKPT [--sequences 8] [--length 512] [--recipe fp8-blockwise]
+
+Counted are the products of the linears and of the output layer, for both streams (2 * parameters * tokens each); what
+attention, norms and the comparison of logits take is in the time and not in the count. The plain products are of one layer's
+linears and of the output layer, and are scaled to the layers. Runs on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from mptq import Options, make_plan, run
+from mptq.calibrate.data import DataOptions
+
+
+def plain(shapes: list[tuple[int, int]], tokens: int) -> float:
+    """Seconds of `tokens` rows through matrices of these shapes, each the best of three."""
+    total = 0.0
+    for rows, columns in shapes:
+        weight, states = torch.randn(rows, columns), torch.randn(tokens, columns)
+        best = math.inf
+        for _ in range(3):
+            start = time.perf_counter()
+            torch.nn.functional.linear(states, weight)
+            best = min(best, time.perf_counter() - start)
+        total += best
+    return total
+
+
+def main() -> None:
+    """Run, and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--recipe", default="fp8-blockwise")
+    options = parser.parse_args()
+    plan = make_plan(options.checkpoint, options.recipe)
+    tokens = options.sequences * options.length
+    with tempfile.TemporaryDirectory() as folder:
+        data = DataOptions(eval_size=options.sequences, seq_length=options.length)
+        seconds = run(plan, Path(folder) / "out", Options(device="cpu", data=data))["seconds"]["forward"]
+    layers = [[linear.shape for linear in plan.linears(layer)] for layer in range(plan.model.num_layers)]
+    head = (plan.model.vocab_size, plan.model.hidden_size)
+    flop = 2 * 2 * tokens * sum(math.prod(shape) for shapes in [*layers, [head]] for shape in shapes)
+    some = min(tokens, 1024)
+    wanted = 2 * (plain(layers[0], tokens) * len(layers) + plain([head], some) * tokens / some)
+    print(f"{os.cpu_count()} cores; mptq {version('mptq')}, torch {version('torch')}; {tokens} tokens, both streams\n")
+    print("| | seconds | GFLOP a second |\n|---|---|---|")
+    print(f"| forward passes and comparison | {seconds:.1f} | {flop / seconds / 1e9:.0f} |")
+    print(f"| plain float32 products of the same shapes | {wanted:.1f} | {flop / wanted / 1e9:.0f} |")
+    print(f"| ratio | {seconds / wanted:.2f} | |")
+
+
+if __name__ == "__main__":
+    main()
