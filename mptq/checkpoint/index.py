@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mptq.checkpoint.layout import Location, locate
-from mptq.checkpoint.metadata import Chunk, Tensor, parse
+from mptq.checkpoint.metadata import Chunk, Tensor, parse, read
 from mptq.checkpoint.pickles import Inert, gc_paused
 from mptq.checkpoint.records import Record, load_torch_file, open_record
 from mptq.checkpoint.sources import run_config
@@ -71,15 +71,19 @@ def open_checkpoint(path: Path, iteration: int | None = None) -> Checkpoint:
     metadata_file = location.directory / ".metadata"
     if metadata_file.stat().st_size > _METADATA:
         raise CheckpointError(f"{metadata_file} has {metadata_file.stat().st_size} bytes: that is not a checkpoint's metadata")
-    raw = metadata_file.read_bytes()
     with gc_paused(), ThreadPoolExecutor(1) as beside:
-        digest = beside.submit(lambda: hashlib.sha256(raw).hexdigest())
-        tensors, blobs = parse(raw, str(metadata_file))
-        chunks = chain.from_iterable(tensor.chunks for tensor in tensors.values())
-        _check_records(location.directory, chain((chunk.record for chunk in chunks), blobs.values()))
+        digest = beside.submit(_sha256, metadata_file)
+        tensors, blobs = parse(read(metadata_file), str(metadata_file))
+        records = chain.from_iterable(tensor.records for tensor in tensors.values())
+        _check_records(location.directory, chain(records, blobs.values()))
     args, args_source = _args(location.directory, blobs)
     config, config_source = run_config(location)
     return Checkpoint(location, tensors, blobs, args, args_source, digest.result(), config, config_source)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _check_records(directory: Path, records: Iterable[Record]) -> None:

@@ -8,10 +8,12 @@ of records become tuples as they are unpickled, and are checked by columns: a ch
 from __future__ import annotations
 
 import math
+import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, repeat
 from operator import attrgetter, gt
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from mptq.checkpoint.cover import covers
@@ -24,6 +26,7 @@ from mptq.types import DTYPE_BYTES, TensorSpec
 _PLANS = b"\x8c\x0fall_local_plans"
 _END = b"ub."  # the items are set, the object gets them as its state, and that is all
 _FRAME = 1 << 20  # bytes, more than a pickle's frame has
+_PIECE = 1 << 24  # bytes that are read at once
 _MAX_NAME = 1024
 _MAX_RANK = 16
 
@@ -37,10 +40,17 @@ class Chunk(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """A tensor of the checkpoint with its chunks."""
+    """A tensor of the checkpoint: its chunks at `offsets`, with extents `sizes`, are in `records`, each in the same order."""
 
     spec: TensorSpec
-    chunks: tuple[Chunk, ...]
+    offsets: Sequence[tuple[int, ...]] = ()
+    sizes: Sequence[tuple[int, ...]] = ()
+    records: Sequence[Record] = ()
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """Each by itself, made when they are asked for: a checkpoint has hundreds of thousands."""
+        return tuple(map(Chunk, self.offsets, self.sizes, self.records))
 
 
 class _Box:
@@ -88,24 +98,36 @@ _KNOWN = {
 }
 
 
-def parse(raw: bytes, where: str) -> tuple[dict[str, Tensor], dict[str, Record]]:
+def read(file: Path) -> bytearray:
+    """The bytes of a metadata file without the plans, which are not even read. Memory: those, and 16 MB."""
+    with file.open("rb", buffering=0) as opened:
+        raw, filled, place = bytearray(os.fstat(opened.fileno()).st_size), 0, -1
+        with memoryview(raw) as view:
+            while place < 0 or filled < place + _FRAME:
+                count = opened.readinto(view[filled : filled + _PIECE])
+                if not count:
+                    break
+                if place < 0:
+                    place = raw.find(_PLANS, max(0, filled - len(_PLANS)), filled + count)
+                filled += count
+    # The frame that the end is in must be whole.
+    del raw[filled if place < 0 else place + _FRAME :]
+    if place >= 0:
+        raw[place : place + len(_END)] = _END
+    return raw
+
+
+def parse(raw: bytes | bytearray, where: str) -> tuple[dict[str, Tensor], dict[str, Record]]:
     """The tensors and the byte items of the metadata file `raw`, called `where`.
 
     Every tensor's chunks cover it exactly, and no chunk has more bytes than its record. Raises CheckpointError otherwise.
     """
-    metadata = load_pickle(_without_plans(raw), where, _KNOWN)
+    metadata = load_pickle(raw, where, _KNOWN)
     try:
         return _entries(metadata)
     except (AttributeError, KeyError, TypeError, IndexError, ValueError, OverflowError) as error:
         reason = repr(error)[:200]
         raise CheckpointError(f"{where} is not the metadata of a torch_dist checkpoint ({reason})") from error
-
-
-def _without_plans(raw: bytes) -> bytes:
-    place = raw.find(_PLANS)
-    # The frame that the end is in must be whole.
-    view = memoryview(raw)
-    return raw if place < 0 else b"".join((view[:place], _END, view[place + len(_END) : place + _FRAME]))
 
 
 def _entries(metadata: Inert) -> tuple[dict[str, Tensor], dict[str, Record]]:
@@ -173,7 +195,7 @@ def _tensor(name: str, state: dict[str, Any], records: dict[tuple[int, ...] | No
     wanted = repeat(*most.values()) if len(most) == 1 else map(most.__getitem__, sizes)
     if any(map(gt, wanted, map(attrgetter("length"), places))):
         raise CheckpointError(f"{name} has chunks with more bytes than their records: the checkpoint is damaged")
-    return Tensor(TensorSpec(name, dtype, shape), tuple(_as(Chunk, zip(offsets, sizes, places, strict=True))))
+    return Tensor(TensorSpec(name, dtype, shape), offsets, sizes, places)
 
 
 def _check_name(name: Any) -> None:

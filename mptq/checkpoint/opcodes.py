@@ -37,13 +37,13 @@ _RUN = re.compile(rb"(?:%s*+(?:%s))*+%s*+" % (_BARE, b"|".join(_OPERANDS), _BARE
 _BYTES_A_SET = 16
 
 
-def check(data: bytes) -> None:
+def check(data: bytes | bytearray) -> None:
     """Go through the opcodes of `data` up to its STOP; raises OpcodeError. Memory: none to speak of."""
     position = sets = 0
     while True:
         run = _RUN.match(data, position)
         position = run.end() if run else position
-        opcode = data[position : position + 1]
+        opcode = bytes(data[position : position + 1])
         if opcode == b".":
             return
         step = _RARE.get(opcode)
@@ -55,10 +55,10 @@ def check(data: bytes) -> None:
         position = step(data, position + 1)
 
 
-def _sized(width: int) -> Callable[[bytes, int], int]:
+def _sized(width: int) -> Callable[[bytes | bytearray, int], int]:
     """An operand of `width` bytes of length and as many bytes."""
 
-    def skip(data: bytes, position: int) -> int:
+    def skip(data: bytes | bytearray, position: int) -> int:
         end = position + width + int.from_bytes(data[position : position + width], "little")
         if end > len(data):
             raise OpcodeError("it is cut short")
@@ -67,18 +67,18 @@ def _sized(width: int) -> Callable[[bytes, int], int]:
     return skip
 
 
-def _put(data: bytes, position: int) -> int:
+def _put(data: bytes | bytearray, position: int) -> int:
     """A place in the memo: picklers count them from 0, so none is larger than the bytes before it."""
     if int.from_bytes(data[position : position + 4], "little") > position:
         raise OpcodeError(f"a memo index out of range at byte {position}")
     return position + 4
 
 
-def _fixed(width: int) -> Callable[[bytes, int], int]:
+def _fixed(width: int) -> Callable[[bytes | bytearray, int], int]:
     return lambda _data, position: position + width
 
 
-_RARE: dict[bytes, Callable[[bytes, int], int]] = {
+_RARE: dict[bytes, Callable[[bytes | bytearray, int], int]] = {
     b"\x80": _fixed(1),  # PROTO
     b"r": _put,  # LONG_BINPUT
     b"\x8f": _fixed(0),  # EMPTY_SET

@@ -109,7 +109,7 @@ class _Elements:
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, data: bytes, known: Mapping[str, Any]) -> None:
+    def __init__(self, data: bytes | bytearray, known: Mapping[str, Any]) -> None:
         super().__init__(io.BytesIO(data))
         elements = _Elements(len(data))
         # No function here refers to the unpickler: in a cycle, its memo would outlive it.
@@ -135,7 +135,7 @@ class _Unpickler(pickle.Unpickler):
         return self.find_class("torch", "Storage")(pid)
 
 
-def load_pickle(data: bytes, where: str, known: Mapping[str, Any] | None = None) -> Any:
+def load_pickle(data: bytes | bytearray, where: str, known: Mapping[str, Any] | None = None) -> Any:
     """The object that the pickle `data` describes, with every class inert but those in `known`, by their full names.
 
     Raises CheckpointError naming `where` when `data` is not a whole pickle of plain data. Memory: at most 300 bytes for
@@ -169,7 +169,7 @@ def gc_paused(large: bool = True) -> Iterator[None]:
             gc.enable()
 
 
-def _with_stack_for(data: bytes, load: Callable[[], Any]) -> Any:
+def _with_stack_for(data: bytes | bytearray, load: Callable[[], Any]) -> Any:
     """Run `load` where hashing the deepest tuple that `data` can spell does not overflow the stack.
 
     CPython hashes nested tuples by recursion in C, unguarded: a dict's key of 100 kB of TUPLE1 would end the process.

@@ -78,15 +78,15 @@ def _family(found: Mapping[str, Any]) -> str:
 
 def _facts(checkpoint: Checkpoint, left_out: Mapping[str, str]) -> dict[str, Any]:
     args = checkpoint.args
-    chunks = [chunk for tensor in checkpoint.tensors.values() for chunk in tensor.chunks]
-    files = {chunk.record.file for chunk in chunks}
+    records = [record for tensor in checkpoint.tensors.values() for record in tensor.records]
+    files = {record.file for record in records}
     tokens = _tokens_seen(args)
     return {
         "format": "torch_dist (Megatron)",
         "iteration": checkpoint.location.iteration,
         "tokens seen": None if tokens is None else f"{tokens:,}",
         "layout": _layout(checkpoint),
-        "stored as": f"{len(checkpoint.tensors)} tensors in {len(chunks)} chunks and {len(files)} files",
+        "stored as": f"{len(checkpoint.tensors)} tensors in {len(records)} chunks and {len(files)} files",
         "architecture": "",
         "source": " and ".join(_sources(checkpoint)),
         "saved at": " ".join(_parallel(args)),
@@ -139,6 +139,6 @@ def _not_read(checkpoint: Checkpoint, left_out: Mapping[str, str]) -> list[dict[
         row = rows.setdefault(reason, {"what": reason, "items": 0, "bytes": 0})
         row["items"] += 1
         tensor = checkpoint.tensors.get(name)
-        records = [checkpoint.blobs[name]] if tensor is None else [chunk.record for chunk in tensor.chunks]
+        records = [checkpoint.blobs[name]] if tensor is None else tensor.records
         row["bytes"] += sum(record.length for record in records)
     return list(rows.values())
