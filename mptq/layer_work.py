@@ -122,7 +122,7 @@ class LayerWork:
         """Quantize one linear, of that place in the layer: what each format stores of it."""
         output, self.place = self._output(), place
         if self.live is None:
-            source = self.stream.take(self._inner(linear), linear.shape).to(self.stream.device)
+            source = self.stream.take(self._inner(linear), linear.shape).to(self.stream.device, non_blocking=True)
         else:  # a copy: the live weight is overwritten by what the first format stores
             source = self.live.get_parameter(f"{linear.module}.weight").clone()
         if "megatron" in self.plan.formats:

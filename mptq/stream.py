@@ -179,7 +179,7 @@ class LayerStream:
             self.record.fidelity = self.activations.finish(norm, head)
 
     def take(self, inner: str, shape: tuple[int, ...], first: int = 0) -> torch.Tensor:
-        """The inner tensor (or rows of it) that is next in the order of the run, in its own dtype, in CPU memory."""
+        """The inner tensor (or rows of it) that is next in the order of the run, in its own dtype, in (pinned) CPU memory."""
         assert self.ahead is not None
         with self.record.timed("waiting to read"):
             tensor = self.ahead.take(Item(inner, shape, first))
@@ -192,6 +192,8 @@ class LayerStream:
 
     def _read(self, item: Item) -> torch.Tensor:
         with self.record.timed("read"):
-            out = torch.empty(item.shape, dtype=getattr(torch, self.plan.source.dtype(item.name)))
+            # Pinned, a GPU fetches it by itself, while the next is read.
+            dtype, pinned = getattr(torch, self.plan.source.dtype(item.name)), self.device.type == "cuda"
+            out = torch.empty(item.shape, dtype=dtype, pin_memory=pinned)
             self.record.bytes["read"] += out.nbytes
             return self.reader.read_parts(self.plan.source.places[item.name], out, item.first)
