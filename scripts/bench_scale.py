@@ -34,6 +34,8 @@ from mptq.types import LayerOutput
 from mptq.writers.megatron import MegatronWriter
 
 LAYERS = "decoder.layers."
+IMPORTS = "import mptq.pipeline, mptq.stream, mptq.writers.hf, safetensors, transformers; transformers.LlamaConfig()"
+"""What a run without activations imports."""
 NARROW = 16
 """How much wider the MLP is than an expert."""
 
@@ -178,6 +180,8 @@ def main() -> None:
     origin = make_inputs(options.work, 1)[1]
     print("| checkpoint | parameters, billions | BF16, GB | seconds | stream | GB a second of it | peak RSS, GB |")
     print("|---|---|---|---|---|---|---|")
+    _, imports = measure([sys.executable, "-c", IMPORTS], options.work / "log.txt")
+    print(f"| none: an empty process with the imports | | | | | | {imports:.2f} |")
     wanted = [(layers, 0) for layers in options.layers] + ([(2, options.experts)] if options.experts else [])
     runs = []
     for layers, experts in wanted:
