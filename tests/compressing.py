@@ -13,6 +13,7 @@ from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry, Ten
 from modelopt.torch.quantization.nn.modules.quant_linear import _QuantLinear
 
 from mptq.arch.layer import CoreAttention, Linear, build_layer
+from mptq.checkpoint.ahead import Item
 from mptq.layer_work import place
 from mptq.quantize import mx
 from mptq.quantize.modelopt import quant_config
@@ -80,7 +81,7 @@ def compressed_layer(stages, work):
     for linear in plan.linears(index):
         scheme = plan.scheme("megatron", index, linear)
         static = scheme is not None and scheme.static
-        weight = stages._read(f"decoder.layers.{index}.{linear.megatron}.weight", linear.shape)
+        weight = stages._read(Item(f"decoder.layers.{index}.{linear.megatron}.weight", linear.shape))
         compress(layer.get_submodule(linear.module), weight, scheme, work.calibrated.amax[linear.module] if static else None)
     if plan.has_cache(index):
         attention = layer.self_attention.core_attention
