@@ -195,9 +195,9 @@ def break_weight(monkeypatch, name, factor):
     """Let the run read this weight times `factor`."""
     read = LayerStream._read
 
-    def broken(self, inner, shape):
-        tensor = read(self, inner, shape)
-        return tensor * factor if inner == name else tensor
+    def broken(self, item):
+        tensor = read(self, item)
+        return tensor * factor if item.name == name else tensor
 
     monkeypatch.setattr(LayerStream, "_read", broken)
 
