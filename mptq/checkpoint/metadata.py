@@ -131,30 +131,34 @@ def parse(raw: bytes | bytearray, where: str) -> tuple[dict[str, Tensor], dict[s
 
 
 def _entries(metadata: Inert) -> tuple[dict[str, Tensor], dict[str, Record]]:
-    records = _records(metadata.state["storage_data"])
+    records, items = _records(metadata.state["storage_data"])
     tensors: dict[str, Tensor] = {}
     blobs: dict[str, Record] = {}
     grids: _Grids = {}
     for name, entry in metadata.state["state_dict_metadata"].items():
         if entry.global_name.endswith(".BytesStorageMetadata"):
             _check_name(name)
-            blobs[name] = records[name][None]
+            blobs[name] = items[name]
         else:
             tensors[name] = _tensor(name, entry.state, records[name], grids)
     return tensors, blobs
 
 
-def _records(storage: dict[_Index, _Info]) -> dict[str, dict[tuple[int, ...] | None, Record]]:
-    """The records by name and offset."""
+def _records(storage: dict[_Index, _Info]) -> tuple[_Places, dict[str, Record]]:
+    """The records of chunks by name and offset, and those of byte items by name."""
     names = list(map(attrgetter("fqn"), storage))
     offsets = list(map(attrgetter("offset"), storage))
     if not set(map(type, names)) <= {str} or not _are_integers(filter(None, offsets)):
         raise TypeError("an index of something else than a name and a tuple of integers")
-    found: defaultdict[str, dict[tuple[int, ...] | None, Record]] = defaultdict(dict)
+    found: defaultdict[str, dict[tuple[int, ...], Record]] = defaultdict(dict)
+    items: dict[str, Record] = {}
     places = _as(Record, map(attrgetter("place"), storage.values()))
     for name, offset, record in zip(names, offsets, places, strict=True):
-        found[name][offset] = record
-    return dict(found)
+        if offset is None:
+            items[name] = record
+        else:
+            found[name][offset] = record
+    return dict(found), items
 
 
 def _as[Row: tuple[Any, ...]](row: type[Row], values: Iterable[tuple[Any, ...]]) -> Iterator[Row]:
@@ -167,11 +171,12 @@ def _are_integers(sizes: Iterable[tuple[int, ...]]) -> bool:
     return set(map(type, chain.from_iterable(sizes))) <= {int}
 
 
+_Places = dict[str, dict[tuple[int, ...], Record]]
 _Boxes = list[tuple[int, ...]]
 _Grids = dict[tuple[int, ...], tuple[_Boxes, _Boxes, set[tuple[int, ...]]]]
 
 
-def _tensor(name: str, state: dict[str, Any], records: dict[tuple[int, ...] | None, Record], grids: _Grids) -> Tensor:
+def _tensor(name: str, state: dict[str, Any], records: dict[tuple[int, ...], Record], grids: _Grids) -> Tensor:
     """One tensor; `grids` are the offsets and sizes of chunks, by shape, that were found to be good in others.
 
     With them are the different sizes, of which there is mostly one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -134,11 +135,9 @@ def _layout(checkpoint: Checkpoint) -> str:
 
 def _not_read(checkpoint: Checkpoint, left_out: Mapping[str, str]) -> list[dict[str, Any]]:
     """The items that are no part of the model: what they are, how many, and their bytes in the files."""
-    rows: dict[str, dict[str, Any]] = {}
+    sizes: defaultdict[str, list[int]] = defaultdict(list)
     for name, reason in left_out.items():
-        row = rows.setdefault(reason, {"what": reason, "items": 0, "bytes": 0})
-        row["items"] += 1
-        tensor = checkpoint.tensors.get(name)
-        records = [checkpoint.blobs[name]] if tensor is None else tensor.records
-        row["bytes"] += sum(record.length for record in records)
-    return list(rows.values())
+        blob = checkpoint.blobs.get(name)
+        size = blob.length if blob is not None else sum(record.length for record in checkpoint.tensors[name].records)
+        sizes[reason].append(size)
+    return [{"what": reason, "items": len(found), "bytes": sum(found)} for reason, found in sizes.items()]
