@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 
 Quantized = Sequence[tuple[Fp8Weight, WeightError | None]]
+"""Weights and their errors, which only the rank that quantized them knows."""
 
 
 def place(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
