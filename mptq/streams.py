@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -183,7 +184,8 @@ class Streams:
 
     def save(self, path: Path) -> None:
         """Write the rank's part of both streams to its place in a file, for a run that goes on from here."""
-        with path.open("r+b" if path.exists() else "wb", buffering=0) as file:
+        # Made by whichever rank comes first, and emptied by none: the others may have written.
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), "wb", buffering=0) as file:
             file.truncate(self.bytes)
             for place, states in self._bytes():
                 file.seek(place)

@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mptq import Options, make_plan, run
-from mptq.calibrate.data import DataOptions
+from mptq.calibrate.data import DataOptions, load_tokens
 from mptq.errors import MptqError, StoppedError
 from mptq.ranks import Ranks, is_first, shares, started
 from mptq.recipe import load_recipe
 from mptq.report import read
+from mptq.streams import StreamOptions, Streams
 from mptq.writers.journal import NAME as JOURNAL
 from mptq.writers.output import partial_of
 from tests.conftest import ROOT
@@ -194,6 +197,28 @@ def wait_for(journal, steps):
     while sum(len(file.read_text().splitlines()) - 1 for file in journal.parent.glob(f"{journal.name}*")) < steps:
         assert time.monotonic() < limit
         time.sleep(0.005)
+
+
+def test_ranks_keep_their_parts_of_one_file(crossing, tokens, tmp_path, monkeypatch):
+    """Also where each finds that there is none yet, and another makes it a moment later."""
+    plan = make_plan(crossing, "fp8")
+    data = load_tokens(DataOptions((str(tokens),), 11, 5, 32), None, plan.model.vocab_size, calibrate=True)
+    settings = StreamOptions(torch.device("cpu"), 2, 2**30, tmp_path)
+    ranks = [Streams(plan, data, replace(settings, ranks=Ranks(rank, 2))) for rank in range(2)]
+    for rank, streams in enumerate(ranks):
+        for states in (streams.reference.states, streams.quantized.states):
+            states.fill_(rank + 1)
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "exists", lambda _: False)
+            streams.save(tmp_path / "states")
+    whole = Streams(plan, data, settings)
+    whole.load(tmp_path / "states")
+    for kind in ("reference", "quantized"):
+        states = getattr(whole, kind).states
+        for rank, streams in enumerate(ranks):
+            mine = [batch for batch in [*streams.held_out, *streams.calibration] if batch.tokens.stop <= len(states)]
+            assert mine
+            assert all((states[batch.tokens] == rank + 1).all() for batch in mine)
 
 
 @pytest.mark.slow
