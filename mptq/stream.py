@@ -157,7 +157,8 @@ class LayerStream:
             specs = self.plan.copy_specs(form, copy, layer)
             if specs:
                 parts = copy.for_hf(tensor, output.first) if form == "hf" else tensor.split([spec.shape[0] for spec in specs])
-                output.tensors[form] |= {spec.name: part for spec, part in zip(specs, parts, strict=True)}
+                # Rows of padding alone are nothing to Hugging Face.
+                output.tensors[form] |= {spec.name: part for spec, part in zip(specs, parts, strict=True) if len(part)}
 
     def start(self) -> None:
         """Let both streams of activations through what stands before the layers."""

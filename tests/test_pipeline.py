@@ -395,15 +395,17 @@ def test_interrupt_leaves_no_output(aligned, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
 
 
-def test_large_tables_go_through_by_rows(aligned, tmp_path, monkeypatch):
+@pytest.mark.parametrize("piece", [40_000, 512], ids=["some rows", "one row, and rows of padding alone"])
+def test_large_tables_go_through_by_rows(aligned, tmp_path, monkeypatch, piece):
     """The same bytes, and never more than some rows of the vocabulary (whose padding is cut off) in memory."""
     plan = make_plan(aligned, "fp8-blockwise")
     options = Options(device="cpu", data=DataOptions(eval_size=0))
     run(plan, tmp_path / "whole", options)
     sizes, read_parts = [], Reader.read_parts
-    monkeypatch.setattr(mptq.stream, "PIECE_BYTES", 40_000)
+    monkeypatch.setattr(mptq.stream, "PIECE_BYTES", piece)
     monkeypatch.setattr(Reader, "read_parts", lambda *args: sizes.append(args[2].shape) or read_parts(*args))
     run(plan, tmp_path / "rows", options)
     assert not [shape for shape in sizes if shape[0] == plan.model.padded_vocab_size]
+    assert plan.model.vocab_size < plan.model.padded_vocab_size
     for file in sorted((tmp_path / "whole").glob("*.safetensors")):
         assert file.read_bytes() == (tmp_path / "rows" / file.name).read_bytes()
