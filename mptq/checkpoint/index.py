@@ -29,6 +29,7 @@ from mptq.types import TensorSpec
 
 __all__ = ["Checkpoint", "Chunk", "Record", "Tensor", "open_checkpoint", "read_blob"]
 _METADATA = 4 << 30  # bytes of the largest metadata file: a trillion parameters take 100 MB
+_PIECE = 1 << 24  # bytes that are hashed at once
 _DEPTH, _VALUES = 100, 1_000_000  # of the training arguments, which are about 800 in 4 levels
 
 
@@ -82,8 +83,12 @@ def open_checkpoint(path: Path, iteration: int | None = None) -> Checkpoint:
 
 
 def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    # In large pieces: after each one the thread waits until the parser lets it go on, and the parser for it.
+    digest, piece = hashlib.sha256(), bytearray(_PIECE)
+    with file.open("rb", buffering=0) as opened, memoryview(piece) as view:
+        while count := opened.readinto(view):
+            digest.update(view[:count])
+    return digest.hexdigest()
 
 
 def _check_records(directory: Path, records: Iterable[Record]) -> None:

@@ -7,8 +7,10 @@ of records become tuples as they are unpickled, and are checked by columns: a ch
 
 from __future__ import annotations
 
+import io
 import math
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, repeat
@@ -23,7 +25,7 @@ from mptq.errors import CheckpointError
 from mptq.types import DTYPE_BYTES, TensorSpec
 
 # megatron-core adds the plans of all ranks, the last and the larger half of the file, which mptq has no use for.
-_PLANS = b"\x8c\x0fall_local_plans"
+_PLANS = re.compile(rb"\x8c\x0fall_local_plans")
 _END = b"ub."  # the items are set, the object gets them as its state, and that is all
 _FRAME = 1 << 20  # bytes, more than a pickle's frame has
 _PIECE = 1 << 24  # bytes that are read at once
@@ -98,23 +100,24 @@ _KNOWN = {
 }
 
 
-def read(file: Path) -> bytearray:
+def read(file: Path) -> bytes:
     """The bytes of a metadata file without the plans, which are not even read. Memory: those, and 16 MB."""
     with file.open("rb", buffering=0) as opened:
-        raw, filled, place = bytearray(os.fstat(opened.fileno()).st_size), 0, -1
-        with memoryview(raw) as view:
+        whole = io.BytesIO(bytes(os.fstat(opened.fileno()).st_size))
+        filled, place = 0, -1
+        with whole.getbuffer() as view:
             while place < 0 or filled < place + _FRAME:
                 count = opened.readinto(view[filled : filled + _PIECE])
                 if not count:
                     break
-                if place < 0:
-                    place = raw.find(_PLANS, max(0, filled - len(_PLANS)), filled + count)
+                if place < 0 and (plans := _PLANS.search(view, max(0, filled - _FRAME), filled + count)):
+                    place = plans.start()
                 filled += count
-    # The frame that the end is in must be whole.
-    del raw[filled if place < 0 else place + _FRAME :]
-    if place >= 0:
-        raw[place : place + len(_END)] = _END
-    return raw
+            if place >= 0:
+                view[place : place + len(_END)] = _END
+    # The frame that the end is in must be whole. The buffer gives its bytes away: a bytearray would be copied to be unpickled.
+    whole.truncate(filled if place < 0 else place + _FRAME)
+    return whole.getvalue()
 
 
 def parse(raw: bytes | bytearray, where: str) -> tuple[dict[str, Tensor], dict[str, Record]]:
