@@ -21,7 +21,6 @@ import torch
 from modelopt.torch.quantization.qtensor import FP8QTensor
 
 from mptq.quantize import strips
-from mptq.quantize.fp8 import decode
 from mptq.recipe import Scheme
 
 ARGUMENTS: dict[str, dict[str, Any]] = {"block": {"block_sizes": {-1: 128, -2: 128}}, "row": {"axis": 0}, "tensor": {}}
@@ -61,12 +60,6 @@ def main() -> None:
         times = [[seconds(work) for work in contenders] for _ in range(options.runs)]
         one, other = (weight.nbytes / 1e9 / statistics.median(column) for column in zip(*times, strict=True))
         print(f"| {name} | {one:.2f} | {other:.2f} | {one / other:.1f} |", flush=True)
-    codes = torch.randn(128, 4096).to(torch.float8_e4m3fn)
-    out, bits = torch.empty(codes.shape), torch.empty(codes.shape, dtype=torch.int16)
-    cast = statistics.median(seconds(lambda: out.copy_(codes)) for _ in range(50))
-    ours_cast = statistics.median(seconds(lambda: decode(codes, out, bits)) for _ in range(50))
-    print("\n0.5 M elements from FP8 to float32:", end=" ")
-    print(f"torch's cast {cast * 1e3:.2f} ms, through float16's bits {ours_cast * 1e3:.2f} ms")
 
 
 if __name__ == "__main__":

@@ -46,16 +46,6 @@ def powers_of_two(scale: torch.Tensor) -> torch.Tensor:
     return torch.exp2(scale.float() - 127)
 
 
-def decode(data: torch.Tensor, out: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-    """The numbers in float8_e4m3fn `data`, none of them NaN, into the float32 `out`: on a CPU in a tenth of the time of a cast.
-
-    The seven bits of a magnitude are those of the float16 that is 2 ** -8 times as large (its exponent has a bias of 15, not
-    of 7), subnormal numbers among them. `bits` is int16 memory of the same shape.
-    """
-    bits.copy_(data.view(torch.int8)).bitwise_left_shift_(7).bitwise_and_(-0x4001)
-    return out.copy_(bits.view(torch.float16)).mul_(256)
-
-
 def dequantize(weight: Fp8Weight, scheme: Scheme, out: torch.Tensor | None = None) -> torch.Tensor:
     """`data * scale` [out, in], computed in float32, and rounded once to the dtype of `out` where one is given."""
     if out is None:

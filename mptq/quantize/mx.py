@@ -13,11 +13,15 @@ _BIAS = 127
 
 
 def scales(weight: torch.Tensor) -> torch.Tensor:
-    """E8M0 bytes uint8 [out, in / 32] of a float32 weight [out, in]: the smallest 2 ** (byte - 127) >= amax / 448.
+    """E8M0 bytes uint8 [out, in / 32] of the blocks of a float32 weight [out, in]."""
+    return scale(torch.linalg.vector_norm(weight.unflatten(1, (-1, BLOCK)), float("inf"), dim=2))
+
+
+def scale(amax: torch.Tensor) -> torch.Tensor:
+    """The E8M0 byte for each magnitude `amax`, float32: that of the smallest 2 ** (byte - 127) >= amax / 448.
 
     Exact: amax = m * 2 ** e with m in [0.5, 1), and 448 = 0.875 * 2 ** 9. A block of zeros has scale 1.
     """
-    amax = torch.linalg.vector_norm(weight.unflatten(1, (-1, BLOCK)), float("inf"), dim=2)
     mantissa, exponent = torch.frexp(amax)
     exponent = exponent - 9 + (mantissa > 0.875).int()
     exponent = torch.where(amax == 0, 0, exponent.clamp(-_BIAS, _BIAS))

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mptq.errors import CheckpointError
-from mptq.quantize import strips
-from mptq.quantize.fp8 import decode, dequantize
+from mptq.quantize import kernels, operators, strips
+from mptq.quantize.fp8 import dequantize
 from mptq.recipe import Scheme
 from tests import reference
 from tests.quantize.test_modelopt import weights
@@ -19,10 +19,13 @@ REFERENCES = {"block": reference.block, "row": reference.row, "tensor": referenc
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
 
-@pytest.fixture(autouse=True, params=[1 << 20, 1 << 14], ids=["", "small strips"])
+@pytest.fixture(autouse=True, params=["compiled", "compiled, small strips", "operators"])
 def _strips(request, monkeypatch):
-    """Strips of the real size, and so small that every matrix has several."""
-    monkeypatch.setitem(strips._STRIP, "cpu", request.param)
+    """What runs on a CPU, with strips of the real size and so small that every matrix has several, and what runs on a GPU."""
+    if "small" in request.param:
+        monkeypatch.setitem(strips._STRIP, "cpu", 1 << 14)
+    if request.param == "operators":
+        monkeypatch.setattr(strips, "_arithmetic", lambda _device: operators)
 
 
 def same(found, data, scale):
@@ -100,7 +103,44 @@ def test_all_zero_weight_has_scale_one(kind):
     assert (error.relative, error.sqnr_db, error.norm, error.zeros) == (0.0, None, 0.0, 1.0)
 
 
-def test_every_code_is_decoded():
-    codes = torch.arange(256, dtype=torch.uint8)
-    codes = codes[(codes & 0x7F) != 0x7F].view(torch.float8_e4m3fn)
-    assert torch.equal(decode(codes, torch.empty(254), torch.empty(254, dtype=torch.int16)), codes.float())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_number_is_rounded_as_torch_does(dtype):
+    """All 65,536 of bfloat16, and as float32 what lies around all that is halfway between two of E4M3."""
+    numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    if dtype is torch.float32:
+        bits = torch.arange(0x3A000000, 0x43E80001, 0x80000, dtype=torch.int32)  # half a unit of E4M3 after the other
+        numbers = torch.cat([bits - 1, bits, bits + 1]).view(torch.float32)
+        numbers = torch.cat([numbers, -numbers])
+    numbers = numbers[numbers.abs() <= 464].reshape(1, -1)
+    found = torch.empty(numbers.shape, dtype=torch.float8_e4m3fn)
+    kernels.cast(numbers, torch.ones(1, 1), (1, numbers.numel()), found)
+    assert torch.equal(found.view(torch.uint8), numbers.float().to(torch.float8_e4m3fn).view(torch.uint8))
+
+
+@settings(max_examples=60, deadline=None)
+@given(weights(), st.integers(1, 200), st.integers(1, 700), DTYPES)
+def test_compiled_equals_operators_for_any_cells(weight, height, width, dtype):
+    weight = weight.clamp(-60000, 60000).to(dtype)
+    amax = operators.magnitudes(weight, height, width)
+    assert torch.equal(kernels.magnitudes(weight, height, width), amax)
+    made = [torch.empty(weight.shape, dtype=torch.float8_e4m3fn) for _ in range(2)]
+    scale = torch.where(amax == 0, 1.0, amax / 448).clamp_min(2**-126)
+    one, other = (
+        module.cast(weight, scale, (height, width), out) for module, out in zip((kernels, operators), made, strict=True)
+    )
+    assert torch.equal(made[0].view(torch.uint8), made[1].view(torch.uint8))
+    assert (one.worst, one.zeros, one.saturated) == (other.worst, other.zeros, other.saturated)
+    assert math.isclose(one.noise, other.noise, rel_tol=1e-12)
+    assert math.isclose(one.signal, other.signal, rel_tol=1e-12)
+
+
+def test_a_package_that_cannot_keep_compiled_code_compiles_anew(monkeypatch):
+    import numba
+
+    def nowhere(*_args, cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return numba.njit(**options)
+
+    monkeypatch.setattr(kernels, "njit", nowhere)
+    assert kernels._compiled()(lambda number: number + 1)(1) == 2
