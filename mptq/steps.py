@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mptq.errors import OutputError, StoppedError
 from mptq.ranks import Ranks
 from mptq.writers.behind import Behind
+from mptq.writers.disk import sync
 from mptq.writers.journal import Journal, check, committed
 from mptq.writers.manifest import FileHashes
-from mptq.writers.output import sync
 
 if TYPE_CHECKING:
     from mptq.plan import Plan

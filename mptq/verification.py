@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mptq.arch.places import MTP
 from mptq.checkpoint.index import open_checkpoint
+from mptq.hashing import sha256
 from mptq.inspection import read_headers
 from mptq.recipe import Scheme, scheme_named
 from mptq.types import TensorSpec
@@ -95,7 +96,7 @@ def check_files(path: Path, made: dict[str, Any], found: Verification) -> Iterat
             yield f"{name} is missing"
         elif file.stat().st_size != entry["bytes"]:
             yield f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}"
-        elif manifest.sha256(file) != entry["sha256"]:
+        elif sha256(file) != entry["sha256"]:
             yield f"{name} has changed: its SHA-256 is not the manifest's"
 
 

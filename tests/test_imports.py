@@ -15,9 +15,10 @@ ALLOWED = {
     "errors": set(),
     "types": set(),
     "units": set(),
+    "hashing": set(),
     "recipe": {"errors", "quantize"},  # of quantize: ModelOpt's recipes, where one is named
     "arch": {"errors", "types"},
-    **dict.fromkeys(STAGES, SHARED),
+    **dict.fromkeys(STAGES, SHARED | {"hashing"}),
     "schemes": SHARED,
     "plan": SHARED | {"checkpoint", "schemes", "writers"},
     "forecast": SHARED | {"plan"},
@@ -31,7 +32,7 @@ ALLOWED = {
     "steps": {"errors", "plan", "ranks", "record", "streams", "types", "writers"},
     "pipeline": {"errors", "forecast", "plan", "ranks", "types", "record", "report", "steps", "stream", "streams"} | STAGES,
     "inspection": SHARED | {"checkpoint", "forecast", "plan", "report", "writers"},
-    "verification": SHARED | {"checkpoint", "writers", "inspection", "comparison", "plan"},
+    "verification": SHARED | {"checkpoint", "writers", "inspection", "comparison", "hashing", "plan"},
     "comparison": SHARED | STAGES | {"plan", "report", "verification"},  # of verification: a type
     "cli": {
         "calibrate",

@@ -6,7 +6,6 @@ Format: `.metadata` says what there is (metadata.py); shards are `*.distcp` file
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from array import array
@@ -25,11 +24,11 @@ from mptq.checkpoint.pickles import Inert, gc_paused
 from mptq.checkpoint.records import Record, load_torch_file, open_record
 from mptq.checkpoint.sources import run_config
 from mptq.errors import CheckpointError
+from mptq.hashing import sha256
 from mptq.types import TensorSpec
 
 __all__ = ["Checkpoint", "Chunk", "Record", "Tensor", "open_checkpoint", "read_blob"]
 _METADATA = 4 << 30  # bytes of the largest metadata file: a trillion parameters take 100 MB
-_PIECE = 1 << 24  # bytes that are hashed at once
 _DEPTH, _VALUES = 100, 1_000_000  # of the training arguments, which are about 800 in 4 levels
 
 
@@ -73,22 +72,13 @@ def open_checkpoint(path: Path, iteration: int | None = None) -> Checkpoint:
     if metadata_file.stat().st_size > _METADATA:
         raise CheckpointError(f"{metadata_file} has {metadata_file.stat().st_size} bytes: that is not a checkpoint's metadata")
     with gc_paused(), ThreadPoolExecutor(1) as beside:
-        digest = beside.submit(_sha256, metadata_file)
+        digest = beside.submit(sha256, metadata_file)
         tensors, blobs = parse(read(metadata_file), str(metadata_file))
         records = chain.from_iterable(tensor.records for tensor in tensors.values())
         _check_records(location.directory, chain(records, blobs.values()))
     args, args_source = _args(location.directory, blobs)
     config, config_source = run_config(location)
     return Checkpoint(location, tensors, blobs, args, args_source, digest.result(), config, config_source)
-
-
-def _sha256(file: Path) -> str:
-    # In large pieces: after each one the thread waits until the parser lets it go on, and the parser for it.
-    digest, piece = hashlib.sha256(), bytearray(_PIECE)
-    with file.open("rb", buffering=0) as opened, memoryview(piece) as view:
-        while count := opened.readinto(view):
-            digest.update(view[:count])
-    return digest.hexdigest()
 
 
 def _check_records(directory: Path, records: Iterable[Record]) -> None:

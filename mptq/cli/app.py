@@ -56,6 +56,7 @@ for command in (quantize, inspect, verify, recipes, report):
 
 def main() -> None:
     """Run the command line; every MptqError is one line on stderr and its exit code."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch, once imported, has large tensors in huge pages (docs/log.md)
     try:
         app(standalone_mode=True)
     except MptqError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mptq.errors import OutputError
+from mptq.hashing import sha256
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -44,12 +44,6 @@ class FileHashes:
     def close(self) -> None:
         """Stop the thread; what is not hashed yet is dropped."""
         self._pool.shutdown(cancel_futures=True)
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal; reads it in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_manifest(root: Path, content: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from mptq.types import LayerOutput
+from mptq.writers.disk import begin_sync
 
 
 class _MetadataPickler(pickle.Pickler):
@@ -80,6 +81,7 @@ class MegatronWriter:
             torch.save(_alone(tensor), self._open)
             about = [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
             self._account[name] = [start, self._open.tell() - start, *about]
+            begin_sync(self._open.fileno(), start, self._open.tell() - start)
         if not output.last:
             return []
         self._accounts[output.index] = self._account

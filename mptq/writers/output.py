@@ -11,6 +11,7 @@ from typing import IO, Self
 
 from mptq.errors import OutputError
 from mptq.writers import journal, manifest
+from mptq.writers.disk import sync
 
 _LOCK = ".lock"
 
@@ -128,12 +129,3 @@ def clear(out: Path) -> None:
     for file in (*out.glob(f"{journal.NAME}*"), out / _LOCK):
         file.unlink(missing_ok=True)
     shutil.rmtree(out.parent / f".{out.name}.old", ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or what a directory lists, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

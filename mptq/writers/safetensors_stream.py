@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mptq.types import TensorSpec
+from mptq.writers.disk import begin_sync
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +75,7 @@ class ShardFile:
     def _write(self, view: memoryview, position: int) -> None:
         while view:
             count = os.pwrite(self._descriptor, view, position)
+            begin_sync(self._descriptor, position, count)
             view, position = view[count:], position + count
 
     def sync(self) -> None:
