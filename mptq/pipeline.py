@@ -16,6 +16,7 @@ import psutil
 
 from mptq import forecast, report
 from mptq.calibrate.data import DataOptions, check_datasets, load_tokens, needs_tokenizer
+from mptq.checkpoint.index import ends_of_shards
 from mptq.errors import DataError, MptqError, OutputError
 from mptq.plan import Plan
 from mptq.ranks import Ranks, shares, started
@@ -106,7 +107,8 @@ def _run(plan: Plan, place: Place, checked: Checked, options: Options, progress:
         activations, calibration = _activations(plan, checked, options, (device, place), record)
         steps = Steps(plan, place.partial, record, place.ranks)
         stack.callback(steps.close)
-        done = steps.begin(_header(plan, options, device, activations), partial(_writers, plan, place.partial, options))
+        header = place.ranks.agree(lambda: _header(plan, options, device, activations))
+        done = steps.begin(header, partial(_writers, plan, place.partial, options))
         if activations is not None:
             stack.callback(activations.close)
             steps.follow(activations, done)
@@ -153,6 +155,9 @@ def _header(plan: Plan, options: Options, device: torch.device, activations: Str
     model = json.dumps([made["model"], made["tensors"], made["dialect"]], sort_keys=True)
     return {
         "checkpoint": plan.source.checkpoint.fingerprint,
+        "state of the shards": ends_of_shards(
+            plan.source.checkpoint, {part.key for parts in plan.source.places.values() for part in parts}
+        ),
         "recipe": plan.recipe.fingerprint,
         "format": list(plan.formats),
         "model": hashlib.sha256(model.encode()).hexdigest(),

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,6 +111,21 @@ def test_other_data_is_named(aligned, options, tmp_path):
     other = replace(options, data=replace(options.data, seed=1), resume=True)
     with pytest.raises(OutputError, match="was begun with another data: "):
         run(plan, tmp_path / "out", other)
+
+
+def test_other_weights_of_the_same_layout_are_named(aligned, tmp_path):
+    """Another iteration's shards have the sizes of these, and the same metadata; a copy of these goes on."""
+    copied = shutil.copytree(aligned, tmp_path / "copied")
+    stopped(make_plan(aligned, "fp8-blockwise"), tmp_path / "one", 2)
+    run(make_plan(copied, "fp8-blockwise"), tmp_path / "one", replace(PLAIN, resume=True))
+    stopped(make_plan(copied, "fp8-blockwise"), tmp_path / "two", 2)
+    for shard in copied.rglob("*.distcp"):
+        content = bytearray(shard.read_bytes())
+        place = content.rfind(b"PK\x01\x02")  # the last entry of the last list: 16 bytes on is the CRC-32
+        content[place + 16] ^= 1
+        shard.write_bytes(content)
+    with pytest.raises(OutputError, match="was begun with another state of the shards: "):
+        run(make_plan(copied, "fp8-blockwise"), tmp_path / "two", replace(PLAIN, resume=True))
 
 
 def test_a_line_that_was_cut_short_does_not_count(aligned, tmp_path, tmp_path_factory):

@@ -6,6 +6,7 @@ Format: `.metadata` says what there is (metadata.py); shards are `*.distcp` file
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from array import array
@@ -29,6 +30,7 @@ from mptq.types import TensorSpec
 
 __all__ = ["Checkpoint", "Chunk", "Record", "Tensor", "open_checkpoint", "read_blob"]
 _METADATA = 4 << 30  # bytes of the largest metadata file: a trillion parameters take 100 MB
+_END = 4096  # bytes, more than the list of a zip that torch writes of a tensor
 _DEPTH, _VALUES = 100, 1_000_000  # of the training arguments, which are about 800 in 4 levels
 
 
@@ -126,6 +128,21 @@ def read_blob(directory: Path, record: Record) -> bytes:
         for name, member in archive.members.items():
             archive.read(name, member.size)
         return os.pread(archive.descriptor, record.length, record.offset)
+
+
+def ends_of_shards(checkpoint: Checkpoint, names: Iterable[str]) -> str:
+    """SHA-256 of the sizes and the last bytes of the shards that hold the tensors `names`.
+
+    `.metadata` is the same for other weights of the same model saved in the same layout. A shard ends with the list of the
+    zip that was written last, which has the CRC-32 of its tensor.
+    """
+    digest = hashlib.sha256()
+    for name in sorted({record.file for tensor in names for record in checkpoint.tensors[tensor].records}):
+        with (checkpoint.directory / name).open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _END))
+            digest.update(f"{name} {size} ".encode() + file.read())
+    return digest.hexdigest()
 
 
 def _args(directory: Path, blobs: Mapping[str, Record]) -> tuple[dict[str, Any], str]:
