@@ -22,8 +22,8 @@ from mptq.quantize.sums import Sums
 from mptq.recipe import Scheme
 from mptq.types import Fp8Weight, WeightError
 
-_STRIP = {"cpu": 1 << 20, "cuda": 1 << 26}
-"""Elements of a strip: enough to make up for the start of an operator, few enough for a CPU's cache."""
+_STRIP = {"cpu": 1 << 20, "cuda": 1 << 24}
+"""Elements of a strip: enough to make up for its start, few enough for a CPU's cache, and for temporaries on a GPU."""
 _ALL = 0
 _CELLS = {"block": (128, 128), "row": (1, _ALL), "tensor": (_ALL, _ALL), "mx": (1, mx.BLOCK)}
 """Kind of scale -> the rows and columns of a strip that have one."""
@@ -56,7 +56,7 @@ def quantize(
     """`weight` [out, in], of any float dtype, in FP8, and how far that is from it.
 
     `amax` is the magnitude that one scale a tensor is for, of all members of a fused group; its own where it is None.
-    Raises CheckpointError naming `name` for a weight that is not finite. Peak memory: the result.
+    Raises CheckpointError naming `name` for a weight that is not finite. Peak memory: the result; of a float16 weight 4 MB a thread; on a GPU 0.4 GB.
     """
     made = unfilled(weight, scheme)
     if scheme.scale == "tensor":
