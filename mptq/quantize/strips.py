@@ -56,7 +56,8 @@ def quantize(
     """`weight` [out, in], of any float dtype, in FP8, and how far that is from it.
 
     `amax` is the magnitude that one scale a tensor is for, of all members of a fused group; its own where it is None.
-    Raises CheckpointError naming `name` for a weight that is not finite. Peak memory: the result; of a float16 weight 4 MB a thread; on a GPU 0.4 GB.
+    Raises CheckpointError naming `name` for a weight that is not finite. Peak memory: the result, 4 MB a thread for float16,
+    and 0.4 GB on a GPU.
     """
     made = unfilled(weight, scheme)
     if scheme.scale == "tensor":
