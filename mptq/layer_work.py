@@ -13,8 +13,9 @@ import torch
 from mptq import report
 from mptq.arch import naming
 from mptq.quantize import strips
-from mptq.quantize.fp8 import E4M3_MAX, dequantize, require_finite
+from mptq.quantize.fp8 import E4M3_MAX, dequantize
 from mptq.quantize.logical import quantized_members
+from mptq.quantize.strips import require_finite
 from mptq.ranks import shares
 from mptq.types import Fp8Weight, LayerOutput, TensorSpec, WeightError
 

@@ -16,7 +16,7 @@ from mptq.checkpoint.ahead import Item, ReadAhead
 from mptq.checkpoint.index import read_blob
 from mptq.checkpoint.reader import Reader
 from mptq.layer_work import LayerWork
-from mptq.quantize.fp8 import require_finite
+from mptq.quantize.strips import require_finite
 from mptq.ranks import Ranks
 from mptq.types import DTYPE_BYTES, LayerOutput
 

@@ -4,7 +4,7 @@
 
 Each checkpoint is written layer by layer (78 layers are 16 billion parameters, 32 GB), after a look at the room on the disk,
 and removed after its run. The layers are that of one that megatron-core wrote, rolled by their numbers. With `--experts`, one
-more of two layers, each with so many experts of a sixteenth of the MLP. Without activations, `fp8-blockwise --format hf`.
+more of two layers, each with so many experts of 512 hidden units. Without activations, `fp8-blockwise --format hf`.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from mptq.writers.megatron import MegatronWriter
 LAYERS = "decoder.layers."
 IMPORTS = "import mptq.pipeline, mptq.stream, mptq.writers.hf, safetensors, transformers; transformers.LlamaConfig()"
 """What a run without activations imports."""
-NARROW = 16
-"""How much wider the MLP is than an expert."""
+EXPERT = 512
+"""Width of an expert's hidden state: whole blocks of 128, as those of models for FP8 are."""
 
 
 class Source:
@@ -77,7 +77,7 @@ def _experts(kind: str, weight: torch.Tensor, experts: int) -> Iterator[tuple[st
     """The weights of experts, each some of the rows (or columns) of an MLP's."""
     for expert in range(experts):
         rolled = weight.roll(expert, 1 if kind.endswith("fc1.weight") else 0)
-        part = rolled[: len(rolled) // NARROW] if kind.endswith("fc1.weight") else rolled[:, : rolled.shape[1] // NARROW]
+        part = rolled[: 2 * EXPERT] if kind.endswith("fc1.weight") else rolled[:, :EXPERT]
         yield f"mlp.experts.experts.{expert}.{kind.removeprefix('mlp.')}", part.contiguous()
 
 
@@ -103,7 +103,7 @@ def make(origin: Path, path: Path, layers: int, experts: int) -> int:
     args = common[0]["args"]
     args.num_layers = args.encoder_num_layers = layers
     if experts:
-        args.num_experts, args.moe_ffn_hidden_size = experts, args.ffn_hidden_size // NARROW
+        args.num_experts, args.moe_ffn_hidden_size = experts, EXPERT
     blob = io.BytesIO()
     torch.save(common, blob)
     writer = MegatronWriter(path, 100)

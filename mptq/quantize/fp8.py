@@ -11,7 +11,6 @@ from collections.abc import Iterator
 
 import torch
 
-from mptq.errors import CheckpointError
 from mptq.quantize import mx
 from mptq.recipe import Scheme
 from mptq.types import Fp8Weight
@@ -53,16 +52,6 @@ def dequantize(weight: Fp8Weight, scheme: Scheme, out: torch.Tensor | None = Non
     for rows, values, _ in strips(weight, scheme):
         out[rows] = values
     return out
-
-
-def require_finite(weight: torch.Tensor, name: str) -> None:
-    """Raise CheckpointError naming `name` and the first place when `weight` holds NaN or infinity. No temporaries."""
-    low, high = torch.aminmax(weight)
-    if not (torch.isfinite(low) and torch.isfinite(high)):
-        bad = torch.nonzero(~torch.isfinite(weight))
-        raise CheckpointError(
-            f"{name} {list(weight.shape)} has {len(bad)} values that are NaN or infinite, the first at {bad[0].tolist()}"
-        )
 
 
 def reference_scale(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:

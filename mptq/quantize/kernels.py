@@ -1,6 +1,6 @@
 """Loops over the elements of a strip on a CPU, compiled: its largest magnitudes, and its FP8 bytes with their error.
 
-Torch's operators go through memory a dozen times for the same: they take six times as long. The arithmetic is that of IEEE
+Torch's operators go through memory a dozen times for the same, and take three times as long. The arithmetic is that of IEEE
 float32, nothing is reordered or fused but the sums, in float64; tests/quantize/test_strips.py has it bit for bit.
 
 A strip is an array of the bits of bfloat16 (int16) or float32 (int32), a cell of it `height` rows and `width` columns (those at

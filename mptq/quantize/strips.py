@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from mptq.errors import CheckpointError
 from mptq.quantize import mx
-from mptq.quantize.fp8 import E4M3_MAX, STRIP_ROWS, powers_of_two, require_finite
+from mptq.quantize.fp8 import E4M3_MAX, STRIP_ROWS, powers_of_two
 from mptq.quantize.sums import Sums
 from mptq.recipe import Scheme
 from mptq.types import Fp8Weight, WeightError
@@ -40,14 +41,23 @@ def _arithmetic(device: torch.device) -> ModuleType:
     return operators
 
 
-def amax_of(weight: torch.Tensor, name: str) -> torch.Tensor:
-    """Largest magnitude of `weight` [out, in], float32 []; raises CheckpointError naming `name` where one is not finite."""
-    magnitudes = _arithmetic(weight.device).magnitudes
-    found = _each_strip(weight, lambda _rows, strip: magnitudes(strip, *strip.shape))
-    amax = torch.stack(list(found)).amax()
+def amax_of(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """Largest magnitude of `tensor` [any], float32 []; raises CheckpointError naming `name` and what is not finite."""
+    if not tensor.numel():
+        return torch.zeros((), device=tensor.device)
+    magnitudes, matrix = _arithmetic(tensor.device).magnitudes, tensor.reshape(len(tensor) if tensor.dim() > 1 else 1, -1)
+    amax = torch.stack(list(_each_strip(matrix, lambda _rows, strip: magnitudes(strip, *strip.shape)))).amax()
     if not torch.isfinite(amax):
-        require_finite(weight, name)
+        bad = torch.nonzero(~torch.isfinite(tensor))
+        raise CheckpointError(
+            f"{name} {list(tensor.shape)} has {len(bad)} values that are NaN or infinite, the first at {bad[0].tolist()}"
+        )
     return amax
+
+
+def require_finite(tensor: torch.Tensor, name: str) -> None:
+    """Raise CheckpointError naming `name` and the first place when `tensor` [any] holds NaN or infinity."""
+    amax_of(tensor, name)
 
 
 def quantize(

@@ -1,6 +1,7 @@
 """The pass that stands in for ModelOpt's: the same bits as ModelOpt's and the reference's, and its own error, measured."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -92,6 +93,20 @@ def test_values_that_are_not_finite_stop_the_run_by_name(kind, dtype, value):
     weight[150, 7] = value
     with pytest.raises(CheckpointError, match=r"decoder\.x \[200, 160\] has 1 values .* first at \[150, 7\]"):
         strips.quantize(weight, SCHEMES[kind], "decoder.x")
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (5, 0), (300, 70), (3, 4, 5)])
+def test_what_is_not_finite_is_found_in_any_shape(shape):
+    tensor = torch.randn(shape)
+    assert strips.amax_of(tensor, "w") == (tensor.abs().max() if tensor.numel() else 0)
+    strips.require_finite(tensor, "w")
+    if tensor.numel():
+        tensor.view(-1)[-1] = math.nan
+        last = [size - 1 for size in shape]
+        with pytest.raises(
+            CheckpointError, match=re.escape(f"w {list(shape)} has 1 values that are NaN or infinite, the first at {last}")
+        ):
+            strips.require_finite(tensor, "w")
 
 
 @pytest.mark.parametrize("kind", REFERENCES)
