@@ -146,6 +146,8 @@ def _pool() -> ThreadPoolExecutor:
 
     The processes that torchrun starts on a machine share its cores.
     """
+    # Setting the number in one thread sets it for all that torch has not asked yet: this one keeps what it has.
+    torch.get_num_threads()
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return ThreadPoolExecutor(max(1, min(8, cores)), "strips", initializer=lambda: torch.set_num_threads(1))
 

@@ -1,0 +1,20 @@
+"""The threads of strips, each of which computes alone."""
+
+import subprocess
+import sys
+
+import pytest
+
+STRIPS = "from mptq.quantize import strips; strips.require_finite(torch.ones(3000, 3000), 'w')"
+
+
+def threads_after(work):
+    """The threads that torch uses in the first thread of a process that has done `work`."""
+    program = f"import torch; {work}; print(torch.get_num_threads())"
+    return int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.parametrize("work", [STRIPS, f"torch.ones(3000, 3000).sum(); {STRIPS}"], ids=["at first", "later"])
+def test_who_asks_keeps_the_threads_of_torch(work):
+    """Forward passes come after the first strips: torch gives the threads that it has not seen the number that was set last."""
+    assert threads_after(work) == threads_after("pass")
