@@ -14,7 +14,7 @@ from mptq import report
 from mptq.arch import naming
 from mptq.quantize import strips
 from mptq.quantize.fp8 import E4M3_MAX, dequantize
-from mptq.quantize.logical import quantized_members
+from mptq.quantize.logical import member_pieces, quantized_members
 from mptq.quantize.strips import require_finite
 from mptq.ranks import shares
 from mptq.types import Fp8Weight, LayerOutput, TensorSpec, WeightError
@@ -144,7 +144,7 @@ class LayerWork:
             require_finite(source, inner)
             weight, blob = source.to(getattr(torch, self.plan.source.dtype(inner))), kept_state()
         else:
-            ((fused, error),) = self._shared(scheme, [source], lambda: [strips.quantize(source, scheme, inner)])
+            ((fused, error),) = self._shared(scheme, [[source]], lambda: [strips.quantize(source, scheme, inner)])
             input_amax = self._input_amax(linear) if scheme.static else None
             tensors, blob = linear_state(scheme, fused, getattr(torch, self.plan.model.dtype), input_amax)
             weight = fused.data
@@ -164,8 +164,8 @@ class LayerWork:
                 stored[spec.name] = part.to(getattr(torch, spec.dtype)).cpu()
             self._show(linear, lambda out: out.copy_(source))
             return
-        parts, inner = linear.fusion.split(source), self._inner(linear)
-        members = self._shared(scheme, parts, lambda: quantized_members(source, parts, linear, scheme, inner))
+        pieces, inner = member_pieces(source, linear, scheme), self._inner(linear)
+        members = self._shared(scheme, pieces, lambda: quantized_members(source, pieces, linear, scheme, inner))
         for member, error in members:
             weight, scale = next(specs), next(specs)
             stored[weight.name] = member.data.cpu()
@@ -178,7 +178,9 @@ class LayerWork:
         found = [member for member, _ in members]
         self._show(linear, lambda out: out.copy_(linear.fusion.merge([dequantize(member, scheme) for member in found])))
 
-    def _shared(self, scheme: Scheme, sources: Sequence[torch.Tensor], quantize: Callable[[], Quantized]) -> Quantized:
+    def _shared(
+        self, scheme: Scheme, sources: Sequence[Sequence[torch.Tensor]], quantize: Callable[[], Quantized]
+    ) -> Quantized:
         """What `quantize` makes of `sources` on the rank that has this linear, on every rank; errors on that one alone."""
         owner = self.owners[self.place]
         with self.record.timed("quantize"):

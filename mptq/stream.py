@@ -77,6 +77,7 @@ class LayerStream:
         units = range(self.plan.outputs) if units is None else units
         self.ahead = ReadAhead(self._read, (item for unit in units for item in self._items(unit)))
         try:
+            gc.freeze()
             for number, unit in enumerate(units):
                 for output in self.unit(unit):
                     if self._is_mine(unit):

@@ -42,6 +42,11 @@ class Fusion:
         assert self.aligned(block)
         return Fusion(self.repeat, tuple(-(-width // block) for width in self.widths))
 
+    def runs(self, fused: torch.Tensor) -> list[list[torch.Tensor]]:
+        """The rows of each member where they are in `fused`: views, which one above the other are the member."""
+        rows = fused.split(self.widths * self.repeat)
+        return [list(rows[member :: len(self.widths)]) for member in range(len(self.widths))]
+
     def split(self, fused: torch.Tensor) -> list[torch.Tensor]:
         """The members of `fused` [sum of rows, ...], each [its rows, ...], contiguous."""
         if self.plain:

@@ -1,13 +1,18 @@
-"""Reading ahead: while one tensor is worked on, a thread reads the next."""
+"""Reading ahead: while one tensor is worked on, a thread reads those that come next."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import torch
+
+
+_AHEAD = 2
 
 
 class Item(NamedTuple):
@@ -19,23 +24,27 @@ class Item(NamedTuple):
 
 
 class ReadAhead:
-    """Tensors in an order that is known before. Memory: the one that was taken last, and the next."""
+    """Tensors in an order that is known before. Memory: the one that was taken last, and the next two.
+
+    Two, because they are of unequal size: with one, who takes a small tensor waits for the large one after it.
+    """
 
     def __init__(self, read: Callable[[Item], torch.Tensor], items: Iterable[Item]) -> None:
         self._read = read
         self._items: Iterator[Item] = iter(items)
         self._pool = ThreadPoolExecutor(1, "read")
-        self._next: tuple[Item, Future[torch.Tensor]] | None = None
-        self._begin()
+        self._next: deque[tuple[Item, Future[torch.Tensor]]] = deque()
+        for _ in range(_AHEAD):
+            self._begin()
 
     def _begin(self) -> None:
-        item = next(self._items, None)
-        self._next = None if item is None else (item, self._pool.submit(self._read, item))
+        for item in islice(self._items, 1):
+            self._next.append((item, self._pool.submit(self._read, item)))
 
     def take(self, item: Item) -> torch.Tensor:
         """The next tensor, which must be this one; what went wrong in reading it is raised here."""
-        assert self._next is not None, f"{item} is read after the last"
-        following, reading = self._next
+        assert self._next, f"{item} is read after the last"
+        following, reading = self._next.popleft()
         assert following == item, f"{item} is read where {following} comes next"
         tensor = reading.result()
         self._begin()

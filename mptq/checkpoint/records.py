@@ -10,12 +10,13 @@ import io
 import os
 import struct
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from isal import isal_zlib
 
 from mptq.checkpoint.pickles import load_pickle
 from mptq.errors import CheckpointError
@@ -90,7 +91,7 @@ class Archive:
         if member.size > most:
             raise CheckpointError(f"{self.where}: {name} of {member.size} bytes is too large: the checkpoint is damaged")
         data = os.pread(self.descriptor, member.size, member.offset)
-        require_crc(zlib.crc32(data), member, f"{self.where}: {name}")
+        require_crc(isal_zlib.crc32(data), member, f"{self.where}: {name}")
         return data
 
 

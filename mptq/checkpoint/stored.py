@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import os
-import zlib
 from dataclasses import dataclass
 from typing import Any
+
+from isal import isal_zlib
 
 from mptq.checkpoint.pickles import Inert, load_pickle
 from mptq.checkpoint.records import Archive, Member, require_crc
@@ -117,7 +118,7 @@ class Stream:
             piece = target[first : first + _PIECE]
             self._read_piece(piece)
             if self._check:
-                self._crc = zlib.crc32(piece, self._crc)
+                self._crc = isal_zlib.crc32(piece, self._crc)
 
     def _read_piece(self, piece: memoryview) -> None:
         while piece:

@@ -21,6 +21,9 @@ EPILOG = (
     "Exit codes: 0 done, 1 failed, 2 usage, 3 a check was not met, 75 stopped by SIGTERM (--resume goes on), 130 interrupted."
 )
 
+_GARBAGE = 50_000
+"""Objects that are made before some are looked through: imports make a million of them, to stay (docs/log.md)."""
+
 app = typer.Typer(
     name="mptq",
     no_args_is_help=True,
@@ -56,6 +59,7 @@ for command in (quantize, inspect, verify, recipes, report):
 
 def main() -> None:
     """Run the command line; every MptqError is one line on stderr and its exit code."""
+    gc.set_threshold(_GARBAGE)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch, once imported, has large tensors in huge pages (docs/log.md)
     try:
         app(standalone_mode=True)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
+from itertools import accumulate
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from mptq.arch.fusion import Fusion
 from mptq.errors import CheckpointError
 from mptq.quantize import mx
 from mptq.quantize.fp8 import E4M3_MAX, STRIP_ROWS, powers_of_two
@@ -46,7 +48,7 @@ def amax_of(tensor: torch.Tensor, name: str) -> torch.Tensor:
     if not tensor.numel():
         return torch.zeros((), device=tensor.device)
     magnitudes, matrix = _arithmetic(tensor.device).magnitudes, tensor.reshape(len(tensor) if tensor.dim() > 1 else 1, -1)
-    amax = torch.stack(list(_each_strip(matrix, lambda _rows, strip: magnitudes(strip, *strip.shape)))).amax()
+    amax = torch.stack(list(_each_strip([matrix], lambda _rows, strip: magnitudes(strip, *strip.shape)))).amax()
     if not torch.isfinite(amax):
         bad = torch.nonzero(~torch.isfinite(tensor))
         raise CheckpointError(
@@ -61,30 +63,33 @@ def require_finite(tensor: torch.Tensor, name: str) -> None:
 
 
 def quantize(
-    weight: torch.Tensor, scheme: Scheme, name: str, amax: torch.Tensor | None = None
+    weight: torch.Tensor | Sequence[torch.Tensor], scheme: Scheme, name: str, amax: torch.Tensor | None = None
 ) -> tuple[Fp8Weight, WeightError]:
     """`weight` [out, in], of any float dtype, in FP8, and how far that is from it.
 
+    It may come in pieces, one above the other, of whole cells but for the last: rows of a larger matrix, not copied.
     `amax` is the magnitude that one scale a tensor is for, of all members of a fused group; its own where it is None.
     Raises CheckpointError naming `name` for a weight that is not finite. Peak memory: the result, 4 MB a thread for float16,
     and 0.4 GB on a GPU.
     """
-    made = unfilled(weight, scheme)
+    pieces = [weight] if isinstance(weight, torch.Tensor) else weight
+    made = unfilled(pieces, scheme)
     if scheme.scale == "tensor":
-        _store(amax_of(weight, name) if amax is None else amax, made, ...)
+        _store(torch.stack([amax_of(piece, name) for piece in pieces]).amax() if amax is None else amax, made, ...)
     sums, largest = Sums(), 0.0
-    for more, magnitude in _each_strip(weight, partial(_strip, made, scheme)):
+    for more, magnitude in _each_strip(pieces, partial(_strip, made, scheme)):
         sums.add(more)
         largest = max(largest, magnitude)
     if not math.isfinite(sums.signal):
-        require_finite(weight, name)
+        require_finite(torch.cat(list(pieces)), name)
     return made, _error(made, scheme, sums, largest)
 
 
-def unfilled(weight: torch.Tensor, scheme: Scheme) -> Fp8Weight:
-    """The memory of what `weight` becomes."""
-    grid, device = scheme.grid(*weight.shape), weight.device
-    data = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=device)
+def unfilled(pieces: Sequence[torch.Tensor], scheme: Scheme) -> Fp8Weight:
+    """The memory of what a weight in `pieces` becomes."""
+    shape, device = (sum(len(piece) for piece in pieces), pieces[0].shape[1]), pieces[0].device
+    grid = scheme.grid(*shape)
+    data = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
     if scheme.scale == "mx":
         return Fp8Weight(data, torch.empty(grid, dtype=torch.uint8, device=device))
     return Fp8Weight(data, torch.empty(grid, device=device), torch.empty(grid, device=device))
@@ -98,12 +103,24 @@ def _store(amax: torch.Tensor, made: Fp8Weight, at: Any) -> torch.Tensor:
     return made.scale[at]
 
 
-def _each_strip[Found](weight: torch.Tensor, work: Callable[[slice, torch.Tensor], Found]) -> Iterator[Found]:
-    """What `work` makes of each strip and its rows, in order; on a CPU several at a time."""
-    height = max(1, _STRIP[weight.device.type] // (weight.shape[1] * STRIP_ROWS)) * STRIP_ROWS
-    cuts = [slice(start, start + height) for start in range(0, len(weight), height)]
-    share = _pool().map if weight.device.type == "cpu" and len(cuts) > 1 else map
-    return share(lambda rows: work(rows, weight[rows]), cuts)
+def in_place(fusion: Fusion, scheme: Scheme, weight: torch.Tensor) -> bool:
+    """Whether rows of a member are quantized where they are in the fused `weight`: without a copy that takes longer.
+
+    Cells must not cross from one member into another, and rows that belong together must be worth a strip.
+    """
+    if fusion.repeat == 1:
+        return True
+    large = min(fusion.widths) * weight.shape[1] >= _STRIP[weight.device.type] // 8
+    return large and fusion.aligned(_CELLS[scheme.scale][0] or 1)
+
+
+def _each_strip[Found](pieces: Sequence[torch.Tensor], work: Callable[[slice, torch.Tensor], Found]) -> Iterator[Found]:
+    """What `work` makes of each strip of each piece and its rows in all of them, in order; on a CPU several at a time."""
+    height = max(1, _STRIP[pieces[0].device.type] // (pieces[0].shape[1] * STRIP_ROWS)) * STRIP_ROWS
+    strips = [strip for piece in pieces for strip in piece.split(height)]
+    ends = list(accumulate(map(len, strips)))
+    share = _pool().map if pieces[0].device.type == "cpu" and len(strips) > 1 else map
+    return share(lambda strip, end: work(slice(end - len(strip), end), strip), strips, ends)
 
 
 def _block(amax: torch.Tensor, made: Fp8Weight, rows: slice) -> torch.Tensor:

@@ -21,6 +21,14 @@ def test_merge_undoes_split_and_split_undoes_merge(fusion, columns):
     assert all(torch.equal(left, right) for left, right in zip(members, again, strict=True))
 
 
+@given(fusions)
+def test_runs_are_views_of_the_members(fusion):
+    fused = torch.arange(sum(fusion.rows))[:, None]
+    for runs, member in zip(fusion.runs(fused), fusion.split(fused), strict=True):
+        assert torch.equal(torch.cat(runs), member)
+        assert all(run.untyped_storage().data_ptr() == fused.untyped_storage().data_ptr() for run in runs)
+
+
 def test_split_of_grouped_query_attention_is_megatrons():
     # Two groups, each of two query heads, a key and a value head, of head_dim 3: rows named group.kind.
     fused = torch.tensor([10 * group + kind for group in (1, 2) for kind in (0, 0, 1, 2) for _ in range(3)])

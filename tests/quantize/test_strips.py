@@ -2,12 +2,14 @@
 
 import math
 import re
+from dataclasses import asdict
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mptq.arch.fusion import Fusion
 from mptq.errors import CheckpointError
 from mptq.quantize import kernels, operators, strips
 from mptq.quantize.fp8 import dequantize
@@ -63,6 +65,43 @@ def test_error_is_that_of_the_whole_in_float64(weight, kind):
     assert math.isclose(error.zeros, float((found.data.float() == 0).double().mean()), rel_tol=1e-9)
     assert math.isclose(error.saturated, float((found.data.float().abs() == 448).double().mean()), rel_tol=1e-9)
     assert (error.scale_min, error.scale_max) == (found.scale.min(), found.scale.max())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 300), st.sampled_from(list(SCHEMES)), st.integers(0, 99))
+def test_members_are_quantized_where_they_are(groups, heads, columns, kind, seed):
+    torch.manual_seed(seed)
+    fusion = Fusion(groups, tuple(width * (128 if kind == "block" else 5) for width in (heads, 1, 1)))
+    fused = torch.randn(sum(fusion.rows), columns * 32 if kind == "mx" else columns)
+    for pieces, member in zip(fusion.runs(fused), fusion.split(fused), strict=True):
+        (found, error), (whole, same_error) = (strips.quantize(rows, SCHEMES[kind], "w") for rows in (pieces, member))
+        assert same(found, whole.data, whole.scale)
+        assert vars_of(error) == pytest.approx(vars_of(same_error), rel=1e-12)
+
+
+def vars_of(error):
+    return {name: value for name, value in asdict(error).items() if value is not None}
+
+
+def test_what_is_worth_no_copy():
+    wide = 1 << 13
+    attention, gated = Fusion(4, (256, 128, 128)), Fusion(1, (100, 100))
+    for kind, scheme in SCHEMES.items():
+        assert strips.in_place(attention, scheme, torch.empty(2048, wide))
+        assert strips.in_place(gated, scheme, torch.empty(200, 8))
+        assert not strips.in_place(attention, scheme, torch.empty(2048, 8))  # many small strips
+        assert strips.in_place(Fusion(4, (192, 64, 64)), scheme, torch.empty(1280, wide)) == (kind != "block")
+
+
+def test_a_member_that_is_not_finite():
+    fused = torch.zeros(512, 256)
+    fused[300, 7] = math.nan
+    pieces = Fusion(2, (128, 128)).runs(fused)
+    with pytest.raises(
+        CheckpointError, match=re.escape("q [256, 256] has 1 values that are NaN or infinite, the first at [172, 7]")
+    ):
+        strips.quantize(pieces[0], SCHEMES["block"], "q")
+    strips.quantize(pieces[1], SCHEMES["block"], "k")
 
 
 def test_one_scale_of_a_group():
