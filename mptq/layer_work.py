@@ -14,7 +14,7 @@ from mptq import report
 from mptq.arch import naming
 from mptq.quantize import strips
 from mptq.quantize.fp8 import E4M3_MAX, dequantize
-from mptq.quantize.logical import member_pieces, quantized_members
+from mptq.quantize.logical import Quantized, fused_members, member_pieces, quantized_members
 from mptq.quantize.strips import require_finite
 from mptq.ranks import shares
 from mptq.types import Fp8Weight, LayerOutput, TensorSpec, WeightError
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from mptq.streams import Calibrated, Streams
 
 
-Quantized = Sequence[tuple[Fp8Weight, WeightError | None]]
-"""Weights and their errors, which only the rank that quantized them knows."""
+_FORMATS = ("hf", "megatron")
 
 
 def place(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -127,24 +126,39 @@ class LayerWork:
             source = self.stream.take(self._inner(linear), linear.shape).to(self.stream.device, non_blocking=True)
         else:  # a copy: the live weight is overwritten by what the first format stores
             source = self.live.get_parameter(f"{linear.module}.weight").clone()
+        made = self._quantized(linear, source)
         if "megatron" in self.plan.formats:
-            self._megatron(linear, source, output)
+            self._megatron(linear, source, output, made.get("megatron"))
         if "hf" in self.plan.formats:
-            self._hf(linear, source, output)
+            self._hf(linear, source, output, made.get("hf"))
         return output
 
-    def _megatron(self, linear: Linear, source: torch.Tensor, output: LayerOutput) -> None:
+    def _quantized(self, linear: Linear, source: torch.Tensor) -> dict[str, Quantized]:
+        """What each format that quantizes the linear stores of it: the projections, or the fused matrix alone."""
+        inner, found = self._inner(linear), dict[str, Quantized]()
+        split, fused = (self.plan.scheme(form, self.index, linear) if form in self.plan.formats else None for form in _FORMATS)
+        if split is not None:
+            pieces = member_pieces(source, linear, split)
+            found["hf"] = self._shared(split, pieces, lambda: quantized_members(source, pieces, linear, split, inner))
+        if fused is not None and split is not None and self.plan.same_numbers(self.index, linear):
+            with self.record.timed("quantize"):
+                found["megatron"] = [fused_members(found["hf"], linear.fusion, fused)]
+        elif fused is not None:
+            found["megatron"] = self._shared(fused, [[source]], lambda: [strips.quantize(source, fused, inner)])
+        return found
+
+    def _megatron(self, linear: Linear, source: torch.Tensor, output: LayerOutput, made: Quantized | None) -> None:
         """The fused matrix, quantized or as it is, with the state that ModelOpt restores it by."""
         from mptq.quantize.modelopt import kept_state, linear_state
 
         inner, owner = self._inner(linear), f"{naming.megatron_layer(self.index)}{linear.megatron}."
         scheme = self.plan.scheme("megatron", self.index, linear)
         tensors: dict[str, torch.Tensor] = {}
-        if scheme is None:
+        if scheme is None or made is None:
             require_finite(source, inner)
             weight, blob = source.to(getattr(torch, self.plan.source.dtype(inner))), kept_state()
         else:
-            ((fused, error),) = self._shared(scheme, [[source]], lambda: [strips.quantize(source, scheme, inner)])
+            ((fused, error),) = made
             input_amax = self._input_amax(linear) if scheme.static else None
             tensors, blob = linear_state(scheme, fused, getattr(torch, self.plan.model.dtype), input_amax)
             weight = fused.data
@@ -154,19 +168,18 @@ class LayerWork:
         output.blobs[f"{owner}_extra_state/shard_0_1"] = blob
         output.tensors["megatron"] |= {owner + key: tensor.cpu() for key, tensor in tensors.items()}
 
-    def _hf(self, linear: Linear, source: torch.Tensor, output: LayerOutput) -> None:
+    def _hf(self, linear: Linear, source: torch.Tensor, output: LayerOutput, made: Quantized | None) -> None:
+        """The projections, each quantized or as it is."""
         scheme = self.plan.scheme("hf", self.index, linear)
         specs = iter(self.plan.hf_linear_specs(self.index, linear))
         stored = output.tensors["hf"]
-        if scheme is None:
+        if scheme is None or made is None:
             require_finite(source, self._inner(linear))
             for spec, part in zip(specs, linear.fusion.split(source), strict=True):
                 stored[spec.name] = part.to(getattr(torch, spec.dtype)).cpu()
             self._show(linear, lambda out: out.copy_(source))
             return
-        pieces, inner = member_pieces(source, linear, scheme), self._inner(linear)
-        members = self._shared(scheme, pieces, lambda: quantized_members(source, pieces, linear, scheme, inner))
-        for member, error in members:
+        for member, error in made:
             weight, scale = next(specs), next(specs)
             stored[weight.name] = member.data.cpu()
             # Not contiguous(), for which a single element is contiguous whatever its stride: writers want bytes.
@@ -175,7 +188,7 @@ class LayerWork:
                 spec = next(specs)
                 stored[spec.name] = (self._input_amax(linear) / E4M3_MAX).reshape(spec.shape).cpu()
             self._row(("hf", weight.name), linear, scheme, (member, error))
-        found = [member for member, _ in members]
+        found = [member for member, _ in made]
         self._show(linear, lambda out: out.copy_(linear.fusion.merge([dequantize(member, scheme) for member in found])))
 
     def _shared(

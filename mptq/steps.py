@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -150,8 +151,10 @@ class Steps:
     def _write(self, output: LayerOutput) -> None:
         with self.record.timed("write"), _telling(self.folder):
             self.record.bytes["write"] += output.nbytes
-            for writer in self.writers:
-                self._hashes.add(writer.write(output))
+            # Each format at the same time: none waits for another's arithmetic or disk. All end before an error is raised.
+            with ThreadPoolExecutor(len(self.writers), "format") as pool:
+                for files in pool.map(lambda writer: writer.write(output), self.writers):
+                    self._hashes.add(files)
 
     def _commit(self, output: LayerOutput, row: Row) -> None:
         assert self._journal is not None

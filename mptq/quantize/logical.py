@@ -1,19 +1,23 @@
-"""From a fused matrix of Megatron to the quantized logical projections that Hugging Face stores."""
+"""Between a fused matrix of Megatron and the quantized logical projections that Hugging Face stores."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from mptq.quantize import strips
+from mptq.types import Fp8Weight, WeightError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import torch
-
+    from mptq.arch.fusion import Fusion
     from mptq.arch.naming import Linear
     from mptq.recipe import Scheme
-    from mptq.types import Fp8Weight, WeightError
+
+Quantized = Sequence[tuple[Fp8Weight, WeightError | None]]
+"""Weights and their errors, which only the rank that quantized them knows."""
 
 
 def member_pieces(source: torch.Tensor, linear: Linear, scheme: Scheme) -> list[list[torch.Tensor]]:
@@ -34,3 +38,40 @@ def quantized_members(
     amax = strips.amax_of(source, name) if scheme.scale == "tensor" else None
     named = zip(pieces, linear.members, strict=True)
     return [strips.quantize(rows, scheme, f"{name} ({member})", amax) for rows, (member, _) in named]
+
+
+def fused_members(members: Quantized, fusion: Fusion, scheme: Scheme) -> tuple[Fp8Weight, WeightError | None]:
+    """The fused matrix of `members`, whose cells do not cross from one into another: the same numbers, and their error."""
+    if fusion.plain:
+        return members[0]
+    weights, errors = [weight for weight, _ in members], [error for _, error in members if error is not None]
+    data = fusion.merge([weight.data.view(torch.uint8) for weight in weights]).view(torch.float8_e4m3fn)
+    counts = [weight.data.numel() for weight in weights]
+    error = _joined(errors, counts) if len(errors) == len(counts) else None
+    if scheme.scale == "tensor":
+        return Fp8Weight(data, weights[0].scale, weights[0].amax), error
+    grid = fusion.coarsen(128) if scheme.scale == "block" else fusion
+    amax = [weight.amax for weight in weights if weight.amax is not None]
+    return Fp8Weight(data, grid.merge([weight.scale for weight in weights]), grid.merge(amax) if amax else None), error
+
+
+def _joined(errors: Sequence[WeightError], counts: Sequence[int]) -> WeightError:
+    """The error of a matrix from those of its parts, which have so many elements."""
+    signal = math.fsum(error.norm**2 for error in errors)
+    noise = math.fsum((error.relative * error.norm) ** 2 for error in errors)
+    ratio = noise / signal if signal else 0.0
+
+    def share(shares: Sequence[float]) -> float:
+        return math.sumprod(shares, counts) / sum(counts)
+
+    return WeightError(
+        relative=math.sqrt(ratio),
+        sqnr_db=-10 * math.log10(ratio) if ratio else None,
+        max_abs=max(error.max_abs for error in errors),
+        norm=math.sqrt(signal),
+        amax=max(error.amax for error in errors),
+        scale_min=min(error.scale_min for error in errors),
+        scale_max=max(error.scale_max for error in errors),
+        zeros=share([error.zeros for error in errors]),
+        saturated=share([error.saturated for error in errors]),
+    )
