@@ -52,20 +52,21 @@ class Work:
 def peak_memory(plan: Plan, work: Work | None = None) -> int:
     """Predicted peak resident memory in bytes: the imports, and the largest of one layer, one copy and the output layer.
 
-    A linear, the one that is read ahead and its projections apart are 2 bytes a parameter each; it and the one that is being
-    written 1 byte each in FP8, for each format. With activations there are the layer as it was, its input and output in float32
-    where the sums are made (on a CPU), and at the end the output layer's weight in its own and in float32.
+    A linear and the two that are read ahead are 2 bytes a parameter each (or one of these, and its projections, where they must
+    be copied); it and the one that is being written 1 byte each in FP8, for each format. With activations there are the layer
+    as it was, its input and output in float32 where the sums are made (on a CPU), and at the end the output layer's weight in
+    its own and in float32.
     """
     copies = [copy for group in naming.outer_copies(plan.model) for copy in group]
     outer = max(spec.nbytes for copy in (*copies, *plan.carried) for spec in plan.copy_specs("megatron", copy))
-    pieces = outer if "megatron" in plan.formats else min(outer, _PIECE_BYTES)
+    copied = 3 * outer if "megatron" in plan.formats else 4 * min(outer, _PIECE_BYTES)
     kinds = {kind: layer for layer, kind in enumerate(plan.model.kinds)}
     layer = max(_layer_memory(plan, layer, work) for layer in kinds.values())
     imports = IMPORTS_BYTES + (LAYER_BYTES if work or "megatron" in plan.formats else 0)
     if work is None:
-        return imports + max(3 * pieces, layer)
+        return imports + max(copied, layer)
     head = 3 * outer + _LOGITS_BYTES if work.compares else 0
-    return imports + work.stored_bytes + max(3 * pieces, 2 * outer, layer, head)
+    return imports + work.stored_bytes + max(copied, 2 * outer, layer, head)
 
 
 def _layer_memory(plan: Plan, layer: int, work: Work | None) -> int:

@@ -43,7 +43,7 @@ _LAZY = 2
 
 
 class LayerStream:
-    """The outputs of one unit after another, in the order of the forward pass; the checkpoint is read one tensor ahead.
+    """The outputs of one unit after another, in the order of the forward pass; the checkpoint is read two tensors ahead.
 
     Units are what stands before the layers (0), the layers (from 1), what follows them, and each carried tensor; a
     layer has an output for each of its linears. With `activations`, their two streams go through each layer as it is quantized,
