@@ -24,6 +24,7 @@ from mptq.experts import Coverage
 from mptq.quantize.fp8 import E4M3_MAX
 from mptq.quantize.observers import CACHE, Observers
 from mptq.ranks import Ranks
+from mptq.writers.disk import PieceFile
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -185,7 +186,7 @@ class Streams:
     def save(self, path: Path) -> None:
         """Write the rank's part of both streams to its place in a file, for a run that goes on from here."""
         # Made by whichever rank comes first, and emptied by none: the others may have written.
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), "wb", buffering=0) as file:
+        with PieceFile(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), "wb") as file:
             file.truncate(self.bytes)
             for place, states in self._bytes():
                 file.seek(place)

@@ -8,6 +8,7 @@ each tensor is a whole `torch.save` file and each byte item just its bytes (torc
 from __future__ import annotations
 
 import copyreg
+import io
 import json
 import os
 import pickle
@@ -28,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from mptq.types import LayerOutput
-from mptq.writers.disk import begin_sync
+from mptq.writers.disk import PieceFile, begin_sync
 
 
 class _MetadataPickler(pickle.Pickler):
@@ -73,7 +74,7 @@ class MegatronWriter:
         """Write tensors and byte items; the last of a unit's waits until they are on the disk, and its file is returned."""
         file = self._file(output.index)
         if self._open is None:
-            self._open, self._account = file.open("wb"), {}
+            self._open, self._account = io.BufferedWriter(PieceFile(file, "wb")), {}
         for name, blob in output.blobs.items():
             self._account[name] = [self._open.tell(), self._open.write(blob)]
         for name, tensor in output.tensors[self.format].items():

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mptq.types import TensorSpec
-from mptq.writers.disk import begin_sync
+from mptq.writers.disk import PIECE_BYTES, begin_sync
 
 if TYPE_CHECKING:
     import torch
@@ -73,10 +73,11 @@ class ShardFile:
         self._write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()), self._start + place)
 
     def _write(self, view: memoryview, position: int) -> None:
+        start, size = position, len(view)
         while view:
-            count = os.pwrite(self._descriptor, view, position)
-            begin_sync(self._descriptor, position, count)
+            count = os.pwrite(self._descriptor, view[:PIECE_BYTES], position)
             view, position = view[count:], position + count
+        begin_sync(self._descriptor, start, size)
 
     def sync(self) -> None:
         """Wait until what was written is on the disk."""

@@ -1,5 +1,6 @@
 """What is begun early is the same as what is waited for: the bytes, and what goes wrong."""
 
+import io
 import os
 
 from mptq.writers import disk
@@ -22,3 +23,16 @@ def test_systems_that_cannot_be_told(monkeypatch, tmp_path):
     with (tmp_path / "file").open("wb") as file:
         disk.begin_sync(file.fileno(), 0, 10)
     disk._sync_file_range.cache_clear()
+
+
+def test_a_file_that_takes_a_piece_at_a_time(tmp_path):
+    content = os.urandom(3 * disk.PIECE_BYTES + 17)
+    with disk.PieceFile(tmp_path / "raw", "wb") as file:
+        assert file.write(content) == disk.PIECE_BYTES
+        assert file.write(b"end") == 3
+    assert (tmp_path / "raw").read_bytes() == content[: disk.PIECE_BYTES] + b"end"
+    with io.BufferedWriter(disk.PieceFile(tmp_path / "buffered", "wb")) as file:
+        assert file.write(b"begin") == 5
+        assert file.write(content) == len(content)
+        assert file.tell() == 5 + len(content)
+    assert (tmp_path / "buffered").read_bytes() == b"begin" + content
