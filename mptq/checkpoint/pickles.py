@@ -13,6 +13,7 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, NoReturn
 
 from mptq.checkpoint.opcodes import OpcodeError, check
@@ -79,6 +80,12 @@ class Inert:
         return f"{self.global_name}({', '.join(shown)})"
 
 
+@lru_cache(_GLOBALS)
+def _inert(full: str, name: str) -> type[Inert]:
+    """The class that stands for a global: one for the pickles of all tensors, because a class is a cycle, and stays a while."""
+    return type(name, (Inert,), {"__slots__": (), "global_name": full})
+
+
 class Call:
     """A function that a pickle may call. A pickle may also give any object on its stack a state: this one takes none."""
 
@@ -127,7 +134,7 @@ class _Unpickler(pickle.Unpickler):
         if found is None:
             if len(self._globals) >= _GLOBALS:
                 raise pickle.UnpicklingError(f"more than {_GLOBALS} globals")
-            found = self._globals[full] = type(name, (Inert,), {"__slots__": (), "global_name": full})
+            found = self._globals[full] = _inert(full, name)
         return found
 
     def persistent_load(self, pid: Any) -> Any:
