@@ -11,15 +11,18 @@ ITEMS = [Item(str(number), (number,)) for number in range(6)]
 
 
 def test_two_are_read_before_they_are_taken():
-    read, third = [], threading.Event()
+    read, second, third = [], threading.Event(), threading.Event()
 
     def reading(item):
         read.append(item)
+        if len(read) == 2:
+            second.set()
         if len(read) == 3:
             third.set()
         return torch.zeros(item.shape)
 
     ahead = ReadAhead(reading, ITEMS)
+    assert second.wait(60)
     assert not third.wait(0.1)
     for item in ITEMS:
         assert ahead.take(item).shape == item.shape

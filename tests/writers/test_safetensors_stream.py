@@ -1,13 +1,15 @@
 import itertools
+import os
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mptq.types import TensorSpec
+from mptq.writers.disk import PIECE_BYTES
 from mptq.writers.safetensors_stream import ShardFile, assign_shards
 
 DTYPES = ["float32", "bfloat16", "float16", "float8_e4m3fn", "uint8"]
@@ -79,3 +81,16 @@ def test_shards_keep_order_and_size(sizes, limit):
         assert len(shard) == 1 or sum(spec.nbytes for spec in shard) <= limit
     for left, right in itertools.pairwise(shards):
         assert sum(spec.nbytes for spec in left) + right[0].nbytes > limit
+
+
+def test_tensors_are_written_in_pieces(tmp_path, monkeypatch):
+    counts, pwrite = [], os.pwrite
+    monkeypatch.setattr(
+        os, "pwrite", lambda descriptor, data, offset: counts.append(len(data)) or pwrite(descriptor, data, offset)
+    )
+    tensor = torch.randint(0, 255, (5, PIECE_BYTES // 2 + 3), dtype=torch.uint8)
+    file = ShardFile(tmp_path / "file", [TensorSpec("t", "uint8", tuple(tensor.shape))])
+    file.write("t", tensor)
+    file.close()
+    assert max(counts) == PIECE_BYTES
+    assert torch.equal(load_file(tmp_path / "file")["t"], tensor)
