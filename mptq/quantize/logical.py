@@ -50,7 +50,7 @@ def fused_members(members: Quantized, fusion: Fusion, scheme: Scheme) -> tuple[F
     error = _joined(errors, counts) if len(errors) == len(counts) else None
     if scheme.scale == "tensor":
         return Fp8Weight(data, weights[0].scale, weights[0].amax), error
-    grid = fusion.coarsen(128) if scheme.scale == "block" else fusion
+    grid = fusion.coarsen(scheme.block) if scheme.block else fusion
     amax = [weight.amax for weight in weights if weight.amax is not None]
     return Fp8Weight(data, grid.merge([weight.scale for weight in weights]), grid.merge(amax) if amax else None), error
 
