@@ -7,11 +7,21 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.zoo import Builder
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts"
+
+# Of all property tests: no time limit, since a busy machine is not a fault, and the same examples at every run of CI.
+settings.register_profile(
+    "mptq",
+    deadline=None,
+    derandomize="CI" in os.environ,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("mptq")
 
 # All that quantizes in blocks without crossing: head_dim 128, ffn a multiple of 128. Vocabulary padded from 500 to 512.
 ALIGNED = {

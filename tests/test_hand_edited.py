@@ -7,7 +7,7 @@ import json
 import shutil
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mptq import verification
@@ -72,7 +72,7 @@ def out(quantized, tmp_path_factory):
     return shutil.copytree(quantized["crossing", "fp8-per-channel"], tmp_path_factory.mktemp("edited") / "out")
 
 
-fuzzing = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzzing = settings(max_examples=100)
 
 
 @given(data=st.data())
@@ -91,7 +91,7 @@ def test_manifests(out, crossing, data, monkeypatch):
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
 @given(data=st.data())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 def test_configs(out, name, data, monkeypatch):
     monkeypatch.setattr(verification, "check_files", lambda *_: iter(()))
     path = out / "hf" / name

@@ -1,10 +1,14 @@
 """The wheel: what it holds, and that installing it leaves the user's torch alone."""
 
+import re
 import subprocess
 import sys
+import time
 import zipfile
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.conftest import ROOT, run
 
@@ -34,3 +38,17 @@ def test_installing_replaces_nothing(wheel):
     assert "Would install mptq" in done.stdout
     done = run(sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--upgrade", wheel)
     assert "torch" not in done.stdout.partition("Would install")[2]
+
+
+def test_property_tests_have_no_time_limits():
+    """One profile for all (tests/conftest.py): no test sets its own, and none fails because the machine is busy."""
+    assert settings.default.deadline is None
+    assert HealthCheck.too_slow in settings.default.suppress_health_check
+    own = [path.name for path in sorted((ROOT / "tests").rglob("test_*.py")) if re.search(r"deadline[=]", path.read_text())]
+    assert own == []
+
+
+@given(st.integers())
+@settings(max_examples=2)
+def test_a_slow_example_is_not_a_failure(number):
+    time.sleep(0.25)

@@ -186,7 +186,7 @@ def layouts(config):
 
 
 @pytest.mark.parametrize("name", KINDS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.data())
 def test_every_layout_is_the_same_model(name, data):
     """Whatever the layout: the inner tensors, and with them what both outputs hold, are the same."""
@@ -225,7 +225,7 @@ def hf_output(plan, tensors):
 
 
 @pytest.mark.parametrize("name", FAMILY_ARGS)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(st.data())
 def test_hugging_faces_tensors_are_the_same_whatever_the_layout(name, data):
     config = model(FAMILY_ARGS[name])
@@ -254,7 +254,7 @@ sizes = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sizes, st.data())
 def test_sizes_do_not_matter(fields, data):
     """Heads, groups, widths, experts and the padding of the vocabulary, in every layout: parts are where they belong."""

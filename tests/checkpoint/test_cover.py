@@ -40,7 +40,7 @@ def cuttings(draw):
 
 
 @given(cuttings())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_covers_is_what_counting_says(cutting):
     assert covers(*cutting) == counted(*cutting)
 

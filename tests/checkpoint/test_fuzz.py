@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties
 
@@ -21,7 +21,7 @@ from mptq.inspection import inspect
 from tests.checkpoint.synthetic import SHARD, Maker, saved, small
 
 NAME = "decoder.layers.weight"
-fuzzing = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzzing = settings(max_examples=150)
 
 
 @functools.cache

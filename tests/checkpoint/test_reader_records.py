@@ -62,7 +62,7 @@ def test_tensors_that_are_not_their_storage(tmp_path, value):
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(1, 2), st.integers(1, 5), st.booleans(), st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_some_rows_after_the_others(tmp_path_factory, heights, halves, height, transposed, stacked):
     """Of a tensor in chunks of these heights and in halves by columns, `height` rows at a time; each record is checked once."""
     value = torch.randn(2 if stacked else 1, sum(heights), 4).bfloat16()
@@ -102,7 +102,7 @@ def test_a_changed_row_is_found_with_the_first(tmp_path):
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.lists(st.integers(1, 5), min_size=1, max_size=2), st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_chunks_of_a_stack(tmp_path_factory, layers, together, shape, cast):
     value = torch.randn(layers, *shape).bfloat16()
     boxes = [

@@ -1,5 +1,5 @@
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mptq.quantize import fp8, strips
@@ -23,7 +23,6 @@ def make(rows, columns, scheme, seed=0):
 schemes = st.sampled_from([BLOCK, ROW, TENSOR, MX])
 
 
-@settings(deadline=None)  # the first one compiles
 @given(st.integers(1, 300), st.integers(1, 9), schemes)
 def test_dequantize_is_data_times_scale(rows, columns, scheme):
     columns *= 32
@@ -37,7 +36,6 @@ def test_dequantize_is_data_times_scale(rows, columns, scheme):
     assert torch.equal(rounded, fp8.dequantize(found, scheme).bfloat16())
 
 
-@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(1, 9), schemes, st.integers(0, 99))
 def test_reference_scale_and_bound_accept_right_weights(rows, columns, scheme, seed):
     weight, found = make(rows, columns * 32, scheme, seed)
@@ -45,7 +43,6 @@ def test_reference_scale_and_bound_accept_right_weights(rows, columns, scheme, s
     assert fp8.first_out_of_bound(weight, found, scheme) is None
 
 
-@settings(deadline=None)
 @given(st.integers(0, 199), st.integers(0, 159), schemes, st.sampled_from([1, -1]))
 def test_bound_sees_one_step_of_e4m3(row, column, scheme, step):
     weight, found = make(200, 160, scheme)

@@ -14,7 +14,7 @@ from mptq.quantize.logical import fused_members, member_pieces, quantized_member
 from mptq.recipe import Scheme
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 3),
     st.lists(st.integers(1, 3), min_size=1, max_size=3),

@@ -37,7 +37,7 @@ def converted(weight, scheme):
     return linear
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(weights(), st.sampled_from([BLOCK, TENSOR, ROW]))
 def test_equals_what_modelopt_makes_of_a_linear(weight, scheme):
     weight = weight + (weight == 0) * 2.0**-100  # without all-zero blocks, where ModelOpt divides 0 by 0
@@ -48,7 +48,7 @@ def test_equals_what_modelopt_makes_of_a_linear(weight, scheme):
     assert torch.equal(ours.amax.flatten(), theirs.weight_quantizer._amax.flatten())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(2, 300), st.integers(2, 300), st.sampled_from([BLOCK, TENSOR, ROW, MX]))
 def test_state_is_that_of_a_linear_of_modelopts(rows, columns, scheme):
     weight = torch.randn(rows, columns * 32 if scheme is MX else columns)
@@ -68,7 +68,7 @@ def test_state_of_a_linear_that_is_left_alone():
     assert "modelopt_q_tensor_state" not in state or not state["modelopt_q_tensor_state"]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(weights())
 def test_equals_modelopts_fp8_tensor_on_float32(weight):
     weight = weight + (weight == 0) * 2.0**-100  # without all-zero blocks, where ModelOpt divides 0 by 0

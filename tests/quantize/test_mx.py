@@ -26,7 +26,7 @@ def weights(draw):
     return weight
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(weights())
 def test_equals_a_reference_in_exact_fractions(weight):
     found = quantize(weight)
@@ -43,7 +43,7 @@ def test_no_element_saturates_at_the_edge_of_an_exponent():
     assert mx.scales(torch.zeros(2, 64)).tolist() == [[127, 127]] * 2
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 300), st.integers(1, 8), st.integers(0, 2**31))
 def test_equals_modelopts_tensor_away_from_the_edges(rows, columns, seed):
     torch.manual_seed(seed)

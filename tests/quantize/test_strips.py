@@ -35,7 +35,7 @@ def same(found, data, scale):
     return torch.equal(found.data.view(torch.uint8), data.view(torch.uint8)) and torch.equal(found.scale, scale)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(weights(), st.sampled_from(list(REFERENCES)), DTYPES)
 def test_equals_the_reference(weight, kind, dtype):
     weight = weight.clamp(-60000, 60000).to(dtype)
@@ -43,7 +43,7 @@ def test_equals_the_reference(weight, kind, dtype):
     assert same(found, *REFERENCES[kind](weight.float()))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(1, 300), st.integers(1, 5), st.integers(0, 99), DTYPES)
 def test_microscaling_equals_the_reference(rows, blocks, seed, dtype):
     torch.manual_seed(seed)
@@ -52,7 +52,7 @@ def test_microscaling_equals_the_reference(rows, blocks, seed, dtype):
     assert same(strips.quantize(weight, SCHEMES["mx"], "w")[0], *reference.mx(weight.float()))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(weights(), st.sampled_from(list(REFERENCES)))
 def test_error_is_that_of_the_whole_in_float64(weight, kind):
     found, error = strips.quantize(weight, SCHEMES[kind], "w")
@@ -67,7 +67,7 @@ def test_error_is_that_of_the_whole_in_float64(weight, kind):
     assert (error.scale_min, error.scale_max) == (found.scale.min(), found.scale.max())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 300), st.sampled_from(list(SCHEMES)), st.integers(0, 99))
 def test_members_are_quantized_where_they_are(groups, heads, columns, kind, seed):
     torch.manual_seed(seed)
@@ -171,7 +171,7 @@ def test_every_number_is_rounded_as_torch_does(dtype):
     assert torch.equal(found.view(torch.uint8), numbers.float().to(torch.float8_e4m3fn).view(torch.uint8))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(weights(), st.integers(1, 200), st.integers(1, 700), DTYPES)
 def test_compiled_equals_operators_for_any_cells(weight, height, width, dtype):
     weight = weight.clamp(-60000, 60000).to(dtype)
