@@ -184,15 +184,12 @@ def check(plan: Plan, out: Path, options: Options, ranks: Ranks = Ranks()) -> Ch
     that the recipe or a gate needs and that is not there.
     """
     plan.require_runnable()
-    needed = sum(plan.bytes_out(form) for form in plan.formats) + SLACK_BYTES
-    work = _work(plan, options)
-    # Twice the activations: those of the layer that was finished last, and of the one before.
-    needed += work.file_bytes + 2 * (work.stored_bytes + work.file_bytes)
-    check_output(out, plan.source.checkpoint.location.root, needed, options.overwrite, options.resume)
+    check_datasets(options.data)
     tokenizer, missing = _tokenizer(plan, options)
     notes = forecast.warnings(plan)
-    check_datasets(options.data)
     has_data = tokenizer is not None or not needs_tokenizer(options.data)
+    options.gates.require_finite()
+    _require_figures(plan, options)
     if not has_data:
         _require_no_data(plan, options, missing)
         if options.data.eval_size and plan.runs:
@@ -202,7 +199,34 @@ def check(plan: Plan, out: Path, options: Options, ranks: Ranks = Ranks()) -> Ch
     runs = plan.runs and has_data and (plan.recipe.needs_data or options.data.eval_size > 0)
     if runs and ranks.size > 1 and plan.recipe.calibration.method != "max":
         raise DataError("a percentile is of all samples together: calibrate with method max, or start one process")
-    return Checked(tokenizer, work if runs else None, notes)
+    work = _work(plan, options) if runs else None
+    needed = _needed_bytes(plan, work)
+    check_output(out, plan.source.checkpoint.location.root, needed, options.overwrite, options.resume)
+    return Checked(tokenizer, work, notes)
+
+
+def _needed_bytes(plan: Plan, work: forecast.Work | None) -> int:
+    """Bytes on the disk of the outputs and, while the run goes, of the activations."""
+    needed = sum(plan.bytes_out(form) for form in plan.formats) + SLACK_BYTES
+    if work is None:
+        return needed
+    # Twice the activations: those of the layer that was finished last, and of the one before.
+    return needed + work.file_bytes + 2 * (work.stored_bytes + work.file_bytes)
+
+
+def _require_figures(plan: Plan, options: Options) -> None:
+    """Raise DataError for a limit on the fidelity where this run cannot measure any."""
+    if options.gates == report.Gates():
+        return
+    reason = None
+    if not options.data.eval_size:
+        reason = "--eval-size 0 measures none: ask for at least 1 sequence"
+    elif plan.recipe.scheme is None:
+        reason = f"recipe {plan.recipe.name} quantizes nothing: leave the limit out"
+    elif plan.model.not_run:
+        reason = f"mptq does not run this model, which has {'; '.join(plan.model.not_run)}: leave the limit out"
+    if reason is not None:
+        raise DataError(f"a limit on the fidelity ({' and '.join(options.gates.flags)}) needs its figures, and {reason}")
 
 
 def _work(plan: Plan, options: Options) -> forecast.Work:

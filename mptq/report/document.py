@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mptq import forecast
 from mptq.arch import naming
+from mptq.errors import OptionError
 from mptq.writers.manifest import read_document
 
 if TYPE_CHECKING:
@@ -110,6 +111,18 @@ class Gates:
 
     max_kl: float | None = None
     max_ppl_increase: float | None = None
+
+    @property
+    def flags(self) -> list[str]:
+        """The options of the command line that set the limits."""
+        values = {"--max-kl": self.max_kl, "--max-ppl-increase": self.max_ppl_increase}
+        return [flag for flag, limit in values.items() if limit is not None]
+
+    def require_finite(self) -> None:
+        """Raise OptionError for a limit that is infinite or not a number, which nothing can be compared with."""
+        limits = (self.max_kl, self.max_ppl_increase)
+        if not all(math.isfinite(limit) for limit in limits if limit is not None):
+            raise OptionError(f"{' and '.join(self.flags)} must be finite: leave a limit out to have none")
 
     def check(self, fidelity: Mapping[str, Any] | None) -> list[dict[str, Any]]:
         """A row for each limit that is set: its value, and whether it is met."""
