@@ -130,9 +130,9 @@ def _run(plan: Plan, place: Place, checked: Checked, options: Options, progress:
         if not place.ranks.first:
             return {}
         document = report.build(plan, report.Measured(record, checked.notes, calibration, checked.work), options.gates)
+        report.write(place.partial, document)
         with record.timed("report"):
             html.write(place.partial / html.NAME, html.render(document))
-        report.write(place.partial, document)
         manifest.write_manifest(place.partial, report.manifest(plan, files))
     return document
 

@@ -19,6 +19,7 @@ import torch
 
 import mptq.calibrate.data
 import mptq.pipeline
+import mptq.report
 import mptq.steps
 import mptq.stream
 import mptq.streams  # what a run imports
@@ -30,6 +31,8 @@ from mptq.writers.output import unfinished
 
 DIFFERENT = ("report.json", "report.html")
 """What has the seconds of the run in it."""
+TIMES = frozenset(("seconds", "bytes_per_second", "peak_rss_bytes"))
+"""The fields of the report that no two runs have alike."""
 
 
 def quantize(options, out):
@@ -65,9 +68,16 @@ def contents(folder):
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def check(out, whole):
-    """The output is that of a run that was never killed, and there is nothing beside it."""
+def comparable(out):
+    """What runs have alike: the bytes of every file, and what the report, which must be valid, says beside the times."""
     found = {name: data for name, data in contents(out).items() if name not in DIFFERENT}
+    report = mptq.report.read(out)
+    return found | {f"report.json: {key}": report[key] for key in report.keys() - TIMES}
+
+
+def check(out, whole, apart=()):
+    """The output is that of a run that was never killed (but for what is `apart`), and there is nothing beside it."""
+    found, whole = ({key: made[key] for key in made.keys() - set(apart)} for made in (comparable(out), whole))
     differing = sorted(name for name in found.keys() | whole.keys() if found.get(name) != whole.get(name))
     assert not differing, f"different: {differing}"
     assert [path.name for path in out.parent.iterdir()] == [out.name], list(out.parent.iterdir())
@@ -78,7 +88,7 @@ def uninterrupted(options):
     out = options.work / "whole" / "out"
     start = time.perf_counter()
     assert ended(forked(lambda: quantize(options, out))) == 0
-    return {name: data for name, data in contents(out).items() if name not in DIFFERENT}, time.perf_counter() - start
+    return comparable(out), time.perf_counter() - start
 
 
 def moments(options):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import resource
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mptq import forecast
 from mptq.arch import naming
 from mptq.errors import OptionError
-from mptq.writers.manifest import read_document
+from mptq.writers.manifest import read_document, write_document
 
 if TYPE_CHECKING:
     from mptq.plan import Plan
@@ -161,13 +160,17 @@ def build(plan: Plan, measured: Measured, gates: Gates) -> dict[str, Any]:
         "layers": layer_rows(record, plan.model.num_layers),
         "tensors": record.rows,
         "seconds": seconds | {"total": round(record.elapsed, 3)},
-        "bytes_per_second": {
-            stage: round(count / record.seconds[stage]) for stage, count in record.bytes.items() if record.seconds[stage]
-        },
+        "bytes_per_second": {stage: _speed(record, stage) for stage in ("read", "write")},
         "peak_rss_bytes": peak_rss(),
         "ranks": [record.ranks[rank] for rank in sorted(record.ranks)],
         "versions": versions(),
     }
+
+
+def _speed(record: Record, stage: str) -> int | None:
+    """Bytes a second of a stage; None where it had nothing to do, as in a run that found everything written."""
+    count, seconds = record.bytes.get(stage, 0), record.seconds.get(stage, 0.0)
+    return round(count / seconds) if count and seconds else None
 
 
 def manifest(plan: Plan, files: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,8 +251,10 @@ def peak_rss() -> int:
 
 
 def write(root: Path, document: dict[str, Any]) -> None:
-    """Write the report of the output at `root`."""
-    (root / NAME).write_text(json.dumps(document, indent=1) + "\n")
+    """Write the report of the output at `root`; raises OutputError for one that is not valid."""
+    from mptq.report.schema import Report
+
+    write_document(root / NAME, document, SCHEMA, Report)
 
 
 def read(root: Path) -> dict[str, Any]:

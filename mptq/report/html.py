@@ -123,8 +123,8 @@ def _tiles(document: Mapping[str, Any]) -> list[Tile]:
     forms = document["formats"]
     which = {form: f", {FORMS[form]}" if len(forms) > 1 else "" for form in forms}
     sizes, errors = document["bytes"], document["relative_error"]
-    speed = document.get("bytes_per_second")
-    throughput = f"read {size(speed['read'])}/s, write {size(speed['write'])}/s" if speed else ""
+    speed = document.get("bytes_per_second") or {}
+    throughput = ", ".join(f"{stage} {size(rate)}/s" for stage, rate in speed.items() if rate is not None)
     return [
         *(
             Tile(

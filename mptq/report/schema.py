@@ -172,8 +172,12 @@ class Tensor(Strict):
 class Speed(Strict):
     """Throughput of the run's input and output."""
 
-    read: float = Field(ge=0, description="checkpoint bytes over the time spent reading, bytes a second")
-    write: float = Field(ge=0, description="output bytes over the time spent writing, bytes a second")
+    read: float | None = Field(
+        ge=0, description="checkpoint bytes over the time spent reading, bytes a second; null where this run read nothing"
+    )
+    write: float | None = Field(
+        ge=0, description="output bytes over the time spent writing, bytes a second; null where this run wrote nothing"
+    )
 
 
 class RankShare(Strict):

@@ -47,8 +47,10 @@ class FileHashes:
 
 
 def write_manifest(root: Path, content: dict[str, Any]) -> None:
-    """Write the manifest of the output at `root`: the last of its files."""
-    (root / NAME).write_text(json.dumps({"schema": SCHEMA, **content}, indent=1) + "\n")
+    """Write the manifest of the output at `root`: the last of its files. Raises OutputError for one that is not valid."""
+    from mptq.writers.schema import Manifest
+
+    write_document(root / NAME, {"schema": SCHEMA, **content}, SCHEMA, Manifest)
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
@@ -58,14 +60,32 @@ def read_manifest(root: Path) -> dict[str, Any]:
     return read_document(root / NAME, SCHEMA, Manifest)
 
 
+def write_document(path: Path, document: dict[str, Any], schema: int, model: type[BaseModel]) -> None:
+    """Write a JSON document of an output; raises OutputError, and writes nothing, where `read_document` would refuse it."""
+    text = json.dumps(document, indent=1) + "\n"
+    try:
+        _parse(path, text, schema, model)
+    except OutputError as error:
+        raise OutputError(f"{error}: this is a fault of mptq, please report it; the output is not complete") from error
+    path.write_text(text)
+
+
 def read_document(path: Path, schema: int, model: type[BaseModel]) -> dict[str, Any]:
     """A JSON document of an mptq output; raises OutputError when it is missing, of another schema, or not as `model`."""
+    try:
+        text = path.read_text()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise OutputError(f"{path.parent} has no {path.name}: it is not an output of mptq") from error
+    except ValueError as error:
+        raise OutputError(f"{path} is damaged ({error})") from error
+    return _parse(path, text, schema, model)
+
+
+def _parse(path: Path, text: str, schema: int, model: type[BaseModel]) -> dict[str, Any]:
     from mptq.writers.schema import problems
 
     try:
-        document: dict[str, Any] = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise OutputError(f"{path.parent} has no {path.name}: it is not an output of mptq") from error
+        document: dict[str, Any] = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise OutputError(f"{path} is damaged ({error})") from error
     if not isinstance(document, dict) or document.get("schema") != schema:

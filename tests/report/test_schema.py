@@ -7,7 +7,11 @@ import pytest
 from pydantic import ValidationError
 from report_reference import PAGE, markdown
 
+from mptq.errors import OutputError
+from mptq.report import read, write
+from mptq.report.html import render
 from mptq.report.schema import Report
+from mptq.writers.manifest import write_manifest
 from tests.report.documents import Shape, document
 
 SHAPES = {
@@ -92,6 +96,31 @@ def test_wrong_values_are_refused(path, value):
     at(changed, path[:-1])[path[-1]] = value
     with pytest.raises(ValidationError):
         Report.model_validate(changed)
+
+
+INVALID = {
+    "no speeds": WHOLE | {"bytes_per_second": {}},
+    "not a number": WHOLE | {"seconds": {"total": float("nan")}},
+    "no layers": WHOLE | {"layers": []},
+}
+
+
+@pytest.mark.parametrize("content", INVALID.values(), ids=INVALID)
+def test_what_cannot_be_read_again_is_not_written(tmp_path, content):
+    with pytest.raises(OutputError, match=r"report\.json is damaged: .*: this is a fault of mptq"):
+        write(tmp_path, content)
+    with pytest.raises(OutputError, match=r"manifest\.json is damaged: .*: this is a fault of mptq"):
+        write_manifest(tmp_path, {"formats": []})
+    assert list(tmp_path.iterdir()) == []
+    write(tmp_path, WHOLE)
+    assert read(tmp_path) == json.loads(json.dumps(WHOLE))
+
+
+def test_a_run_that_read_nothing_has_no_speed_of_it(tmp_path):
+    write(tmp_path, WHOLE | {"bytes_per_second": {"read": None, "write": None}})
+    page = render(read(tmp_path))
+    assert "/s</" not in page
+    assert "B/s" in render(WHOLE)
 
 
 def test_json_schema_describes_every_field():
