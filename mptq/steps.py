@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mptq.errors import OutputError, StoppedError
 from mptq.ranks import Ranks
 from mptq.writers.behind import Behind
-from mptq.writers.disk import sync
+from mptq.writers.disk import sync, sync_folders, sync_tree
 from mptq.writers.journal import Journal, check, committed
 from mptq.writers.manifest import FileHashes
 
@@ -102,6 +102,7 @@ class Steps:
     def _prepare(self) -> None:
         for writer in self.writers:
             writer.prepare()
+        sync_tree(self.folder)  # what this process has made: the others sync what they write
 
     def _taken_over(self, header: Mapping[str, Any]) -> dict[int, Row]:
         check(self.folder, header)
@@ -137,6 +138,7 @@ class Steps:
         with self.record.timed("keep activations"), _telling(state):
             self.activations.save(state)
             sync(state)
+            sync(self.folder)
         self._together.wait()
 
     def _state(self, unit: int) -> Path:
@@ -160,6 +162,7 @@ class Steps:
         assert self._journal is not None
         self._write(output)
         with self.record.timed("write"), _telling(self.folder):
+            sync_folders(self.folder)  # the journal's own name among those of new files
             self._journal.commit(output.index, row | {"accounts": {writer.format: writer.account() for writer in self.writers}})
 
     def stop_if(self, asked: Callable[[], bool], unit: int) -> None:

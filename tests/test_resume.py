@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,7 @@ from mptq.calibrate.data import DataOptions
 from mptq.errors import OutputError, StoppedError
 from mptq.recipe import load_recipe
 from mptq.writers import journal
+from mptq.writers.output import partial_of
 from tests.conftest import ROOT
 from tests.killing import check, comparable, contents
 
@@ -169,10 +171,40 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(aligned, tmp_path, tmp_path
     check(tmp_path / "out", whole(plan, tmp_path_factory.mktemp("one")))
 
 
+def test_names_are_on_the_disk_before_the_journal_counts_on_them(aligned, options, tmp_path, monkeypatch):
+    """With the power goes every name whose directory was not synced since, whether its file was or not (fsync(2))."""
+    durable, commits, (fsync, fdatasync) = {}, [], (os.fsync, os.fdatasync)
+    out = tmp_path / "new" / "out"
+
+    def sync(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if path.is_dir():
+            durable[path] = set(os.listdir(path))
+        fsync(descriptor)
+
+    def sync_data(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if path.name == journal.NAME and journal.read(path)[1]:
+            files = [file for file in partial_of(out).rglob("*") if file.is_file() and file.name != ".lock"]
+            names = {name for file in files for name in (file, *file.parents) if tmp_path in name.parents}
+            assert [name for name in names if name.name not in durable.get(name.parent, ())] == []
+            commits.append(len(files))
+        fdatasync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "fdatasync", sync_data)
+    plan = make_plan(aligned, "fp8", BOTH)
+    run(plan, out, replace(options, max_shard_bytes=200_000))
+    assert len(commits) == plan.outputs
+    assert commits[0] < commits[-1]
+
+
 @pytest.mark.slow
-def test_a_file_size_limit_is_one_line(aligned, tmp_path):
+@pytest.mark.parametrize("form", BOTH)
+def test_a_file_size_limit_is_one_line(aligned, form, tmp_path):
     """The operating system's own refusal, by the command."""
-    command = f"ulimit -f 100; exec {sys.executable} -m mptq quantize {aligned} --recipe fp8-per-channel --eval-size 0 -o out"
+    command = f"{sys.executable} -m mptq quantize {aligned} --recipe fp8-per-channel --format {form} --eval-size 0 -o out"
+    command = f"ulimit -f 100; exec {command}"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) <= 4, done.stderr

@@ -34,6 +34,28 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_folders(root: Path) -> None:
+    """Wait until the names of all files below `root` are on the disk: to sync a file does not promise its name (fsync(2))."""
+    for folder, _, _ in os.walk(root):
+        sync(Path(folder))
+
+
+def sync_tree(root: Path) -> None:
+    """Wait until everything below `root` is on the disk: files and their names."""
+    for path in root.rglob("*"):
+        if path.is_file():
+            sync(path)
+    sync_folders(root)
+
+
+def make_folder(path: Path) -> None:
+    """Make a directory and those above it, and wait until their names are on the disk."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync(folder.parent)
+
+
 def begin_sync(descriptor: int, offset: int, count: int) -> None:
     """Let the disk begin with `count` bytes that were written at `offset`: who waits for them later waits less.
 

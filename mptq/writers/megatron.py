@@ -15,7 +15,7 @@ import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -59,7 +59,7 @@ class MegatronWriter:
         self.directory = directory / (f"iter_{iteration:07d}" if iteration is not None else "release")
         self.directory.mkdir(parents=True, exist_ok=True)
         self._accounts = dict(accounts)
-        self._open: IO[bytes] | None = None
+        self._open: io.BufferedWriter | None = None
         self._account: Account = {}
 
     @property
@@ -79,7 +79,7 @@ class MegatronWriter:
             self._account[name] = [self._open.tell(), self._open.write(blob)]
         for name, tensor in output.tensors[self.format].items():
             start = self._open.tell()
-            torch.save(_alone(tensor), self._open)
+            _save(tensor, self._open)
             about = [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
             self._account[name] = [start, self._open.tell() - start, *about]
             begin_sync(self._open.fileno(), start, self._open.tell() - start)
@@ -143,10 +143,21 @@ class MegatronWriter:
         return [*self.complete, self.directory / ".metadata", *files]
 
     def abort(self) -> None:
-        """Close what is open."""
+        """Close what is open, as it is: to write the rest of it would fail once more on a disk that is full."""
         if self._open is not None:
-            self._open.close()
+            self._open.raw.close()
             self._open = None
+
+
+def _save(tensor: torch.Tensor, file: io.BufferedWriter) -> None:
+    """`torch.save` of the tensor; raises OSError where the file cannot be written."""
+    try:
+        torch.save(_alone(tensor), file)
+    except RuntimeError as error:
+        # torch ends its archive where a write has failed too, and raises that this is not possible either.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
 from mptq.errors import OutputError
 from mptq.writers import journal, manifest
-from mptq.writers.disk import sync
+from mptq.writers.disk import make_folder, sync, sync_tree
 
 _LOCK = ".lock"
 
@@ -87,7 +88,7 @@ class OutputDirectory:
 
     def __enter__(self) -> Self:
         try:
-            self.partial.mkdir(parents=True, exist_ok=True)
+            make_folder(self.partial)
             self._lock = (self.partial / _LOCK).open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -103,18 +104,32 @@ class OutputDirectory:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> None:
         assert self._lock is not None
-        if error is None:
-            self._commit()
-        elif steps := unfinished(self.out):
+        with closing(self._lock):
+            if error is not None:
+                self._leave(error)
+                return
+            try:
+                self._commit()
+            except OSError as problem:
+                failure = OutputError(f"{self.out} cannot be written: {problem.strerror} ({problem.filename})")
+                self._leave(failure)
+                raise failure from problem
+
+    def _leave(self, error: BaseException) -> None:
+        """Keep what a later run can go on with, and say so in a note of `error`, which nothing here replaces."""
+        try:
+            steps = unfinished(self.out)
+        except (OSError, OutputError) as problem:
+            error.add_note(f"{self.partial} is left as it is ({problem})")
+            return
+        if steps:
             error.add_note(f"what was finished before is kept ({steps} of its steps): --resume goes on with it")
         else:
             shutil.rmtree(self.partial, ignore_errors=True)
-        self._lock.close()
 
     def _commit(self) -> None:
         """Everything is on the disk before the name says that it is complete; the journal and the lock go last."""
-        for path in (*self.partial.rglob("*"), self.partial):
-            sync(path)
+        sync_tree(self.partial)
         old = self.out.parent / f".{self.out.name}.old"
         if self.out.exists():
             shutil.rmtree(old, ignore_errors=True)

@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import os
 import shutil
@@ -22,6 +23,39 @@ def test_nothing_is_left_of_a_run_that_failed(tmp_path, error):
     with pytest.raises(error), OutputDirectory(tmp_path / "out") as target:
         (target.partial / "a").write_text("1")
         raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_error_of_a_run_is_not_replaced_by_what_goes_wrong_after_it(tmp_path, monkeypatch):
+    """Neither by a damaged journal nor by a disk that cannot be read; what is there stays."""
+    with pytest.raises(KeyboardInterrupt) as caught, OutputDirectory(tmp_path / "out") as target:
+        (target.partial / ".journal").write_text("no JSON\n")
+        raise KeyboardInterrupt
+    assert [note for note in caught.value.__notes__ if ".out.partial is left as it is (" in note and "is damaged" in note]
+
+    def failing(_path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with pytest.raises(ValueError, match="^the first$") as caught, OutputDirectory(tmp_path / "two") as target:
+        (target.partial / ".journal").touch()
+        monkeypatch.setattr("pathlib.Path.read_bytes", failing)
+        raise ValueError("the first")
+    assert "Input/output error" in caught.value.__notes__[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", ".two.partial"]
+    with (tmp_path / ".two.partial" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given back
+
+
+def test_an_output_that_cannot_be_completed_is_one_line(tmp_path, monkeypatch):
+    def failing(path, _target):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr("pathlib.Path.rename", failing)
+    with (
+        pytest.raises(OutputError, match=r"out cannot be written: Input/output error \(.*\.out\.partial\)$"),
+        OutputDirectory(tmp_path / "out") as target,
+    ):
+        (target.partial / "a").write_text("1")
     assert list(tmp_path.iterdir()) == []
 
 
