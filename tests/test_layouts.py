@@ -4,20 +4,24 @@ import io
 import pickle
 import shutil
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 
-from mptq import make_plan
+from mptq import make_plan, run
 from mptq.arch.features import REFUSED, obstacles
 from mptq.arch.ladder import settings_of
+from mptq.calibrate.data import DataOptions
 from mptq.checkpoint.index import open_checkpoint
-from mptq.errors import CheckpointError, MptqError, UnsupportedModelError
+from mptq.errors import CheckpointError, DataError, MptqError, UnsupportedModelError
 from mptq.inspection import inspect
 from mptq.plan import SourceOptions
+from tests.calibrate.conftest import write_indexed
 from tests.conftest import mptq, read_json
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -96,11 +100,13 @@ def nemo(aligned: Path, to: Path) -> Path:
     return to
 
 
-def common(aligned: Path, to: Path) -> Path:
-    """A checkpoint of megatron-core 0.13 to 0.16, with the arguments in common.pt."""
+def common(aligned: Path, to: Path, newer: Sequence[str] = ()) -> Path:
+    """A checkpoint of megatron-core 0.13 to 0.16, with the arguments in common.pt, but for those that are `newer`."""
     root = copied(aligned, to)
     directory = iteration_of(root)
     args = arguments(directory)
+    for name in newer:
+        delattr(args, name)
     renamed(directory, without_args)
     torch.save({"args": args, "checkpoint_version": 3.0, "iteration": 100}, directory / "common.pt")
     (directory / "metadata.json").unlink()
@@ -285,3 +291,18 @@ def test_the_command_line(aligned, tmp_path):
 def test_options_that_are_wrong(aligned):
     with pytest.raises(MptqError, match="did you mean rotary_base"):
         make_plan(aligned, "fp8-blockwise", options=SourceOptions(config=("rotary_bas=1",)))
+
+
+def test_null_tokenizers_before_0_18_have_their_end_of_document_behind_the_vocabulary(aligned, options, tmp_path):
+    """`--vocab-size 500` is 501 tokens there, and 500 with the arguments of 0.19."""
+    newer = ("null_tokenizer_eod_id", "null_tokenizer_pad_id")
+    old = common(aligned, tmp_path / "old", newer)
+    documents = [[[*range(20 * index, 20 * index + 40), 500]] for index in range(20)]
+    ends = DataOptions((str(write_indexed(tmp_path / "ends", documents)),), calib_size=2, eval_size=2, seq_length=32)
+    run(make_plan(old, "fp8-per-channel"), tmp_path / "out", replace(options, data=ends))
+    assert read_json(tmp_path / "out" / "config.json")["vocab_size"] == 501
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as tensors:
+        assert tensors.get_slice("model.embed_tokens.weight").get_shape() == [501, 256]
+        assert tensors.get_slice("lm_head.weight").get_shape() == [501, 256]
+    with pytest.raises(DataError, match="token id 500, and the model's vocabulary is of 500"):
+        run(make_plan(aligned, "fp8-per-channel"), tmp_path / "none", replace(options, data=ends))

@@ -6,10 +6,11 @@ megatron/training/argument_utils.py (in megatron/training/arguments.py before 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from mptq.arch.settings import KINDS, completed
+from mptq.arch.settings import KINDS, completed, count
 from mptq.arch.values import Unknown, plain
 
 RENAMED = {
@@ -61,11 +62,39 @@ def from_args(args: Mapping[str, Any]) -> dict[str, Any]:
     if args.get("group_query_attention") is False:
         settings["num_query_groups"] = None  # the argument's default is a meaningless 1
     settings = {key: plain(value) for key, value in settings.items()} | _mlp(args) | _attention_variant(args)
+    if "vocab_size" in settings:
+        settings["vocab_size"] = _vocabulary(args)
     if settings.get("num_moe_experts") == 0:
         settings["num_moe_experts"] = None
     for key in _absent(args):
         settings.pop(key, None)
     return completed({key: value for key, value in settings.items() if value is not Unknown})
+
+
+def _vocabulary(args: Mapping[str, Any]) -> Any:
+    """The number of token ids that the run's tokenizer has, None where the arguments do not say it.
+
+    `--vocab-size` is for tokenizers without a vocabulary of their own. NullTokenizer puts its end of document behind these ids
+    up to megatron-core 0.17; from 0.18 on it is the last of them, or `--null-tokenizer-eod-id`, an argument that the same
+    change added. NullMultimodalTokenizer still puts it behind them. All others but TikTokenizer count their own tokens and
+    ignore the argument: it counts only if the rows of the embedding were padded from it.
+    Source: megatron/core/tokenizers, {text,vision}/libraries/null*_tokenizer.py and utils/build_tokenizer.py.
+    """
+    size, kind = args["vocab_size"], args.get("tokenizer_type")
+    if not count(size):
+        return plain(size)
+    if kind == "NullMultimodalTokenizer" or (kind == "NullTokenizer" and "null_tokenizer_eod_id" not in args):
+        return size + 1
+    if kind == "NullTokenizer":
+        return max(size, (count(args["null_tokenizer_eod_id"]) or 0) + 1)
+    unit, rows = _padding(args), count(args.get("padded_vocab_size"))
+    padded = kind in (None, "TikTokenizer") or not (unit and rows) or rows == -(-size // unit) * unit
+    return size if padded else None
+
+
+def _padding(args: Mapping[str, Any]) -> int:
+    """Megatron-LM pads the rows of the embedding to a multiple of this; 0 where the arguments do not say it."""
+    return math.prod(count(args.get(name)) or 0 for name in ("make_vocab_size_divisible_by", "tensor_model_parallel_size"))
 
 
 def _mlp(args: Mapping[str, Any]) -> dict[str, Any]:

@@ -158,24 +158,24 @@ def completed(entries: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = dict(entries)
     # What is no number is none of this function's business: it is named where it is used (config.py).
-    hidden, heads, layers = (_count(found.get(key)) for key in ("hidden_size", "num_attention_heads", "num_layers"))
+    hidden, heads, layers = (count(found.get(key)) for key in ("hidden_size", "num_attention_heads", "num_layers"))
     _fill(found, "ffn_hidden_size", hidden and 4 * hidden)
     _fill(found, "kv_channels", hidden and heads and hidden // heads)
     _fill(found, "num_query_groups", heads)
-    if _count(found.get("num_moe_experts")):
+    if count(found.get("num_moe_experts")):
         _fill(found, "moe_ffn_hidden_size", found.get("ffn_hidden_size"))
     factor = found.get("moe_expert_capacity_factor")
     if isinstance(factor, int | float) and factor < 0:  # Megatron's way of saying that there is none
         found["moe_expert_capacity_factor"] = None
-    pattern = _count(found.get("no_rope_freq"))
+    pattern = count(found.get("no_rope_freq"))
     if pattern and layers:
         found["no_rope_freq"] = ([0] * (pattern - 1) + [1]) * (layers // pattern)
-    return found | (_mup(found) if found.get("use_mup") and hidden and _count(found.get("kv_channels")) else {})
+    return found | (_mup(found) if found.get("use_mup") and hidden and count(found.get("kv_channels")) else {})
 
 
 def _mup(found: Mapping[str, Any]) -> dict[str, Any]:
     """What maximal update parametrization scales by, from the width of the model that was tuned."""
-    base = _count(found.get("mup_base_hidden_size")) or found["hidden_size"]
+    base = count(found.get("mup_base_hidden_size")) or found["hidden_size"]
     width = found["hidden_size"] / base
     head = _positive(found, "mup_base_head_dim") ** 0.5 / found["kv_channels"] ** _positive(found, "mup_attn_scale_power", 8)
     output = _positive(found, "mup_output_mult")
@@ -187,7 +187,7 @@ def _mup(found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _count(value: Any) -> int | None:
+def count(value: Any) -> int | None:
     """A number of something that a model can have; what is no such number is left for its user to name."""
     return value if isinstance(value, int) and 0 < value < LARGEST else None
 

@@ -4,8 +4,8 @@
 
 CASES.json maps names to argument lists. For each, OUT/NAME.pt is the parsed and validated Namespace as a checkpoint stores
 it, OUT/NAME.yaml is a run config as Megatron-Bridge writes it (with megatron-core's own representers), and OUT/NAME.json has
-the fields of the TransformerConfig and of the GPTModelConfig that Megatron-LM builds from it, and, where the name begins with
-"model-", the keys and shapes under which megatron-core stores the tensors of that model.
+the fields of the TransformerConfig and of the GPTModelConfig that Megatron-LM builds from it, the sizes of its tokenizer, and,
+where the name begins with "model-", the keys and shapes under which megatron-core stores the tensors of that model.
 """
 
 import contextlib
@@ -70,6 +70,7 @@ def shapes(args, config) -> dict:
 
 def main(cases: Path, out: Path) -> None:
     without_cuda()
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
     from megatron.training.config.yaml_utils import safe_yaml_representers
 
@@ -86,6 +87,8 @@ def main(cases: Path, out: Path) -> None:
             "transformer": {key: plain(value) for key, value in (fields | yarn).items()},
             "gpt": {key: plain(value) for key, value in outer.items()},
         }
+        tokenizer = build_tokenizer(args)
+        found["tokenizer"] = {"vocab_size": tokenizer.vocab_size, "eod": tokenizer.eod}
         provider = {"_target_": "megatron.bridge.models.gpt_provider.GPTModelProvider", **fields, **yarn, **outer}
         with safe_yaml_representers():
             (out / f"{name}.yaml").write_text(yaml.safe_dump({"model": provider}))

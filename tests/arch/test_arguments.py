@@ -73,6 +73,9 @@ CASES = {
     ),
     "hybrid": ({"hybrid-layer-pattern": "M*M-"}, ["disable-bias-linear"]),
     "mup": (LLAMA | {"mup-base-hidden-size": 32}, ["swiglu", "use-mup"]),
+    "null-eod": ({"null-tokenizer-eod-id": 100}, []),
+    "null-eod-within": ({"null-tokenizer-eod-id": 7, "null-tokenizer-pad-id": 8}, []),
+    "null-multimodal": ({"tokenizer-type": "NullMultimodalTokenizer"}, []),
 }
 # A setting's name in GPTModelConfig, where that is another; what has no field there is from the arguments alone.
 GPT = {"max_position_embeddings": "seq_length", "seq_length": None, "vocab_size": None, "padded_vocab_size": "vocab_size"}
@@ -123,6 +126,14 @@ def test_settings_are_the_fields_of_megatrons_own_config(built, case):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", ["model-gpt", "null-eod", "null-eod-within", "null-multimodal"])
+def test_the_vocabulary_has_every_id_of_megatrons_own_null_tokenizers(built, case):
+    args = load_torch_file(built / f"{case}.pt", case)["args"].state
+    tokenizer = json.loads((built / f"{case}.json").read_text())["tokenizer"]
+    assert from_args(args)["vocab_size"] == max(tokenizer["vocab_size"], tokenizer["eod"] + 1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [name for name in CASES if name.startswith("model-")])
 def test_the_shapes_of_megatrons_own_tensors_agree_with_its_arguments(built, case):
     config = json.loads((built / f"{case}.json").read_text())
@@ -148,6 +159,37 @@ def test_a_run_config_of_the_same_config_says_the_same(built, case):
 
 
 OLD = {"norm_epsilon": 1e-6, "apply_layernorm_1p": True, "num_experts": 8, "ffn_hidden_size": 64, "moe_ffn_hidden_size": None}
+
+
+NEW = {"null_tokenizer_eod_id": None, "null_tokenizer_pad_id": -1}
+PADDED = {"make_vocab_size_divisible_by": 128, "tensor_model_parallel_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("args", "size"),
+    [
+        ({"tokenizer_type": "NullTokenizer"}, 501),  # up to 0.17
+        ({"tokenizer_type": "NullTokenizer"} | NEW, 500),
+        ({"tokenizer_type": "NullTokenizer"} | NEW | {"null_tokenizer_eod_id": 2}, 500),
+        ({"tokenizer_type": "NullTokenizer"} | NEW | {"null_tokenizer_eod_id": 510}, 511),
+        ({"tokenizer_type": "NullMultimodalTokenizer"} | NEW, 501),
+        ({"tokenizer_type": "NullMultimodalTokenizer"}, 501),
+        ({"tokenizer_type": "TikTokenizer", "padded_vocab_size": 768} | PADDED, 500),
+        ({"tokenizer_type": "HuggingFaceTokenizer"}, 500),
+        ({"tokenizer_type": "HuggingFaceTokenizer", "padded_vocab_size": 512} | PADDED, 500),
+        ({"tokenizer_type": "HuggingFaceTokenizer", "padded_vocab_size": 768} | PADDED, None),
+        ({"tokenizer_type": "HuggingFaceTokenizer", "padded_vocab_size": 768}, 500),
+        ({}, 500),
+    ],
+)
+def test_the_vocabulary_is_that_of_the_tokenizer(args, size):
+    """NullTokenizers add their end of document; others ignore --vocab-size, whose padding then need not fit."""
+    assert from_args({"vocab_size": 500} | args)["vocab_size"] == size
+
+
+def test_a_vocabulary_that_is_not_a_size_is_left_to_the_checks():
+    assert from_args({"vocab_size": -1, "tokenizer_type": "NullTokenizer"})["vocab_size"] == -1
+    assert from_args({"vocab_size": None, "tokenizer_type": "HuggingFaceTokenizer"})["vocab_size"] is None
 
 
 def test_names_of_older_versions():
