@@ -1,14 +1,22 @@
+import io
 import json
 import re
 import shutil
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
 
 from mptq import make_plan
 from mptq.arch.ladder import settings_of
 from mptq.arch.settings import Rung, merge
 from mptq.checkpoint.index import open_checkpoint
+from mptq.cli.console import show
+from mptq.cli.inspection_tables import inspection
 from mptq.errors import CheckpointError, RecipeError, UnsupportedModelError
 from mptq.forecast import peak_memory
 from mptq.inspection import inspect
@@ -290,6 +298,58 @@ def test_config_of_another_form(aligned_hf, tmp_path):
     for text in ("[1]", '{"quantization_config": [1]}', '{"quantization_config": {"ignore": null}}'):
         (tmp_path / "config.json").write_text(text)
         assert inspect(tmp_path)[0]["facts"]["quantization"] == "none"
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.just("\ud800"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=5,
+)
+NAMED = st.sampled_from(
+    [
+        "a.weight",
+        "a.weight_scale",
+        "a.weight_scale_inv",
+        "a.input_scale",
+        "a.weight_quantizer._scale",
+        "b.weight_quantizer._amax",
+        "b.weight",
+        "model.layers.0.self_attn.k_scale",
+        "model.layers.1.mlp.experts.3.down_proj.weight",
+        "[red]",
+    ]
+)
+
+
+@given(
+    config=VALUES | st.dictionaries(st.sampled_from(["architectures", "hidden_size", "num_hidden_layers"]), VALUES),
+    quantization=VALUES | st.dictionaries(st.sampled_from(["quant_method", "ignore", "modules_to_not_convert"]), VALUES),
+    shapes=st.dictionaries(NAMED, st.lists(st.integers(0, 4), max_size=3), max_size=5),
+)
+def test_what_other_tools_write_is_shown_or_refused_in_a_line(config, quantization, shapes):
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_file({name: np.zeros(shape, np.uint8) for name, shape in shapes.items()}, f"{folder}/model.safetensors")
+        config = config | {"quantization_config": quantization} if isinstance(config, dict) else config
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        (document,) = inspect(Path(folder))
+        assert all(str(value).isprintable() for value in document["facts"].values())
+        printed = io.TextIOWrapper(io.BytesIO(), "utf-8")
+        show(inspection(document), Console(file=printed))
+        printed.flush()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("config.json", "cannot be read: Is a directory"), ("other.safetensors", "is not a whole safetensors file")],
+)
+def test_a_directory_in_the_place_of_a_file(aligned_hf, tmp_path, name, said):
+    (tmp_path / "model.safetensors").symlink_to(aligned_hf / "model.safetensors")
+    (tmp_path / name).mkdir()
+    with pytest.raises(CheckpointError, match=said):
+        inspect(tmp_path)
 
 
 def test_nothing(tmp_path):

@@ -38,10 +38,10 @@ def describe_huggingface(path: Path) -> dict[str, Any]:
     specs = list(read_headers(path).values())
     facts = {
         "format": "safetensors (Hugging Face)",
-        "architecture": f"{architectures}, {config.get('num_hidden_layers', '?')} layers, "
-        f"hidden {config.get('hidden_size', '?')}",
+        "architecture": f"{architectures}, {_word(config.get('num_hidden_layers', '?'))} layers, "
+        f"hidden {_word(config.get('hidden_size', '?'))}",
         "source": "config.json",
-        "quantization": quantization.get("quant_method", "none"),
+        "quantization": _word(quantization.get("quant_method", "none")),
         "excluded": ", ".join(excluded[:4]) + (f" and {len(excluded) - 4} more" if len(excluded) > 4 else ""),
         "files": len(list(path.glob("*.safetensors"))),
     }
@@ -51,7 +51,13 @@ def describe_huggingface(path: Path) -> dict[str, Any]:
 
 def _words(listed: Any) -> list[str]:
     """A list of another tool's config, which may hold anything."""
-    return [str(item) for item in listed] if isinstance(listed, list) else []
+    return [_word(item) for item in listed] if isinstance(listed, list) else []
+
+
+def _word(value: Any) -> str:
+    """A value of another tool's config in a line: what cannot be printed is escaped."""
+    word = str(value)
+    return word if word.isprintable() else ascii(value)
 
 
 def _files(path: Path) -> dict[str, int]:
@@ -76,7 +82,7 @@ def read_headers(path: Path) -> dict[str, TensorSpec]:
                     if dtype not in DTYPE_BYTES:
                         raise CheckpointError(f"{file}: {name} has the unknown dtype {piece.get_dtype()}")
                     specs[name] = TensorSpec(name, dtype, tuple(piece.get_shape()))
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from error
     return specs
 
@@ -86,6 +92,8 @@ def _json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
-    except (ValueError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     return content if isinstance(content, dict) else {}

@@ -48,7 +48,8 @@ def _scheme(name: str, scale: TensorSpec, found: dict[str, TensorSpec], weights:
     parts = weights.get(owner)
     if not parts:
         return "scales without a weight"
-    rows, columns = sum(part.shape[-2] if len(part.shape) > 1 else 1 for part in parts), parts[0].shape[-1]
+    # A weight of other tools can have any shape.
+    rows, columns = sum(part.shape[-2] if len(part.shape) > 1 else 1 for part in parts), (1, *parts[0].shape)[-1]
     simulated = ", simulated" if end == _SIMULATED else ""
     return f"{parts[0].dtype}{simulated}, {_grid(scale, rows, columns)}"
 
@@ -65,7 +66,7 @@ def _grid(scale: TensorSpec, rows: int, columns: int) -> str:
 
 def _block(size: int, count: int) -> int:
     """The size of the blocks of which `count` cover `size`."""
-    if count == 1:
+    if count <= 1:
         return size
     return next((block for block in _BLOCKS if -(-size // block) == count), -(-size // count))
 
