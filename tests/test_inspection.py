@@ -150,7 +150,7 @@ def test_unsupported(aligned):
     document = describe_megatron(replace(checkpoint, args={**checkpoint.args, "attention_output_gate": True}))
     assert document["recipes"] == []
     assert "attention output gate" in document["problem"]
-    assert document["facts"]["architecture"].startswith("not supported: ")
+    assert document["facts"]["architecture"] == "not supported"
     assert document["parameters"] > 0
     assert settings_of(checkpoint)["hidden_size"] == 256
     fewer = {name: tensor for name, tensor in checkpoint.tensors.items() if "linear_proj" not in name}
@@ -272,8 +272,19 @@ def test_printed(aligned, quantized):
     for part in ("4x768x256", "from args in common_state", "never read", "fp8-per-channel", "hidden_size=256", "peak memory"):
         assert part in text
     text = mptq("inspect", quantized["crossing", "fp8"]).stdout
-    for part in ("one scale a tensor", "KL  ", "top-1", "weight error", "scales of a KV cache", "no recipe"):
+    for part in ("one scale a tensor", "KL  ", "top-1", "weight error", "scales of a KV cache", "cannot be quantized"):
         assert part in text
+
+
+def test_why_nothing_can_be_done_is_said_first(aligned, tmp_path):
+    root = shutil.copytree(aligned, tmp_path / "copy")
+    (root / "iter_0000100" / "modelopt_state").mkdir()
+    first, second, *_ = mptq("inspect", root).stdout.splitlines()
+    assert first == f"{root}/iter_0000100  Megatron checkpoint"
+    assert second == (
+        "cannot be quantized: it is quantized already (modelopt_state, or *_quantizer.* tensors): give the checkpoint that "
+        "it was made from"
+    )
 
 
 def test_model_of_others(aligned_hf):

@@ -1,8 +1,9 @@
-"""What a checkpoint can hold that is no model to quantize: one that is quantized already, or no weights at all. No torch."""
+"""What a checkpoint can hold that mptq does not quantize: adapters, another head, a quantized model, no weights. No torch."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 
 from mptq.checkpoint.index import Checkpoint
 from mptq.errors import CheckpointError
@@ -10,6 +11,11 @@ from mptq.errors import CheckpointError
 _QUANTIZER = re.compile(r"_quantizer\._(amax|scale|double_scale)$")
 _MAIN_PARAM = re.compile(r"(^|\.)optimizer\.(state\.(fp32_)?param\.|distributed\.)")  # by parameter, or in buckets
 _OPTIMIZER = re.compile(r"(^|\.)optimizer\.")
+# Megatron-Bridge's and NeMo's wrapper of a linear, its adapters (LoRA, DoRA), and peft's names of them.
+_ADAPTER = re.compile(r"\.to_wrap\.|\.adapter(s|_layer)?\..*\b(linear_in|linear_out|weight_magnitude)\b|\.lora_\w+\.")
+_OUTPUT_LAYER = re.compile(r"(^|\.)output_layer\.weight$")
+_WORDS = re.compile(r"(^|\.)embedding\.word_embeddings\.weight$")
+_OTHER_HEAD = re.compile(r"(^|\.)(value_head|v_head|reward_head|rm_head|classification_head)\.")
 
 
 def is_quantized(checkpoint: Checkpoint) -> bool:
@@ -17,15 +23,41 @@ def is_quantized(checkpoint: Checkpoint) -> bool:
     return (checkpoint.directory / "modelopt_state").is_dir() or any(map(_QUANTIZER.search, checkpoint.tensors))
 
 
-def require_weights(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError unless the checkpoint has the weights of a model that is not quantized yet."""
+def obstacle(checkpoint: Checkpoint) -> str | None:
+    """Why the tensors of a checkpoint are not a language model to quantize, and what to do; None where they may be one."""
+    return next(_obstacles(checkpoint), None)
+
+
+def _obstacles(checkpoint: Checkpoint) -> Iterator[str]:
     if is_quantized(checkpoint):
-        raise CheckpointError(
-            f"{checkpoint.directory} is quantized already (modelopt_state, or *_quantizer.* tensors): give the checkpoint that "
-            "it was made from"
-        )
+        yield "is quantized already (modelopt_state, or *_quantizer.* tensors): give the checkpoint that it was made from"
     if all(map(_OPTIMIZER.search, checkpoint.tensors)) and any(map(_MAIN_PARAM.search, checkpoint.tensors)):
-        raise CheckpointError(
-            f"{checkpoint.directory} has the weights only as the optimizer's main params (optimizer.state.fp32_param.*): "
+        yield (
+            "has the weights only as the optimizer's main params (optimizer.state.fp32_param.*): "
             "load it in Megatron-LM and save it with the model's weights"
         )
+    model = {name: tensor.spec.shape for name, tensor in checkpoint.tensors.items() if not _OPTIMIZER.search(name)}
+    adapters = [name for name in model if _ADAPTER.search(name)]
+    if adapters:
+        count = f"adapter tensors: {len(adapters)}, the first {adapters[0]}"
+        yield f"has LoRA adapters: merge them first (Megatron-Bridge's merge_lora.py, NeMo's llm.peft.merge_lora); {count}"
+    for name in _other_heads(model):
+        yield (
+            f"has a value, reward or classification head ({name} {list(model[name])}) instead of an output layer over the "
+            "vocabulary: mptq quantizes language models only"
+        )
+
+
+def _other_heads(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """Tensors of heads that score something else than the next token: an output layer of fewer rows than the embedding has."""
+    words = [shape[:1] for name, shape in shapes.items() if _WORDS.search(name)]
+    for name, shape in shapes.items():
+        if _OTHER_HEAD.search(name) or (_OUTPUT_LAYER.search(name) and words and shape[:1] < words[0]):
+            yield name
+
+
+def require_weights(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError unless the checkpoint has the weights of a language model that is not quantized yet."""
+    found = obstacle(checkpoint)
+    if found is not None:
+        raise CheckpointError(f"{checkpoint.directory} {found}")

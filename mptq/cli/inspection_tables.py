@@ -20,10 +20,12 @@ _FORMS = {"hf": "HF", "megatron": "Megatron"}
 
 
 def inspection(document: Mapping[str, Any]) -> RenderableType:
-    """The whole document: facts, what was quantized, the tree, what is not read, the settings and the recipes."""
+    """The whole document: why it cannot be quantized, facts, the tree, what is not read, the settings and the recipes."""
     facts = {**document["facts"], **_quantized(document)}
     width = max(map(len, facts))
     lines: list[RenderableType] = [f"{escape(document['path'])}  [bold]{document['kind']}[/]"]
+    if document.get("problem"):
+        lines.append(f"[yellow]cannot be quantized:[/] {escape(document['problem'])}")
     lines += [f"{name:<{width}}  {escape(str(value))}" for name, value in facts.items() if value not in ("", None)]
     return Group(*lines, "", _tree(document), *_not_read(document), *_settings(document), *_recipes(document))
 
@@ -105,12 +107,9 @@ def _short(value: Any) -> str:
 
 
 def _recipes(document: Mapping[str, Any]) -> Iterator[RenderableType]:
-    """What each recipe comes to, and in a line each why one cannot be applied."""
-    if document.get("problem"):
-        yield ""
-        yield f"[yellow]no recipe[/]   {escape(document['problem'])}"
+    """What each recipe comes to, and in a line each why one cannot be applied; nothing where none can."""
     rows = document.get("recipes")
-    if not rows:
+    if not rows or document.get("problem"):
         return
     table = tables.grid("recipe", *(f"bytes ({form})" for form in _FORMS.values()), "peak memory")
     for row in rows:

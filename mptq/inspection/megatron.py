@@ -9,6 +9,7 @@ from typing import Any
 from mptq.arch.config import ModelConfig, model_config
 from mptq.arch.ladder import settings_of
 from mptq.arch.places import dropped, locate
+from mptq.checkpoint.contents import obstacle
 from mptq.checkpoint.index import Checkpoint
 from mptq.errors import CheckpointError, MptqError, UnsupportedModelError
 from mptq.inspection.predictions import predictions
@@ -50,24 +51,29 @@ def describe_megatron(checkpoint: Checkpoint, options: SourceOptions | None = No
     }
     settings = settings_of(checkpoint, options.config, options.hf_config)
     document |= settings_document(settings)
+    unfit = obstacle(checkpoint)
     try:
         model = model_config(settings, specs)
     except MptqError as error:
-        document["facts"]["architecture"] = f"not supported: {error}"
-        return document | {"problem": str(error)}
+        document["facts"]["architecture"] = "not supported"
+        return document | {"problem": f"it {unfit}" if unfit else str(error)}
     made = architecture(model)
     more = {"architecture": words(model), "Hugging Face": _family(made), "cannot be run": "; ".join(made["not_run"])}
     document["architecture"], document["facts"] = made, document["facts"] | more
-    if document["quantization"] is not None:
-        return document | {"problem": "it is quantized already: recipes are for checkpoints as training saves them"}
+    if unfit is not None:
+        return document | {"problem": f"it {unfit}"}
     return document | _recipes(checkpoint, model, specs)
 
 
 def _recipes(checkpoint: Checkpoint, model: ModelConfig, specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
     try:
-        return {"recipes": predictions(Source(checkpoint, model, locate(specs, model)))}
+        rows = predictions(Source(checkpoint, model, locate(specs, model)))
     except (CheckpointError, UnsupportedModelError) as error:
         return {"problem": str(error)}
+    if any(row["bytes"] for row in rows):
+        return {"recipes": rows}
+    # No recipe gives anything: the reason is the model's.
+    return {"recipes": rows, "problem": "; ".join(dict.fromkeys(text for row in rows for text in row["problems"].values()))}
 
 
 def _family(found: Mapping[str, Any]) -> str:
