@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mptq.errors import RecipeError
+from mptq.paths import require_local
 
 Scale = Literal["block", "row", "tensor", "mx"]
 KEEP = "none"
@@ -239,7 +240,7 @@ def recipe_names() -> list[str]:
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
+    near = difflib.get_close_matches(name, known, n=1)
     return (f"did you mean {near[0]!r}? " if near else "") + f"there are {', '.join(known)}"
 
 
@@ -251,6 +252,7 @@ def load_recipe(name: str) -> Recipe:
     """
     if name in recipe_names():
         return _load_yaml(_configs() / f"{name}.yaml")
+    require_local(name)
     path = Path(name)
     if name.endswith((".yaml", ".yml")):
         if not path.is_file():

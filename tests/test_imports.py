@@ -9,14 +9,15 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mptq"
 STAGES = {"calibrate", "checkpoint", "quantize", "writers"}
-SHARED = {"arch", "recipe", "types", "errors"}
+SHARED = {"arch", "recipe", "types", "errors", "paths"}
 MEGATRON = {"arch", "calibrate", "layer_work", "stream", "streams"}  # the last three for its types
 ALLOWED = {
     "errors": set(),
     "types": set(),
     "units": set(),
     "hashing": set(),
-    "recipe": {"errors", "quantize"},  # of quantize: ModelOpt's recipes, where one is named
+    "paths": {"errors"},
+    "recipe": {"errors", "paths", "quantize"},  # of quantize: ModelOpt's recipes, where one is named
     "arch": {"errors", "types"},
     **dict.fromkeys(STAGES, SHARED | {"hashing"}),
     "schemes": SHARED,
@@ -37,6 +38,7 @@ ALLOWED = {
     "cli": {
         "calibrate",
         "errors",
+        "paths",
         "recipe",
         "record",
         "plan",

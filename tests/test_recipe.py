@@ -128,6 +128,23 @@ def test_modelopts_other_recipes_are_refused_with_the_reason(name, message):
         load_recipe(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("FOO_CFG", "ModelOpt has no config FOO_CFG: see `mptq recipes` for mptq's own"),
+        (
+            "abc/def",
+            "ModelOpt has no recipe abc/def: see `mptq recipes` for mptq's own (a recipe file's name ends in .yaml)",
+        ),
+        ("nvfp4", "unknown recipe 'nvfp4': there are fp8, fp8-blockwise, fp8-per-channel, fp8-per-tensor, mxfp8, none"),
+    ],
+)
+def test_nothing_is_suggested_where_nothing_is_near(name, message):
+    with pytest.raises(RecipeError) as failure:
+        load_recipe(name)
+    assert str(failure.value) == message
+
+
 def test_modelopts_exclusions_are_overrides():
     recipe = load_recipe("MAMBA_MOE_FP8_CONSERVATIVE_CFG")
     assert {"*q_proj*", "*self_attention.linear_qkv*"} <= {override.pattern for override in recipe.overrides}

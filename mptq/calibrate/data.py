@@ -23,8 +23,8 @@ class DataOptions:
 
     `datasets` are "NAME" or "NAME:WEIGHT"; none: text and code that Python carries. `calib_size` and `eval_size` count
     sequences of `seq_length` tokens: to calibrate on, and held out. `packed` sets documents end to end into full
-    sequences; else a document is a sequence, cut at `seq_length` and never padded. `trust_remote_code` is for the
-    tokenizer.
+    sequences; else a document is a sequence, cut at `seq_length` and never padded. `trust_remote_code` lets a
+    tokenizer run the Python code in its directory; no dataset ever runs code.
     """
 
     datasets: tuple[str, ...] = ()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from mptq.calibrate import default, files, huggingface, indexed
 from mptq.errors import DataError
+from mptq.paths import remote_url
 
 if TYPE_CHECKING:
     import numpy as np
@@ -113,6 +114,8 @@ def _split_weight(given: str) -> tuple[str, float]:
 
 def _unknown(path: str) -> str:
     """Why no kind recognises it."""
+    if remote_url(path):
+        return f"dataset {path!r}: remote paths are not read: mount or copy it"
     if path.endswith((".bin", ".idx")) and Path(path).exists():
         return f"dataset {path!r}: a Megatron indexed dataset needs both {indexed.prefix_of(path)}.bin and .idx"
     if Path(path).is_file():

@@ -38,6 +38,10 @@ def load_tokenizer(source: Path | str, trust_remote_code: bool = False) -> Any:
         # For a file that it cannot read, `tokenizers` raises Exception itself, of no class of its own.
         if type(error) is not Exception and not isinstance(error, _UNREADABLE):
             raise
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise DataError(
+                f"tokenizer {directory} needs Python code that is in its directory: pass --trust-remote-code if you trust it"
+            ) from error
         raise DataError(f"tokenizer {directory} cannot be loaded: {one_line(error)}") from error
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from mptq.checkpoint.formats import require_torch_dist
 from mptq.checkpoint.records import open_record
 from mptq.errors import CheckpointError
+from mptq.paths import require_local
 
 TRACKER = "latest_checkpointed_iteration.txt"
 TRAIN_STATE = "latest_train_state.pt"
@@ -39,8 +40,10 @@ def locate(path: Path, iteration: int | None = None) -> Location:
     """Resolve a checkpoint root, an `iter_*` directory or a NeMo 2 directory; `iteration` picks one of a root.
 
     Without it, a root's tracker file counts, or else its last iteration. Raises CheckpointError when there is no such
-    directory or it is not a torch_dist checkpoint, saying which format it is where that can be told, and what to do.
+    directory or it is not a torch_dist checkpoint, saying which format it is where that can be told, and what to do;
+    MptqError for a remote path.
     """
+    require_local(path)
     path = path.resolve()
     if not path.exists():
         raise CheckpointError(f"{path} does not exist: give a checkpoint root or an iter_* directory")

@@ -11,7 +11,12 @@ from mptq.cli import console, inspection_tables, options
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="CKPT_OR_OUTPUT", help="A checkpoint, or an output of mptq or others.")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CKPT_OR_OUTPUT", help="A checkpoint, or an output of mptq or others.", callback=options.local_input
+        ),
+    ],
     iteration: options.Iteration = None,
     config: options.Config = None,
     hf_config: options.HfConfig = None,

@@ -7,7 +7,24 @@ from typing import Annotated
 
 import typer
 
+from mptq.paths import require_local
+
 _PANEL = "Checkpoint"
+
+
+def local_input(path: Path | None) -> Path | None:
+    """Callback of a path that is read; raises MptqError for a URL."""
+    if path is not None:
+        require_local(path)
+    return path
+
+
+def local_output(path: Path | None) -> Path | None:
+    """Callback of a path that is written; raises MptqError for a URL."""
+    if path is not None:
+        require_local(path, "written")
+    return path
+
 
 Iteration = Annotated[
     int | None,
@@ -24,6 +41,9 @@ Config = Annotated[
 HfConfig = Annotated[
     Path | None,
     typer.Option(
-        metavar="DIR", help="Hugging Face directory or config.json that tells the architecture.", rich_help_panel=_PANEL
+        metavar="DIR",
+        help="Hugging Face directory or config.json that tells the architecture.",
+        rich_help_panel=_PANEL,
+        callback=local_input,
     ),
 ]

@@ -47,10 +47,20 @@ _DATA = "Calibration and fidelity"
 
 
 def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
-    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint root, iter_* or NeMo 2 directory.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(metavar="CKPT", help="Checkpoint root, iter_* or NeMo 2 directory.", callback=options.local_input),
+    ],
     recipe: Annotated[str, typer.Option(help="Recipe name (see `mptq recipes`), YAML file, or ModelOpt's name of one.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Output directory.", show_default="CKPT-RECIPE, beside CKPT")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Output directory.",
+            show_default="CKPT-RECIPE, beside CKPT",
+            callback=options.local_output,
+        ),
     ] = None,
     formats: Annotated[str, typer.Option("--format", help="hf, megatron, or both: hf,megatron.")] = "hf",
     ignore: Annotated[
@@ -62,7 +72,11 @@ def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
     ] = None,
     tokenizer: Annotated[
         Path | None,
-        typer.Option(help="Tokenizer directory, used and copied into the output.", show_default="the checkpoint's"),
+        typer.Option(
+            help="Tokenizer directory, used and copied into the output.",
+            show_default="the checkpoint's",
+            callback=options.local_input,
+        ),
     ] = None,
     iteration: options.Iteration = None,
     config: options.Config = None,
@@ -109,7 +123,10 @@ def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
         typer.Option(metavar="PERCENT", help="Exit with 3 if the perplexity rises by more.", rich_help_panel=_DATA),
     ] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let a tokenizer or dataset run its own code.", rich_help_panel=_DATA)
+        bool,
+        typer.Option(
+            "--trust-remote-code", help="Let a tokenizer run the Python code in its directory.", rich_help_panel=_DATA
+        ),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output of mptq.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped, if there is one.")] = False,
@@ -149,7 +166,12 @@ def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
         gates=report.Gates(max_kl, parse_percent(max_ppl_increase)),
     )
     chosen = SourceOptions(iteration, tuple(config or ()), hf_config)
-    plan = make_plan(checkpoint, load_recipe(recipe).changed(ignore or (), kv_cache), tuple(formats.split(",")), chosen)
+    plan = make_plan(
+        checkpoint,
+        load_recipe(recipe).changed(ignore or (), kv_cache),
+        tuple(form.strip() for form in formats.split(",")),
+        chosen,
+    )
     out = output or pipeline.default_output(plan, checkpoint)
     if dry_run and is_first():
         checked = pipeline.check(plan, out.resolve(), settings)

@@ -7,13 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from mptq.cli import console, tables
+from mptq.cli import console, options, tables
 
 
 def report(
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="An output of mptq.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="An output of mptq.", callback=options.local_input)],
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json.")] = False,
-    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the report as a page.")] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write the report as a page.", callback=options.local_output),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print a line for every tensor.")] = False,
 ) -> None:
     """Show what a run did and what it cost."""

@@ -12,8 +12,11 @@ from mptq.errors import VerificationError
 
 
 def verify(
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="An output of mptq.")],
-    against: Annotated[Path | None, typer.Option(metavar="CKPT", help="Compare every number with this checkpoint too.")] = None,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="An output of mptq.", callback=options.local_input)],
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="CKPT", help="Compare every number with this checkpoint too.", callback=options.local_input),
+    ] = None,
     iteration: options.Iteration = None,
     config: options.Config = None,
     hf_config: options.HfConfig = None,

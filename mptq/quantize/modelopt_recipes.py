@@ -22,6 +22,7 @@ _MEANINGS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Quantizers that mptq knows -> what their scales may belong to -> the fields of a recipe that say so."""
 _E4M3 = (4, 3)
+_END = "_CFG"
 
 
 def recipe_fields(name: str) -> dict[str, Any]:
@@ -29,8 +30,13 @@ def recipe_fields(name: str) -> dict[str, Any]:
 
     Raises RecipeError when there is none of that name, or naming everything in it that is not FP8 as mptq does it.
     """
-    config = _config(name) if name.endswith("_CFG") else _built_in(name)
+    config = _config(name) if name.endswith(_END) else _built_in(name)
     return _translated(name, config)
+
+
+def _suggestion(near: list[str]) -> str:
+    """What may be meant, or where the names are when nothing is near."""
+    return f"did you mean {', '.join(near)}?" if near else "see `mptq recipes` for mptq's own"
 
 
 def _config(name: str) -> dict[str, Any]:
@@ -38,9 +44,10 @@ def _config(name: str) -> dict[str, Any]:
 
     found = getattr(mtq, name, None)
     if not isinstance(found, dict):
-        known = [known for known in dir(mtq) if known.endswith("_CFG")]
-        near = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.3)) or "none is near"
-        raise RecipeError(f"ModelOpt has no config {name}: did you mean {near}?")
+        known = [known for known in dir(mtq) if known.endswith(_END)]
+        # Without the common end, by which all of them are alike.
+        stems = difflib.get_close_matches(name.removesuffix(_END), [name.removesuffix(_END) for name in known])
+        raise RecipeError(f"ModelOpt has no config {name}: {_suggestion([stem + _END for stem in stems])}")
     return found
 
 
@@ -54,8 +61,8 @@ def _built_in(name: str) -> dict[str, Any]:
     root = Path(modelopt_recipes.__path__[0])
     known = [str(path.relative_to(root).with_suffix("")) for path in sorted(root.glob("**/ptq/*.yaml"))]
     if name not in known:
-        near = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.3)) or "none is near"
-        raise RecipeError(f"ModelOpt has no recipe {name}: did you mean {near}? (a recipe file's name ends in .yaml)")
+        near = _suggestion(difflib.get_close_matches(name, known))
+        raise RecipeError(f"ModelOpt has no recipe {name}: {near} (a recipe file's name ends in .yaml)")
     with contextlib.redirect_stdout(io.StringIO()):
         recipe = load_recipe(name)
     found: dict[str, Any] = recipe.quantize.model_dump()

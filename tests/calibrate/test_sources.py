@@ -118,6 +118,13 @@ def test_every_problem_is_said_in_one_line(folder):
     check_datasets(DataOptions())
 
 
+@pytest.mark.parametrize("name", ["s3://bucket/rows.jsonl", "s3://bucket/rows.jsonl:2", "https://example.org/rows.parquet"])
+def test_remote_datasets_are_not_read(name):
+    with pytest.raises(DataError) as failure:
+        find_sources((name,))
+    assert str(failure.value) == f"dataset {name.removesuffix(':2')!r}: remote paths are not read: mount or copy it"
+
+
 def test_only_tokenized_datasets_need_no_tokenizer(folder):
     assert not needs_tokenizer(DataOptions(("ids:2",)))
     assert needs_tokenizer(DataOptions(("ids", "a.txt")))

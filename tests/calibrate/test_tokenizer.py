@@ -64,11 +64,22 @@ BROKEN = {
     "no json": ({"tokenizer.json": "{"}, "cannot be loaded: "),
     "no model": ({"tokenizer.json": {"model": {"type": "X"}}}, "did not match any variant"),
     "no config": ({"tokenizer_config.json": "[1]"}, "cannot be loaded: "),
-    "own code": (
-        {"tokenizer_config.json": {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}},
-        "contains custom code",
-    ),
 }
+OWN_CODE = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+
+
+def test_code_of_a_tokenizer_runs_where_it_is_trusted_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = make_tokenizer(tmp_path / "own")
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | OWN_CODE))
+    (folder / "own.py").write_text("import transformers\nclass Own(transformers.PreTrainedTokenizerFast):\n    ran = True\n")
+    with pytest.raises(DataError) as failure:
+        load_tokenizer(folder)
+    assert str(failure.value) == (
+        f"tokenizer {folder} needs Python code that is in its directory: pass --trust-remote-code if you trust it"
+    )
+    assert load_tokenizer(folder, trust_remote_code=True).ran
 
 
 @pytest.mark.parametrize(("files", "said"), BROKEN.values(), ids=BROKEN)

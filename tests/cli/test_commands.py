@@ -2,12 +2,17 @@
 
 import json
 import shutil
+from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
+from typer.models import ArgumentInfo
 from typer.testing import CliRunner
 
+from mptq import load_recipe, make_plan
 from mptq.cli.app import app
 from mptq.cli.quantize import parse_size
+from mptq.errors import CheckpointError, MptqError
 from tests.conftest import mptq, read_json
 
 
@@ -176,6 +181,62 @@ def test_bad_input_is_one_line(aligned, tmp_path):
     shard.unlink()
     refused(quantize(broken), "__0_0.distcp is missing")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "file", "legacy", "zarr"]
+
+
+def paths_of_commands():
+    """Every path on the command line: the command, and the words with that path as a URL and no other mistake."""
+    url = "s3://bucket/run"
+    for command in app.registered_commands:
+        function = command.callback
+        hints = [item for item in get_type_hints(function, include_extras=True).items() if item[0] != "return"]
+        paths = {name: hint.__metadata__[0] for name, hint in hints if Path in (hint.__origin__, *get_args(hint.__origin__))}
+        given = ["--recipe", "fp8"] if function.__name__ == "quantize" else []
+        for name, info in paths.items():
+            if isinstance(info, ArgumentInfo):
+                yield pytest.param([function.__name__, url, *given], id=f"{function.__name__} {name}")
+            else:
+                option = f"--{name.replace('_', '-')}"
+                yield pytest.param([function.__name__, "x", *given, option, url], id=f"{function.__name__} {option}")
+
+
+def test_there_are_paths_of_every_kind():
+    found = {param.id for param in paths_of_commands()}
+    assert found >= {"quantize checkpoint", "quantize --output", "quantize --tokenizer", "quantize --hf-config"}
+    assert found >= {"inspect path", "verify output", "verify --against", "report output", "report --html"}
+
+
+@pytest.mark.parametrize("words", paths_of_commands())
+def test_remote_paths_are_refused_by_every_option(words):
+    result = CliRunner().invoke(app, words)
+    assert isinstance(result.exception, MptqError)
+    if words[-2] in ("--output", "--html"):
+        assert str(result.exception) == "s3://bucket/run: remote paths are not written: write to a mounted or local directory"
+    else:
+        assert str(result.exception) == "s3://bucket/run: remote paths are not read: mount or copy it"
+
+
+def test_remote_checkpoints_and_recipes(tmp_path):
+    said = "msc://profile/run/iter_0000100: remote paths are not read: mount or copy it"
+    refused(mptq("quantize", "msc://profile/run/iter_0000100", "--recipe", "fp8"), f"mptq: {said}")
+    with pytest.raises(MptqError) as failure:
+        make_plan(Path("msc://profile/run/iter_0000100").absolute(), "fp8")
+    assert str(failure.value) == said
+    with pytest.raises(MptqError, match="^gs://bucket/mine.yaml: remote paths are not read"):
+        load_recipe("gs://bucket/mine.yaml")
+    (tmp_path / "s3:" / "run").mkdir(parents=True)  # the name of a directory that is there
+    with pytest.raises(CheckpointError, match="run is empty"):
+        make_plan(tmp_path / "s3:" / "run", "fp8")
+
+
+def test_formats_may_be_spaced(aligned, tmp_path):
+    command = ("quantize", aligned, "--recipe", "fp8-blockwise", "-o", tmp_path / "out", "--dry-run", "--json", "--format")
+    assert json.loads(mptq(*command, "hf, megatron").stdout)["formats"] == ["hf", "megatron"]
+    assert mptq(*command, "hf, gguf").stderr == "mptq: unknown format gguf: there are hf, megatron\n"
+
+
+def test_what_trusted_code_is():
+    text = " ".join(mptq("quantize", "--help").stdout.replace("│", " ").split())
+    assert "Let a tokenizer run the Python code in its directory." in text
 
 
 def test_full_disk_is_seen_before_the_run(aligned, tmp_path, monkeypatch):
