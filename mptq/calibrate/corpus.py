@@ -10,7 +10,7 @@ import numpy as np
 
 def pieces(documents: Iterable[np.ndarray], length: int) -> Iterator[tuple[int, np.ndarray]]:
     """Documents with their numbers. A document alone is cut into stretches of `length` tokens, so that it can be split."""
-    filled = enumerate(document for document in documents if len(document))
+    filled = enumerate(documents)
     first, second = next(filled, None), next(filled, None)
     if first is not None and second is None:
         yield from ((0, first[1][start : start + length]) for start in range(0, len(first[1]), length))
@@ -22,11 +22,14 @@ class Supply:
     """The sequences of one dataset, taken off its documents (int64 [n] each).
 
     Whatever a call of `take` leaves of a document is dropped: no document is in the sequences of two calls. `apart` is
-    shared by all datasets of a run: the hashes of what is held out, of which no copy is calibrated on either.
+    shared by all datasets of a run: the hashes of what is held out, of which no copy is calibrated on either. Of the documents
+    that were looked at, `empty` had no tokens (or, one a sequence, a single one, which predicts nothing), and `copies` were
+    copies of what is held out.
     """
 
     def __init__(self, documents: Iterable[np.ndarray], length: int, packed: bool, apart: set[bytes]) -> None:
-        self._pieces = pieces(documents, length)
+        self.empty = self.copies = 0
+        self._pieces = pieces(self._filled(documents), length)
         self._length, self._packed, self._apart = length, packed, apart
         self._used: set[int] = set()
 
@@ -34,6 +37,13 @@ class Supply:
     def documents(self) -> int:
         """How many documents were used so far."""
         return len(self._used)
+
+    def _filled(self, documents: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        for document in documents:
+            if len(document):
+                yield document
+            else:
+                self.empty += 1
 
     def take(self, count: int, hold_out: bool) -> list[np.ndarray]:
         """The next `count` sequences, or as many as there are."""
@@ -55,12 +65,14 @@ class Supply:
         return list(tokens[: full * self._length].reshape(full, self._length))
 
     def _cut(self, count: int, hold_out: bool) -> list[np.ndarray]:
-        """A document a sequence; one token predicts nothing."""
+        """A document a sequence."""
         sequences: list[np.ndarray] = []
         for number, ids in self._next(hold_out):
             if len(ids) >= 2:
                 sequences.append(ids)
                 self._used.add(number)
+            else:
+                self.empty += 1
             if len(sequences) == count:
                 break
         return sequences
@@ -72,6 +84,7 @@ class Supply:
             if hold_out:
                 self._apart.add(mark)
             elif mark in self._apart:
+                self.copies += 1
                 continue
             yield number, ids
 

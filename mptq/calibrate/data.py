@@ -94,10 +94,12 @@ def load_tokens(options: DataOptions, tokenizer: Path | str | None, vocab_size: 
     rows = []
     for index, source in enumerate(sources):
         asked = wanted[0][index], wanted[1][index]
-        _check_enough(source, (len(held[index]), len(used[index])), asked, options)
+        supply = supplies[index]
+        _check_enough(source, (len(held[index]), len(used[index])), asked, options, supply)
         _check_vocabulary(source, held[index] + used[index], tokenizer, vocab_size)
         about = {"name": source.name, "kind": source.kind.name, "weight": source.weight}
-        rows.append(about | {"documents": supplies[index].documents} | describe(held[index] + used[index]))
+        about |= {"documents": supply.documents, "empty": supply.empty, "copies": supply.copies}
+        rows.append(about | describe(held[index] + used[index]))
     calibration, held_out = interleave(used), interleave(held)
     account = {
         "datasets": rows,
@@ -134,11 +136,14 @@ def _encoded(source: Source, options: DataOptions, tokenizer: Any) -> Iterator[n
         yield encode(document, tokenizer, options.packed)
 
 
-def _check_enough(source: Source, there: tuple[int, int], asked: tuple[int, int], options: DataOptions) -> None:
+def _check_enough(source: Source, there: tuple[int, int], asked: tuple[int, int], options: DataOptions, supply: Supply) -> None:
     if there != asked:
         kind = f"of {options.seq_length} tokens" if options.packed else "(a document each)"
+        counts = {"empty documents": supply.empty, "copies of held-out documents": supply.copies}
+        left_out = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
         raise DataError(
-            f"dataset {source.path!r} has {sum(there)} sequences {kind} to use, and {sum(asked)} are asked for "
+            f"dataset {source.path!r} has {sum(there)} sequences {kind} to use{left_out and ', beside '}{left_out}, and "
+            f"{sum(asked)} are asked for "
             f"({asked[0]} held out, {asked[1]} to calibrate): name more datasets, or ask for fewer or shorter sequences"
         )
 

@@ -55,7 +55,10 @@ EXPECTED = "text, messages, or prompt and completion"
 
 
 def from_row(row: Any, where: str) -> Document:
-    """The document in a row of a table or a JSON Lines file; raises DataError for a row that holds none."""
+    """The document in a row of a table or a JSON Lines file, an empty one where it is null.
+
+    Raises DataError for a row without the columns, or with something else in them.
+    """
     if not isinstance(row, dict):
         raise DataError(f"{where}: the row is no JSON object with {EXPECTED}")
     for columns, (make, expected) in FORMS.items():
@@ -64,6 +67,8 @@ def from_row(row: Any, where: str) -> Document:
             if content is None:
                 raise DataError(f"{where}: {' and '.join(columns)} must be {expected}")
             return Document(content, where)
+    if any(all(column in row for column in columns) for columns in FORMS):
+        return Document("", where)
     raise DataError(f"{where}: the row has no {EXPECTED}, only {', '.join(map(str, row)) or 'nothing'}")
 
 

@@ -83,7 +83,7 @@ def summary(document: Mapping[str, Any]) -> RenderableType:
     table.add_row("all layers", *whole, _percent(last), style="bold")
     times = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in document["seconds"].items())
     # A conversion has no errors to show, and excludes nothing from what it does not do.
-    errors: list[RenderableType] = [table, "", *fidelity(document)] if document["tensors"] else []
+    errors: list[RenderableType] = [table, "", *fidelity(document), *left_out(document)] if document["tensors"] else []
     lines: list[RenderableType] = [
         f"[bold]{escape(document['recipe']['name'])}[/]  {escape(document['recipe']['description'])}",
         components(document),
@@ -140,6 +140,15 @@ def figures(document: Mapping[str, Any]) -> list[str]:
         f"top-1       {same} % of tokens keep their likeliest successor",
         f"            on {found['tokens']} held-out tokens of {found['sequences']} sequences of {escape(where)}",
     ]
+
+
+def left_out(document: Mapping[str, Any]) -> list[str]:
+    """A line of the documents that were not used though they were next, where there are any."""
+    rows = (document["calibration"] or {}).get("datasets", ())
+    counts = {"empty (null or blank)": "empty", "copies of held-out ones": "copies"}
+    found = {words: sum(row.get(key, 0) for row in rows) for words, key in counts.items()}
+    words = ", ".join(f"{count} {words}" for words, count in found.items() if count)
+    return [f"left out    documents: {words}"] if words else []
 
 
 def _experts(document: Mapping[str, Any]) -> list[str]:

@@ -51,6 +51,8 @@ class Dataset(Strict):
     kind: str = Field(description="how it was read: text, jsonl, parquet, megatron, ...")
     weight: float = Field(ge=0, description="share of the mixture that was asked for, before normalization")
     documents: Count = Field(description="documents that were used")
+    empty: Count = Field(0, description="documents left out: null, blank or, where each is a sequence, of a single token")
+    copies: Count = Field(0, description="documents left out of the calibration set as copies of held-out ones")
     sequences: Count = Field(description="sequences that hold tokens of it")
     tokens: Count = Field(description="tokens that were used")
     sha256: str = Field(description="SHA-256 of the documents that were used")

@@ -112,6 +112,8 @@ def datasets(document: Mapping[str, Any]) -> Table | None:
         Column("kind", _get("kind"), numeric=False),
         Column("weight", _get("weight"), "{:g}".format),
         Column("documents", _get("documents"), number),
+        Column("left out: empty", _get("empty"), number),
+        Column("copies of held-out", _get("copies"), number),
         Column("sequences", _get("sequences"), number),
         Column("tokens", _get("tokens"), number),
         Column("sha256", _get("sha256"), lambda digest: digest[:12], numeric=False),

@@ -93,6 +93,16 @@ def test_documents_beyond_those_needed_are_not_read():
     assert len(read) == 4  # one held out, three for 24 tokens
 
 
+def test_documents_left_out_are_counted():
+    filled, copy = np.arange(6), np.arange(6)
+    documents = [filled, np.zeros(0, np.int64), copy, np.arange(1), np.arange(9)]
+    for packed, empty in ((True, 1), (False, 2)):
+        supply = Supply(iter(documents), 6, packed, set())
+        supply.take(1, hold_out=True)
+        supply.take(9, hold_out=False)
+        assert (supply.empty, supply.copies) == (empty, 1 + (not packed))  # cut to 6 tokens, the last is a copy too
+
+
 def test_documents_used_are_counted():
     supply = Supply(iter(make_documents([5, 0, 5, 5, 5])), 4, True, set())
     supply.take(1, hold_out=True)

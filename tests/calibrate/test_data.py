@@ -132,7 +132,8 @@ def test_the_account(rows, words):
     data = load(rows, words / "tokenizer.json")
     assert data.account == {
         "datasets": [
-            {"name": "rows.jsonl", "kind": "json-lines", "weight": 1.0, "documents": 11}  # 3 for 32 tokens, 8 for 80
+            {"name": "rows.jsonl", "kind": "json-lines", "weight": 1.0, "documents": 11, "empty": 0, "copies": 0}
+            # 3 documents for 32 tokens, 8 for 80
             | describe(data.held_out + data.calibration)
         ],
         "default_data": False,
@@ -145,6 +146,16 @@ def test_the_account(rows, words):
     }
     assert data.account["calibration"]["sequences"] == 10
     assert data.account["held_out"]["tokens"] == 32
+
+
+def test_what_is_left_out_is_counted(words, tmp_path):
+    """Null and blank documents, and copies of what is held out: 1 + 26 sequences take all rows but an empty one, the last."""
+    empty = [{"text": None}, {"text": " "}, {"prompt": "w1", "completion": None}, {"messages": None}]
+    path = write_json_lines(tmp_path / "rows.jsonl", [*empty, *ROWS[:14], *ROWS[:14]])
+    data = load(path, words, options=replace(SMALL, packed=False, seq_length=64, eval_size=1, calib_size=26))
+    (row,) = data.account["datasets"]
+    assert {key: row[key] for key in ("documents", "empty", "copies")} == {"documents": 27, "empty": 3, "copies": 1}
+    assert not {tuple(ids) for ids in data.held_out} & {tuple(ids) for ids in data.calibration}
 
 
 def test_the_seed_decides(rows, words):
@@ -199,12 +210,17 @@ def test_too_little_data(rows, words, tmp_path):
     )
     short = write_json_lines(tmp_path / "short.jsonl", [*ROWS[:12], {"text": ""}, {"text": " \n"}, {"text": "w1"}])
     assert fails(short, words, packed=False) == (
-        f"dataset '{short}' has 12 sequences (a document each) to use, and 14 are asked for (4 held out, 10 to calibrate): "
-        + more
+        f"dataset '{short}' has 12 sequences (a document each) to use, beside 3 empty documents, and 14 are asked for "
+        f"(4 held out, 10 to calibrate): {more}"
+    )
+    doubled = write_json_lines(tmp_path / "doubled.jsonl", [*ROWS[:5], *ROWS[:5], {"text": None}])
+    assert fails(doubled, words, packed=False, calib_size=6).startswith(
+        f"dataset '{doubled}' has 8 sequences (a document each) to use, beside 1 empty documents and 2 copies of held-out "
+        "documents, and 10 are asked for"
     )
     (tmp_path / "empty.txt").touch()
     assert "has 0 sequences" in fails(tmp_path / "empty.txt", words)
-    with pytest.raises(DataError, match=r"dataset 'python-reference' has \d+ sequences of 512 tokens to use, and 3334 are"):
+    with pytest.raises(DataError, match=r"dataset 'python-reference' has \d+ sequences of 512 tokens to use.*, and 3334 are"):
         load_tokens(replace(SMALL, calib_size=10_000, seq_length=512), words, VOCABULARY, True)
 
 

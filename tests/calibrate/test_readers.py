@@ -173,6 +173,15 @@ def test_a_bad_row_is_named(line, said, tmp_path):
     assert f"{path}, {said}" in fails(path)
 
 
+@pytest.mark.parametrize(
+    ("make", "suffix"), [(write_json_lines, ".jsonl"), (write_parquet, ".parquet"), (write_saved, "")], ids=str
+)
+def test_null_is_an_empty_document(make, suffix, tmp_path):
+    assert sorted(read(make(tmp_path / f"rows{suffix}", [{"text": "a"}, {"text": None}]))) == ["", "a"]
+    chat = [{"role": "user", "content": "hello"}]
+    assert read(make(tmp_path / f"more{suffix}", [{"text": None, "messages": chat}])) == [chat]
+
+
 def test_bad_files_are_named(tmp_path):
     columns = write_parquet(tmp_path / "columns.parquet", [{"content": "a", "prompt": "b"}])
     assert fails(columns) == f"{columns} has no columns text, messages, or prompt and completion: it has content, prompt"

@@ -160,9 +160,11 @@ def calibration(shape: Shape) -> dict[str, Any]:
     names = (("c4.jsonl", "jsonl", 3.0), ("code", "parquet", 1.0))
     return {
         "datasets": [
-            {"name": name, "kind": kind, "weight": weight, "documents": 812, "sha256": "cd34" * 16, **sizes}
+            {"name": name, "kind": kind, "weight": weight, "sha256": "cd34" * 16, **sizes}
             for name, kind, weight in names
-            for sizes in [{"sequences": int(128 * weight), "tokens": int(262_144 * weight)}]
+            for sizes in [
+                {"documents": 812, "empty": 2, "copies": 3, "sequences": int(128 * weight), "tokens": int(262_144 * weight)}
+            ]
         ],
         "default_data": False,
         "tokenizer": "/models/tokenizer",
