@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mptq.arch import naming
 from mptq.arch.places import carried
+from mptq.checkpoint.contents import foreign_code
 from mptq.types import TensorSpec
 
 if TYPE_CHECKING:
@@ -88,7 +89,16 @@ _LOGITS_BYTES = 6 * 4 * 2**23
 
 def warnings(plan: Plan) -> list[str]:
     """What the user should know before starting."""
-    return [*_precision(plan), *_vocabulary(plan), *_differences(plan), *_serving(plan), *_left_out(plan), *_settings(plan)]
+    found = foreign_code(plan.source.checkpoint)
+    return [
+        *found,
+        *_precision(plan),
+        *_vocabulary(plan),
+        *_differences(plan),
+        *_serving(plan),
+        *_left_out(plan),
+        *_settings(plan),
+    ]
 
 
 def _left_out(plan: Plan) -> list[str]:

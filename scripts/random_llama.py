@@ -1,6 +1,8 @@
-"""Write a Hugging Face Llama of Llama-7B's layer size with random BF16 weights: input for benchmarks.
+"""Write a random BF16 Llama (or, with experts, Mixtral) in Hugging Face's form: input for benchmarks.
 
-python scripts/random_llama.py --layers 8 --out llama-7b-8
+    python scripts/random_llama.py --layers 8 --out llama-7b-8
+
+The defaults are Llama-7B's sizes.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 
 def main() -> None:
@@ -17,19 +19,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--hidden", type=int, default=4096, help="a multiple of 128, the size of a head")
+    parser.add_argument("--ffn", type=int, default=11008)
+    parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--experts", type=int, default=0, help="0: a dense model")
     options = parser.parse_args()
-    config = LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=options.layers,
-        num_attention_heads=32,
-        vocab_size=32000,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-    )
+    fields = {
+        "hidden_size": options.hidden,
+        "intermediate_size": options.ffn,
+        "num_hidden_layers": options.layers,
+        "num_attention_heads": options.hidden // 128,
+        "num_key_value_heads": options.hidden // 128,
+        "vocab_size": options.vocab,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+    }
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    LlamaForCausalLM(config).save_pretrained(options.out)
+    if options.experts:
+        made = MixtralForCausalLM(MixtralConfig(**fields, num_local_experts=options.experts, num_experts_per_tok=2))
+    else:
+        made = LlamaForCausalLM(LlamaConfig(**fields))
+    made.save_pretrained(options.out)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Checkpoints that would run code if anything in them were unpickled, and runs that may not open a connection."""
 
+import json
 import os
 import pickle
 import shutil
@@ -10,7 +11,9 @@ import zipfile
 import pytest
 import torch
 
+from mptq import inspect, make_plan
 from mptq.checkpoint.index import open_checkpoint
+from mptq.forecast import warnings
 from tests.checkpoint.synthetic import saved
 from tests.conftest import mptq
 
@@ -125,6 +128,24 @@ def test_nothing_in_a_checkpoint_is_executed(copy, boom, place, kind):
     assert not boom.exists()
 
 
+@pytest.mark.parametrize("place", [hostile_metadata, hostile_common_pt, hostile_common_state], ids=lambda place: place.__name__)
+@pytest.mark.parametrize(("kind", "name"), [(Bomb, "posix.mkdir"), (TorchBomb, "torch.serialization.save")], ids=str)
+def test_references_to_code_are_one_warning(copy, boom, place, kind, name):
+    root, directory = copy
+    place(directory, kind(boom))
+    (document,) = inspect(root)
+    assert document["warnings"] == [
+        f"the checkpoint's metadata refers to code that Megatron's checkpoints do not need: {name}; mptq never runs it, but "
+        "loading the checkpoint in Megatron may: make sure where it is from"
+    ]
+    if place is hostile_metadata:  # the others have no arguments, so the architecture is not known
+        assert warnings(make_plan(root, "fp8-blockwise"))[:1] == document["warnings"]
+        assert f"warning     {document['warnings'][0]}" in mptq("inspect", root).stdout
+        done = mptq("quantize", root, "--recipe", "fp8-blockwise", "--dry-run")
+        assert done.returncode == 0
+        assert done.stdout.count(name) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
 def test_nothing_is_executed_by_a_whole_run(copy, boom, place, tmp_path):
@@ -137,6 +158,9 @@ def test_nothing_is_executed_by_a_whole_run(copy, boom, place, tmp_path):
     assert "Traceback" not in done.stderr
     assert done.returncode == (1 if place in REFUSED else 0), done.stderr
     assert (tmp_path / "out").exists() == (place not in REFUSED)
+    if place is hostile_metadata:
+        told = json.loads((tmp_path / "out" / "report.json").read_text())["warnings"]
+        assert [("posix.mkdir" in text) for text in told].count(True) == done.stderr.count("posix.mkdir") == 1
     if place is hostile_tensor:
         last = done.stderr.strip().splitlines()[-1]
         assert last.startswith(f"mptq: {TENSOR} in ")

@@ -22,7 +22,7 @@ ALLOWED = {
     **dict.fromkeys(STAGES, SHARED | {"hashing"}),
     "schemes": SHARED,
     "plan": SHARED | {"checkpoint", "schemes", "writers"},
-    "forecast": SHARED | {"plan"},
+    "forecast": SHARED | {"checkpoint", "plan"},
     "report": SHARED | {"forecast", "plan", "record", "units", "writers"},
     "record": set(),
     "ranks": {"errors"},

@@ -37,6 +37,7 @@ def test_checkpoint(aligned):
     (document,) = inspect(aligned)
     facts = document["facts"]
     assert document["kind"] == "Megatron checkpoint"
+    assert document["warnings"] == []
     assert facts["iteration"] == 100
     assert facts["layout"] == "layers stacked"
     assert facts["architecture"].startswith("Llama-like, 4 layers, hidden 256, ffn 384, 4 heads in 2 groups of 128")
@@ -98,6 +99,7 @@ def test_every_architecture(zoo, name):
     path = zoo(name) / "ckpt"
     document = inspect(path)[0]
     assert document["problem"] is None
+    assert document["warnings"] == []
     assert rows_of(document).get("other") is None
     assert (name == "deepseek-v3-mtp") == ("multi-token prediction" in rows_of(document))
     for row in document["recipes"]:

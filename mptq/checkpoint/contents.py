@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from mptq.checkpoint.index import Checkpoint
 from mptq.errors import CheckpointError
 
+_SHOWN = 5
 _QUANTIZER = re.compile(r"_quantizer\._(amax|scale|double_scale)$")
 _MAIN_PARAM = re.compile(r"(^|\.)optimizer\.(state\.(fp32_)?param\.|distributed\.)")  # by parameter, or in buckets
 _OPTIMIZER = re.compile(r"(^|\.)optimizer\.")
@@ -54,6 +55,18 @@ def _other_heads(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     for name, shape in shapes.items():
         if _OTHER_HEAD.search(name) or (_OUTPUT_LAYER.search(name) and words and shape[:1] < words[0]):
             yield name
+
+
+def foreign_code(checkpoint: Checkpoint) -> list[str]:
+    """One warning that names the code that the checkpoint's pickles refer to and should not; none without any."""
+    names = checkpoint.foreign
+    if not names:
+        return []
+    shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return [
+        f"the checkpoint's metadata refers to code that Megatron's checkpoints do not need: {shown}; mptq never runs it, but "
+        "loading the checkpoint in Megatron may: make sure where it is from"
+    ]
 
 
 def require_weights(checkpoint: Checkpoint) -> None:

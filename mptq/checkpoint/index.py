@@ -11,7 +11,7 @@ import os
 import stat
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -21,7 +21,7 @@ from typing import Any
 
 from mptq.checkpoint.layout import Location, locate
 from mptq.checkpoint.metadata import Chunk, Tensor, parse, read
-from mptq.checkpoint.pickles import Inert, gc_paused
+from mptq.checkpoint.pickles import Inert, foreign, gc_paused
 from mptq.checkpoint.records import Record, load_torch_file, open_record
 from mptq.checkpoint.sources import run_config
 from mptq.errors import CheckpointError
@@ -40,7 +40,8 @@ class Checkpoint:
 
     `args` is the Namespace of the training run as a dict, its enums and other classes inert, and `args_source` names
     where it was found. `config` is the run config beside the weights, plain data with `model` and `tokenizer`, and
-    `config_source` its file. `fingerprint` is the SHA-256 of `.metadata`.
+    `config_source` its file. `fingerprint` is the SHA-256 of `.metadata`. `foreign` are the globals that the pickles of these
+    refer to and that no checkpoint of Megatron needs.
     """
 
     location: Location
@@ -51,6 +52,7 @@ class Checkpoint:
     fingerprint: str
     config: Mapping[str, Any] = field(default_factory=dict)
     config_source: str = "no run config"
+    foreign: Sequence[str] = ()
 
     @property
     def directory(self) -> Path:
@@ -75,12 +77,14 @@ def open_checkpoint(path: Path, iteration: int | None = None) -> Checkpoint:
         raise CheckpointError(f"{metadata_file} has {metadata_file.stat().st_size} bytes: that is not a checkpoint's metadata")
     with gc_paused(), ThreadPoolExecutor(1) as beside:
         digest = beside.submit(sha256, metadata_file)
-        tensors, blobs = parse(read(metadata_file), str(metadata_file))
+        names: set[str] = set()
+        tensors, blobs = parse(read(metadata_file), str(metadata_file), names)
         records = chain.from_iterable(tensor.records for tensor in tensors.values())
         _check_records(location.directory, chain(records, blobs.values()))
-    args, args_source = _args(location.directory, blobs)
+    args, args_source = _args(location.directory, blobs, names)
     config, config_source = run_config(location)
-    return Checkpoint(location, tensors, blobs, args, args_source, digest.result(), config, config_source)
+    fingerprint = digest.result()
+    return Checkpoint(location, tensors, blobs, args, args_source, fingerprint, config, config_source, foreign(names))
 
 
 def _check_records(directory: Path, records: Iterable[Record]) -> None:
@@ -145,16 +149,16 @@ def ends_of_shards(checkpoint: Checkpoint, names: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _args(directory: Path, blobs: Mapping[str, Record]) -> tuple[dict[str, Any], str]:
+def _args(directory: Path, blobs: Mapping[str, Record], names: set[str]) -> tuple[dict[str, Any], str]:
     """The training run's arguments: in the item `common_state` (megatron-core 0.17 on) or in `common.pt` (before)."""
     common = directory / "common.pt"
     item = next((name for name in blobs if name.partition("/")[0] == "common_state"), None)
     if common.is_file():
         source, where = "common.pt", str(common)
-        state = load_torch_file(common, where)
+        state = load_torch_file(common, where, names=names)
     elif item is not None:
         source, where = "common_state", f"{directory}: {item}"
-        state = load_torch_file(directory / blobs[item].file, where, blobs[item])
+        state = load_torch_file(directory / blobs[item].file, where, blobs[item], names)
         state = state[0] if isinstance(state, list) and state else state
     else:
         return {}, "nowhere"

@@ -120,12 +120,13 @@ def read(file: Path) -> bytes:
     return whole.getvalue()
 
 
-def parse(raw: bytes | bytearray, where: str) -> tuple[dict[str, Tensor], dict[str, Record]]:
+def parse(raw: bytes | bytearray, where: str, names: set[str] | None = None) -> tuple[dict[str, Tensor], dict[str, Record]]:
     """The tensors and the byte items of the metadata file `raw`, called `where`.
 
-    Every tensor's chunks cover it exactly, and no chunk has more bytes than its record. Raises CheckpointError otherwise.
+    Every tensor's chunks cover it exactly, and no chunk has more bytes than its record. Raises CheckpointError otherwise. The
+    globals that the file refers to are added to `names`.
     """
-    metadata = load_pickle(raw, where, _KNOWN)
+    metadata = load_pickle(raw, where, _KNOWN, names)
     try:
         return _entries(metadata)
     except (AttributeError, KeyError, TypeError, IndexError, ValueError, OverflowError) as error:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import gc
 import io
 import pickle
+import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -24,6 +25,21 @@ _GLOBALS = 4096  # distinct ones in a pickle; a class takes 1 kB, and checkpoint
 _TUPLES = 10_000  # nested tuples whose hash fits any thread's stack
 _NO_TUPLES = bytes(set(range(256)) - set(b"t\x85\x86\x87"))  # what is not TUPLE, TUPLE1, TUPLE2 or TUPLE3
 _HASH_FRAME = 256  # bytes of stack for the hash of a tuple inside of another: more than twice what it takes
+_OF_CHECKPOINTS = (
+    # Pickle's own, and plain data of the standard library.
+    r"builtins\.(set|frozenset|bytearray|complex|dict|list|tuple|int|float|str|bool|bytes|slice|range|object)",
+    r"_codecs\.encode|copyreg\._reconstructor|argparse\.Namespace|types\.SimpleNamespace|signal\.Signals",
+    r"(collections|datetime|decimal|enum|fractions|pathlib(\._local)?|uuid)\.[A-Za-z]\w*",
+    # NumPy's scalars and arrays, the states of its generators among them.
+    r"numpy\.(dtype|ndarray)|numpy\.(dtypes|random\._pickle)\.\w+|numpy\._?core\.multiarray\.(scalar|_reconstruct)",
+    # torch's dtypes, sizes, devices, storages, layouts, tensors; its checkpoints' metadata and plans; activation functions.
+    r"torch\.(\w*float\w*|\w*int\d\w*|bool|half|double|long|short|complex\d+|Size|device|Tensor|\w*Storage|strided)",
+    r"torch\._utils\._rebuild_\w+|torch\.serialization\._get_layout|torch\.storage\.\w+|torch\.nn\.parameter\.\w+",
+    r"torch\.distributed\.checkpoint\.[\w.]+|torch\.nn\.functional\.\w+|torch\._C\._nn\.\w+",
+    # The frameworks whose settings the arguments are.
+    r"(megatron|transformer_engine|modelopt|nemo)\.[\w.]+",
+)
+_KNOWN_NAME = re.compile("|".join(_OF_CHECKPOINTS))
 _DAMAGE = (
     pickle.UnpicklingError,
     OpcodeError,
@@ -137,21 +153,37 @@ class _Unpickler(pickle.Unpickler):
             found = self._globals[full] = _inert(full, name)
         return found
 
+    @property
+    def names(self) -> Iterable[str]:
+        """The globals that were referred to, and those that are known."""
+        return self._globals
+
     def persistent_load(self, pid: Any) -> Any:
         """Tensor storages are named here and never read."""
         return self.find_class("torch", "Storage")(pid)
 
 
-def load_pickle(data: bytes | bytearray, where: str, known: Mapping[str, Any] | None = None) -> Any:
+def foreign(names: Iterable[str]) -> list[str]:
+    """Those of the globals `names` that checkpoints of Megatron have no use for, sorted, each printable."""
+    return sorted(ascii(name)[1:-1] for name in names if not _KNOWN_NAME.fullmatch(name))
+
+
+def load_pickle(
+    data: bytes | bytearray, where: str, known: Mapping[str, Any] | None = None, names: set[str] | None = None
+) -> Any:
     """The object that the pickle `data` describes, with every class inert but those in `known`, by their full names.
 
     Raises CheckpointError naming `where` when `data` is not a whole pickle of plain data. Memory: at most 300 bytes for
-    each byte of `data`.
+    each byte of `data`. The full names of the globals that it refers to are added to `names`.
     """
     try:
         check(data)
         with gc_paused(large=len(data) > _LARGE):
-            return _with_stack_for(data, _Unpickler(data, known or {}).load)
+            unpickler = _Unpickler(data, known or {})
+            loaded = _with_stack_for(data, unpickler.load)
+        if names is not None:
+            names.update(unpickler.names)
+        return loaded
     except _DAMAGE as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"{where} is not a readable pickle ({reason}): the checkpoint is damaged") from error

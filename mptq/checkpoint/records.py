@@ -141,11 +141,12 @@ def _member(descriptor: int, offset: int, directory: int, info: zipfile.ZipInfo)
     return Member(offset + start, info.file_size, info.CRC)
 
 
-def load_torch_file(file: Path, where: str, record: Record | None = None) -> Any:
+def load_torch_file(file: Path, where: str, record: Record | None = None, names: set[str] | None = None) -> Any:
     """The object in a file that `torch.save` wrote, or in a record of a shard; its tensors and classes stay inert.
 
-    Raises CheckpointError naming `where` when it is no such file, or damaged. Memory: that of its pickle.
+    Raises CheckpointError naming `where` when it is no such file, or damaged. Memory: that of its pickle. The globals that it
+    refers to are added to `names`.
     """
     offset, length = (record.offset, record.length) if record else (0, None)
     with open_record(file, where, offset, length) as archive:
-        return load_pickle(archive.read("data.pkl", 1 << 30), where)
+        return load_pickle(archive.read("data.pkl", 1 << 30), where, names=names)

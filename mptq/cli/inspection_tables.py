@@ -26,6 +26,7 @@ def inspection(document: Mapping[str, Any]) -> RenderableType:
     lines: list[RenderableType] = [f"{escape(document['path'])}  [bold]{document['kind']}[/]"]
     if document.get("problem"):
         lines.append(f"[yellow]cannot be quantized:[/] {escape(document['problem'])}")
+    lines += tables.warnings({"warnings": document.get("warnings", ())})
     lines += [f"{name:<{width}}  {escape(str(value))}" for name, value in facts.items() if value not in ("", None)]
     return Group(*lines, "", _tree(document), *_not_read(document), *_settings(document), *_recipes(document))
 

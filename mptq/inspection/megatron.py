@@ -9,7 +9,7 @@ from typing import Any
 from mptq.arch.config import ModelConfig, model_config
 from mptq.arch.ladder import settings_of
 from mptq.arch.places import dropped, locate
-from mptq.checkpoint.contents import obstacle
+from mptq.checkpoint.contents import foreign_code, obstacle
 from mptq.checkpoint.index import Checkpoint
 from mptq.errors import CheckpointError, MptqError, UnsupportedModelError
 from mptq.inspection.predictions import predictions
@@ -44,6 +44,7 @@ def describe_megatron(checkpoint: Checkpoint, options: SourceOptions | None = No
         "tokens_seen": _tokens_seen(checkpoint.args),
         "architecture": None,
         "problem": None,
+        "warnings": foreign_code(checkpoint),
         **tree(model_specs),
         "quantization": scales(model_specs),
         "not_read": _not_read(checkpoint, left_out),

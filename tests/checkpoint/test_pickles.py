@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mptq.checkpoint.pickles import Inert, load_pickle
+from mptq.checkpoint.pickles import Inert, foreign, load_pickle
 from mptq.checkpoint.records import load_torch_file
 from mptq.errors import CheckpointError
 
@@ -166,6 +166,75 @@ def test_damage_is_one_line(data, tmp_path):
     (tmp_path / "x").write_bytes(data)
     with pytest.raises(CheckpointError, match=r"x was not written by torch\.save"):
         load_torch_file(tmp_path / "x", "x")
+
+
+class Code:
+    def __init__(self, function, *args):
+        self.function, self.args = function, args
+
+    def __reduce__(self):
+        return self.function, self.args
+
+
+def named(value):
+    names = set()
+    load_pickle(pickle.dumps(value), "here", names=names)
+    return foreign(names)
+
+
+def test_what_settings_and_states_hold_is_no_foreign_code():
+    import datetime
+    import functools
+    import signal
+    import types
+
+    import numpy as np
+    from megatron.core.activations import squared_relu
+    from megatron.core.transformer.enums import AttnBackend
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    plain = [
+        {1},
+        frozenset({1}),
+        bytearray(b"a"),
+        1j,
+        collections.OrderedDict(a=1),
+        collections.deque([1]),
+        collections.Counter(),
+    ]
+    library = [
+        Path("x"),
+        Namespace(a=1),
+        signal.SIGTERM,
+        types.SimpleNamespace(),
+        datetime.datetime(2026, 1, 1),
+        datetime.timedelta(1),
+    ]
+    arrays = [np.float32(1), np.arange(3), np.dtype("int64"), np.random.get_state(), torch.Size([1])]
+    dtypes = [torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool, torch.device("cpu"), torch.strided]
+    functions = [torch.nn.functional.silu, torch.nn.functional.gelu, squared_relu, AttnBackend.auto, Metadata({})]
+    for value in [*plain, *library, *arrays, *dtypes, *functions]:
+        assert named(value) == [], value
+    assert named(functools.partial(squared_relu)) == ["functools.partial"]
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (os.system, "posix.system"),
+        (eval, "builtins.eval"),
+        (getattr, "builtins.getattr"),
+        (subprocess.Popen, "subprocess.Popen"),
+        (torch.load, "torch.serialization.load"),
+        (torch.hub.load, "torch.hub.load"),
+    ],
+)
+def test_foreign_code_is_named(function, name):
+    assert named({"a": [Code(function, "x")]}) == [name]
+
+
+def test_names_of_foreign_code_can_be_printed():
+    assert foreign({"torch.Size", "a.b\x1b[2J", "os.\ud800", "\u202ex.y"}) == ["\\u202ex.y", "a.b\\x1b[2J", "os.\\ud800"]
 
 
 def test_what_is_frozen_stays_so():

@@ -1,0 +1,114 @@
+"""Predicted and measured peak memory of whole runs, over sizes of models, formats and modes, each in a process of its own.
+
+    python scripts/bench_memory.py --work DIR [--only dense-768] [--keep]
+
+Predicted is what a dry run of the same command says; measured is the largest resident set of the process (ru_maxrss of the
+waited-for child, whose count begins with this small process's own). Inputs are random models that it makes, of at most 2 GB,
+and removes again. Random weights need as much memory as trained ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from bench_quantize import SCRIPTS, measure
+
+MODELS = {
+    "dense-256": ["--hidden", "256", "--ffn", "768"],
+    "dense-768": ["--hidden", "768", "--ffn", "2048", "--vocab", "49152"],
+    "dense-2048": ["--hidden", "2048", "--ffn", "8192", "--vocab", "128256"],
+    "dense-4096": [],
+    "moe-1024": ["--hidden", "1024", "--ffn", "2048", "--experts", "16"],
+}
+"""Name -> options of random_llama.py."""
+WEIGHTS = ["--eval-size", "0"]
+MODES = {
+    "weights, hf": WEIGHTS,
+    "weights, hf + megatron": [*WEIGHTS, "--format", "hf,megatron"],
+    "activations, hf": [],
+    "activations, hf + megatron": ["--format", "hf,megatron"],
+    "activations, hf, 1 sequence at once": ["--calib-batch-size", "1"],
+    "activations, hf, 2 x 2048 tokens": ["--calib-seq-length", "2048", "--eval-size", "2"],
+    "static scales, hf": ["--recipe", "fp8", "--calib-size", "16"],
+    "static scales and cache, hf + megatron": [
+        *("--recipe", "fp8", "--calib-size", "16", "--kv-cache", "fp8", "--format", "hf,megatron"),
+    ],
+}
+"""Name -> options of `mptq quantize`, over those that all runs have."""
+TOKENIZER = """
+import sys
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+words = ["<unk>", "</s>", *(chr(code) for code in range(33, 127)), *(f"w{number}" for number in range(20000))]
+made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+made.pre_tokenizer = pre_tokenizers.Whitespace()
+PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="</s>").save_pretrained(sys.argv[1])
+"""
+
+
+def make(work: Path, name: str) -> Path:
+    """The Megatron checkpoint of a model, and of the model nothing else."""
+    hf, checkpoint = work / f"hf-{name}", work / f"ckpt-{name}"
+    if not (checkpoint / "latest_checkpointed_iteration.txt").is_file():
+        options = ["--layers", "2", *MODELS[name], "--out", str(hf)]
+        subprocess.run([sys.executable, str(SCRIPTS / "random_llama.py"), *options], check=True, capture_output=True)
+        command = [sys.executable, str(SCRIPTS / "make_checkpoint.py"), "--hf", str(hf), "--out", str(checkpoint)]
+        subprocess.run(command, check=True, capture_output=True)
+        shutil.rmtree(hf)
+    return checkpoint
+
+
+def predicted(command: list[str]) -> float:
+    """GB, by a dry run."""
+    done = subprocess.run([*command, "--dry-run", "--json"], check=True, capture_output=True, text=True)
+    return float(json.loads(done.stdout)["predicted_peak_bytes"]) / 1e9
+
+
+def main() -> None:
+    """Run everything and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="directory with 6 GB of room")
+    parser.add_argument("--only", default="", help="models and modes that have this in their name")
+    parser.add_argument("--inputs", type=Path, nargs=2, metavar=("TOKENIZER", "CKPT"), help="a model that is there")
+    parser.add_argument("--keep", action="store_true", help="keep the checkpoints")
+    options = parser.parse_args()
+    work: Path = options.work
+    work.mkdir(parents=True, exist_ok=True)
+    packages = ("torch", "megatron-core", "nvidia-modelopt", "transformers", "numba")
+    print(f"{platform.platform()}, {os.cpu_count()} cores; {', '.join(f'{name} {version(name)}' for name in packages)}\n")
+    print("| model | mode | predicted, GB | measured, GB | measured / predicted |")
+    print("|---|---|---|---|---|")
+    tokenizer = work / "tokenizer"
+    subprocess.run([sys.executable, "-c", TOKENIZER, str(tokenizer)], check=True, capture_output=True)
+    models = [options.inputs[1].name] if options.inputs else list(MODELS)
+    ratios = []
+    for model in models:
+        chosen = [mode for mode in MODES if options.only in f"{model} {mode}"]
+        if not chosen:
+            continue
+        checkpoint = options.inputs[1] if options.inputs else make(work, model)
+        for mode in chosen:
+            out = work / "out"
+            command = [sys.executable, "-m", "mptq", "quantize", str(checkpoint), "-o", str(out), "--device", "cpu", "-q"]
+            command += ["--tokenizer", str(options.inputs[0] if options.inputs else tokenizer)]
+            command += [*(() if "--recipe" in MODES[mode] else ("--recipe", "fp8-blockwise")), *MODES[mode]]
+            expected = predicted(command)
+            _, peak = measure(command, work / "log.txt")
+            ratios.append(peak * 1.024 / expected)
+            print(f"| {model} | {mode} | {expected:.2f} | {peak * 1.024:.2f} | {ratios[-1]:.2f} |", flush=True)
+            shutil.rmtree(out)
+        if not options.inputs and not options.keep:
+            shutil.rmtree(checkpoint)
+    print(f"\nmeasured / predicted: {min(ratios):.2f} to {max(ratios):.2f}")
+
+
+if __name__ == "__main__":
+    main()
