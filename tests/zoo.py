@@ -181,10 +181,11 @@ ZOO: dict[str, Row] = {
         "layers 0 and 2 have experts, where decoder_sparse_step 2 means 1 and 3: so mlp_only_layers [1, 3]",
     ),
     "deepseek-v2-lite": Row(
-        f"{DEEPSEEK} {YARN} --num-experts 8 --moe-router-topk 3 --moe-router-topk-scaling-factor 1.5",
+        f"{DEEPSEEK} {YARN} --num-experts 8 --moe-router-topk 3 --moe-router-topk-scaling-factor 1.5 "
+        "--moe-router-num-groups 1 --moe-router-group-topk 1",
         "DeepseekV2ForCausalLM",
-        "greedy routing without groups, norm_topk_prob False. The norms of the latents have epsilon 1e-6 in transformers, "
-        "whatever the config says, hence norm_epsilon 1e-6",
+        "greedy routing in one group, which limits nothing, norm_topk_prob False. The norms of the latents have epsilon 1e-6 "
+        "in transformers, whatever the config says, hence norm_epsilon 1e-6",
     ),
     "deepseek-v3": Row(
         f"{DEEPSEEK_V3} --rope-type rope",
@@ -215,7 +216,7 @@ ZOO: dict[str, Row] = {
     "nemotron-h-moe": Row(
         f"{HYBRID} {MIXTURE} --hybrid-layer-pattern ME*E --num-experts 8 --moe-router-topk 3 --moe-ffn-hidden-size 128 "
         "--moe-shared-expert-intermediate-size 256 --moe-router-score-function sigmoid --moe-router-enable-expert-bias "
-        "--moe-router-topk-scaling-factor 2.5 --moe-router-dtype fp32",
+        "--moe-router-topk-scaling-factor 2.5 --moe-router-dtype fp32 --moe-router-num-groups 1 --moe-router-group-topk 1",
         "NemotronHForCausalLM",
         "experts (E) without gates",
     ),

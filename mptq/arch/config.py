@@ -32,6 +32,14 @@ class Latent:
     v_dim: int
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertGroups:
+    """Group-limited routing: the experts are in `groups` equal groups, and a token's are in the `chosen` of them."""
+
+    groups: int
+    chosen: int
+
+
 @dataclass(frozen=True, eq=False)
 class ModelConfig:
     """A decoder, in the sizes that its tensors have; everything else about it is in `settings`, in megatron-core's words.
@@ -88,6 +96,15 @@ class ModelConfig:
     def moe_topk(self) -> int:
         """Experts that a token goes to."""
         return int(self.get("moe_router_topk")) if self.num_experts else 0
+
+    @property
+    def expert_groups(self) -> ExpertGroups | None:
+        """The groups that limit the routing; None where every group is chosen, as with one group, which limits nothing.
+
+        Source: `group_limited_topk` in megatron/core/transformer/moe/moe_utils.py, which runs where `group_topk` is given.
+        """
+        groups, chosen = (int(self.get(f"moe_router_{name}") or 0) for name in ("num_groups", "group_topk"))
+        return ExpertGroups(groups, chosen) if self.num_experts and 0 < chosen < groups else None
 
     @property
     def tokenizer(self) -> str | None:

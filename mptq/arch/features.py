@@ -229,13 +229,12 @@ def _routing(config: ModelConfig) -> dict[str, Any]:
     score = config.get("moe_router_score_function")
     if score == "softmax":
         score = "softmax of all" if config.get("moe_router_pre_softmax") else "softmax of the chosen"
-    groups = config.get("moe_router_num_groups")
-    counted = config.moe_topk // int(config.get("moe_router_group_topk") or 1)
+    groups = config.expert_groups
     shared = "gated" if config.get("moe_shared_expert_gate") else "yes"
     return {
         "router": score,
         "topk": "one" if config.moe_topk == 1 else "several",
-        "groups": f"by the best {counted} of a group" if groups else "none",
+        "groups": f"by the best {config.moe_topk // groups.chosen} of a group" if groups else "none",
         "router scale": float(config.get("moe_router_topk_scaling_factor") or 1) != 1,
         "expert bias": bool(config.get("moe_router_enable_expert_bias")),
         "shared": shared if config.shared_ffn_hidden_size else "none",

@@ -156,38 +156,44 @@ def _qwen_moe(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _groups(config: ModelConfig) -> dict[str, Any]:
+    """The groups of experts; one group limits nothing."""
+    found = config.expert_groups
+    return {"n_group": found.groups if found else 1, "topk_group": found.chosen if found else 1}
+
+
 def _deepseek(config: ModelConfig) -> dict[str, Any]:
-    sizes, grouped = config.latent, config.features["groups"] != "none"
+    sizes = config.latent
     assert sizes is not None
-    rope = _rope(config)
-    return rope | {
-        "num_key_value_heads": config.num_attention_heads,
-        "intermediate_size": config.ffn_hidden_size,
-        "hidden_act": _activation(config),
-        "rms_norm_eps": config.norm_epsilon,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "q_lora_rank": sizes.q_rank or None,
-        "kv_lora_rank": sizes.kv_rank,
-        "qk_nope_head_dim": sizes.qk_dim,
-        "qk_rope_head_dim": sizes.rotary_dim,
-        "v_head_dim": sizes.v_dim,
-        "moe_intermediate_size": config.moe_ffn_hidden_size,
-        "n_routed_experts": config.num_experts,
-        "n_shared_experts": config.shared_ffn_hidden_size // config.moe_ffn_hidden_size,
-        "num_experts_per_tok": config.moe_topk,
-        "routed_scaling_factor": float(config.get("moe_router_topk_scaling_factor") or 1),
-        "n_group": int(config.get("moe_router_num_groups")) if grouped else 1,
-        "topk_group": int(config.get("moe_router_group_topk")) if grouped else 1,
-        "first_k_dense_replace": sum(kind.ffn == "mlp" for kind in config.kinds),
-        "moe_layer_freq": 1,
-    }
+    return (
+        _rope(config)
+        | _groups(config)
+        | {
+            "num_key_value_heads": config.num_attention_heads,
+            "intermediate_size": config.ffn_hidden_size,
+            "hidden_act": _activation(config),
+            "rms_norm_eps": config.norm_epsilon,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "q_lora_rank": sizes.q_rank or None,
+            "kv_lora_rank": sizes.kv_rank,
+            "qk_nope_head_dim": sizes.qk_dim,
+            "qk_rope_head_dim": sizes.rotary_dim,
+            "v_head_dim": sizes.v_dim,
+            "moe_intermediate_size": config.moe_ffn_hidden_size,
+            "n_routed_experts": config.num_experts,
+            "n_shared_experts": config.shared_ffn_hidden_size // config.moe_ffn_hidden_size,
+            "num_experts_per_tok": config.moe_topk,
+            "routed_scaling_factor": float(config.get("moe_router_topk_scaling_factor") or 1),
+            "first_k_dense_replace": sum(kind.ffn == "mlp" for kind in config.kinds),
+            "moe_layer_freq": 1,
+        }
+    )
 
 
 def _deepseek2(config: ModelConfig) -> dict[str, Any]:
-    grouped = config.features["groups"] != "none"
     return _deepseek(config) | {
-        "topk_method": "group_limited_greedy" if grouped else "greedy",
+        "topk_method": "group_limited_greedy" if config.expert_groups else "greedy",
         "scoring_func": "softmax",
         "norm_topk_prob": False,
     }
@@ -216,10 +222,8 @@ def _nemotron_h(config: ModelConfig) -> dict[str, Any]:
         "moe_shared_expert_intermediate_size": config.shared_ffn_hidden_size,
         "n_shared_experts": 1,
         "routed_scaling_factor": float(config.get("moe_router_topk_scaling_factor") or 1),
-        "n_group": int(config.get("moe_router_num_groups") or 1),
-        "topk_group": int(config.get("moe_router_group_topk") or 1),
         "norm_topk_prob": True,
-    }
+    } | _groups(config)
     return {
         "layers_block_type": [_BLOCKS[kind.mixer, kind.ffn] for kind in config.kinds],
         "num_key_value_heads": config.num_query_groups,

@@ -136,10 +136,16 @@ def unsaid(settings: Settings) -> list[str]:
     return [key for key in _UNTOLD + rotary if settings.get(key) is None]
 
 
+_SINGLE = ("moe_router_num_groups", "moe_router_group_topk")
+"""Settings of which 1 says what None says: one group of experts limits no routing."""
+
+
 def agree(key: str, one: Any, other: Any) -> bool:
     """Whether two values of `key` mean the same: None, False and 0 all say that a feature is not there."""
     if key == "hybrid_layer_pattern":
         one, other = (str(value or "").partition("/")[0].replace("|", "") for value in (one, other))
+    if key in _SINGLE:
+        one, other = (None if value == 1 else value for value in (one, other))
     if key == "moe_layer_freq":
         length = next((len(value) for value in (one, other) if isinstance(value, list)), 0)
         one, other = (_expanded(value, length) for value in (one, other))

@@ -118,6 +118,10 @@ MIXTURE = {
         ({"moe_router_topk": 1}, {"topk": "one"}),
         ({"moe_router_num_groups": 4, "moe_router_group_topk": 2}, {"groups": "by the best 1 of a group"}),
         ({"moe_router_num_groups": 4, "moe_router_group_topk": 1}, {"groups": "by the best 2 of a group"}),
+        # As Megatron-Bridge writes it for models without groups; and where every group is chosen.
+        ({"moe_router_num_groups": 1, "moe_router_group_topk": 1}, {}),
+        ({"moe_router_num_groups": 2, "moe_router_group_topk": 2}, {}),
+        ({"moe_router_num_groups": 4}, {}),
         ({"moe_router_topk_scaling_factor": 2.5}, {"router scale": True}),
         ({"moe_router_topk_scaling_factor": 1.0}, {}),
         ({"moe_router_enable_expert_bias": True}, {"expert bias": True}),

@@ -49,6 +49,8 @@ def test_every_key_has_the_value_of_its_source(rungs):
         ("moe_layer_freq", 1, [1, 1, 1], True),
         ("moe_layer_freq", 2, [1, 0, 1], True),
         ("moe_layer_freq", 2, [0, 1, 1], False),
+        ("moe_router_num_groups", 1, None, True),
+        ("moe_router_num_groups", 1, 2, False),
         ("hybrid_layer_pattern", "M*|M-/MM/MM", "M*M-", True),
         ("hybrid_layer_pattern", "M*M-", "M*MM", False),
         ("hybrid_layer_pattern", None, "M*", False),
