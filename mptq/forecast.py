@@ -118,7 +118,33 @@ def _left_out(plan: Plan) -> list[str]:
 
 
 def _settings(plan: Plan) -> list[str]:
-    return [f"the checkpoint's sources disagree: {conflict}" for conflict in plan.model.settings.conflicts]
+    notes = [f"the checkpoint's sources disagree: {conflict}" for conflict in plan.model.settings.conflicts]
+    return notes + (_positions(plan) if "hf" in plan.formats else [])
+
+
+def _positions(plan: Plan) -> list[str]:
+    """What the Hugging Face output says of positions that the checkpoint does not."""
+    settings, context = plan.model.settings, plan.model.context
+    notes = []
+    if context.known_from == "training":
+        notes.append(
+            f"max_position_embeddings is {context.length}, the sequence length of the training, as the checkpoint does not say "
+            "how many positions the model has: pass --hf-config DIR, or --config max_position_embeddings=N"
+        )
+    elif context.known_from == "tokenizer":
+        notes.append(
+            f"max_position_embeddings is {context.length}, the tokenizer's model_max_length, as the checkpoint says only the "
+            f"sequence length of the training, {settings.get('seq_length')}: if the model has fewer positions, pass "
+            "--hf-config DIR, or --config max_position_embeddings=N"
+        )
+    rounded = "yarn_correction_range_round_to_int"
+    if plan.model.yarn and rounded in settings and settings[rounded] is None:
+        notes.append(
+            f"{settings.sources[rounded]} has no value for {rounded}: megatron-core then does not round the range of "
+            "dimensions that YaRN interpolates, but Hugging Face models do, and so does this output: if the model was trained "
+            f"without rounding, pass --config {rounded}=false"
+        )
+    return notes
 
 
 def _precision(plan: Plan) -> list[str]:

@@ -32,12 +32,14 @@ class SourceOptions:
     """Which checkpoint of a root is meant, and what the user says of its architecture.
 
     `iteration` is one of the root's, None for its latest. `config` are `key=value`, `hf_config` is a Hugging Face directory or
-    config.json; both stand above what the checkpoint says.
+    config.json; both stand above what the checkpoint says. `tokenizer` is a directory in the place of the tokenizer that the
+    checkpoint names.
     """
 
     iteration: int | None = None
     config: tuple[str, ...] = ()
     hf_config: Path | None = None
+    tokenizer: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def open_source(path: Path, options: SourceOptions | None = None) -> Source:
     checkpoint = open_checkpoint(path, options.iteration)
     require_weights(checkpoint)
     specs = checkpoint.specs
-    model = model_config(settings_of(checkpoint, options.config, options.hf_config), specs)
+    model = model_config(settings_of(checkpoint, options.config, options.hf_config, options.tokenizer), specs)
     return Source(checkpoint, model, locate(specs, model))
 
 

@@ -19,6 +19,7 @@ from mptq.arch.ladder import settings_of
 from mptq.calibrate.data import DataOptions
 from mptq.checkpoint.index import open_checkpoint
 from mptq.errors import CheckpointError, DataError, MptqError, UnsupportedModelError
+from mptq.forecast import warnings
 from mptq.inspection import inspect
 from mptq.plan import SourceOptions
 from tests.calibrate.conftest import write_indexed
@@ -237,6 +238,45 @@ def test_which_classes_build_plain_models(names, refused):
     assert {name: bool(obstacles(REFUSED, {"provider": name})) for name in names.split()} == dict.fromkeys(
         names.split(), refused
     )
+
+
+def positions(root, options=None):
+    """The positions that config.json would have, and what is said of them before the run."""
+    plan = make_plan(root, "none", options=options)
+    return plan.model.max_position_embeddings, [note for note in warnings(plan) if "max_position_embeddings" in note]
+
+
+def test_a_run_config_that_says_only_the_length_of_the_training_is_told(aligned, tmp_path):
+    root = bridge(aligned, tmp_path / "copy", max_position_embeddings=None, seq_length=64)
+    length, notes = positions(root)
+    assert (length, len(notes)) == (64, 1)
+    assert "max_position_embeddings is 64, the sequence length of the training" in notes[0]
+    assert positions(root, SourceOptions(config=("max_position_embeddings=512",))) == (512, [])
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_the_tokenizer_knows_more_positions_than_the_training_had(aligned, given, tmp_path):
+    root = bridge(aligned, tmp_path / "copy", max_position_embeddings=None, seq_length=64)
+    tokenizer = tmp_path / "tokenizer" if given else iteration_of(root) / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer_config.json").write_text('{"model_max_length": 131072}')
+    length, notes = positions(root, SourceOptions(tokenizer=tokenizer if given else None))
+    assert (length, len(notes)) == (131072, 1)
+    assert "max_position_embeddings is 131072, the tokenizer's model_max_length" in notes[0]
+
+
+LONG = {"position_embedding_type": "yarn", "yarn_rotary_scaling_factor": 4.0, "yarn_original_max_position_embeddings": 32768}
+
+
+@pytest.mark.parametrize(("said", "warned"), [(None, True), (True, False), (False, False)])
+def test_a_run_config_that_does_not_say_how_yarn_rounds_is_told(aligned, said, warned, tmp_path):
+    """As AutoBridge writes it; megatron-core takes None for False, and Hugging Face rounds where nothing is said."""
+    root = bridge(aligned, tmp_path / "copy", seq_length=4096, yarn_correction_range_round_to_int=said, **LONG)
+    assert positions(root) == (131072, [])
+    plan = make_plan(root, "none")
+    notes = [note for note in warnings(plan) if "pass --config yarn_correction_range_round_to_int=false" in note]
+    assert bool(notes) == warned
+    assert plan.model.yarn["correction_range_round_to_int"] is (said is not False)
 
 
 def with_state(directory):

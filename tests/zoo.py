@@ -58,6 +58,7 @@ DEEPSEEK = (
     "--moe-shared-expert-intermediate-size 256 --moe-router-pre-softmax --moe-router-dtype fp32"
 )
 YARN = "--rotary-scaling-factor 40 --mscale 0.707 --mscale-all-dim 0.707"
+LONG = "--position-embedding-type yarn --rotary-scaling-factor 4 --yarn-original-max-position-embeddings 64"
 DEEPSEEK_V3 = (
     f"{DEEPSEEK} --q-lora-rank 128 --num-experts 16 --moe-router-topk 4 --moe-router-num-groups 4 --moe-router-group-topk 2 "
     "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-topk-scaling-factor 2.5"
@@ -120,6 +121,19 @@ ZOO: dict[str, Row] = {
         f"{LLAMA} {GQA} --qk-layernorm --kv-channels 128 --rotary-base 1000000",
         "Qwen3ForCausalLM",
         "RMSNorm of each head of q and k, before the rotation, one weight [head_dim] for all heads: q_norm, k_norm",
+    ),
+    "qwen2-yarn": Row(
+        f"{LLAMA} {GQA} --add-qkv-bias {LONG}",
+        "Qwen2ForCausalLM",
+        "rope_type yarn; the factor on cosine and sine is the default of every engine, 0.1 ln 4 + 1. Waves that turn less than "
+        "once in 64 positions are stretched: hence the longer sequences",
+        length=96,
+    ),
+    "qwen3-yarn": Row(
+        f"{LLAMA} {GQA} --qk-layernorm --kv-channels 128 {LONG} --mscale 0.707 --no-yarn-correction-range-round-to-int",
+        "Qwen3ForCausalLM",
+        "with another factor on cosine and sine: attention_factor, and truncate False",
+        length=96,
     ),
     "partial-rotary": Row(
         f"{LLAMA} {GQA} --rotary-percent 0.5",

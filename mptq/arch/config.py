@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from mptq.arch import features, ranges
-from mptq.arch.settings import Settings, unsaid
+from mptq.arch.settings import OPTIONS, Settings, unsaid
 from mptq.errors import CheckpointError, UnsupportedModelError
 from mptq.types import TensorSpec
 
@@ -30,6 +30,30 @@ class Latent:
     qk_dim: int
     rotary_dim: int
     v_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """How many positions the model has, and what says so.
+
+    `known_from` is "settings" (a setting of that name), "yarn" (the length before YaRN times its factor), "tokenizer" (its
+    `model_max_length`) or "training" (the sequence length of the training, which the model may exceed).
+    """
+
+    length: int
+    known_from: str
+
+
+YARN = (
+    "rotary_scaling_factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "correction_range_round_to_int",
+)
+"""Parameters of YaRN, as multi-latent attention calls them; other attention has them with `yarn_` in front."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +83,7 @@ class ModelConfig:
     head_dim: int
     vocab_size: int
     padded_vocab_size: int
-    max_position_embeddings: int
+    context: Context
     tied_embeddings: bool
     dtype: str
     latent: Latent | None = None
@@ -69,8 +93,17 @@ class ModelConfig:
 
     def get(self, key: str) -> Any:
         """A setting, or megatron-core's default where the checkpoint does not say it."""
-        value = self.settings.get(key)
-        return features.DEFAULTS.get(key) if value is None else value
+        return _setting(self.settings, key)
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Positions that the model has."""
+        return self.context.length
+
+    @cached_property
+    def yarn(self) -> Mapping[str, Any] | None:
+        """YaRN's parameters by `YARN`'s names, None where the rotary embedding is another."""
+        return _yarn(self.settings)
 
     @cached_property
     def features(self) -> Mapping[str, Any]:
@@ -168,7 +201,6 @@ def _config(settings: Settings, tensors: Mapping[str, TensorSpec]) -> ModelConfi
     padded = embedding.shape[0] if embedding else int(settings["padded_vocab_size"])
     experts = int(settings.get("num_moe_experts") or 0)
     ffn = int(settings.get("ffn_hidden_size") or 4 * hidden)
-    longest = settings.get("max_position_embeddings") or settings.get("seq_length")
     return ModelConfig(
         settings=settings,
         kinds=_kinds(settings),
@@ -180,7 +212,7 @@ def _config(settings: Settings, tensors: Mapping[str, TensorSpec]) -> ModelConfi
         head_dim=int(settings.get("kv_channels") or hidden // heads),
         vocab_size=min(int(settings.get("vocab_size") or padded), padded),
         padded_vocab_size=padded,
-        max_position_embeddings=int(longest or _missing("max_position_embeddings")),
+        context=_context(settings),
         tied_embeddings=bool(settings.get("share_embeddings_and_output_weights")),
         dtype=embedding.dtype if embedding else "bfloat16",
         latent=_latent(settings),
@@ -190,8 +222,36 @@ def _config(settings: Settings, tensors: Mapping[str, TensorSpec]) -> ModelConfi
     )
 
 
-def _missing(key: str) -> int:
-    raise KeyError(key)
+def _setting(settings: Settings, key: str) -> Any:
+    value = settings.get(key)
+    return features.DEFAULTS.get(key) if value is None else value
+
+
+def _yarn(settings: Settings) -> Mapping[str, Any] | None:
+    latent = bool(settings.get("multi_latent_attention"))
+    if _setting(settings, "rope_type" if latent else "position_embedding_type") != "yarn":
+        return None
+    return {name: _setting(settings, name if latent else f"yarn_{name}") for name in YARN}
+
+
+def _context(settings: Settings) -> Context:
+    """The number of positions.
+
+    With YaRN it is the length before it times the factor, which engines compute too, whatever the training's length was;
+    only the user's own word counts more. Megatron-Bridge and NeMo 2 save no more than the length of the training's sequences.
+    """
+    key = "max_position_embeddings"
+    said, yarn = settings.get(key), _yarn(settings)
+    if yarn and yarn["rotary_scaling_factor"] > 1 and settings.sources.get(key) != OPTIONS:
+        return Context(round(yarn["original_max_position_embeddings"] * yarn["rotary_scaling_factor"]), "yarn")
+    if said:
+        return Context(int(said), "settings")
+    trained, most = settings.get("seq_length"), settings.get("model_max_length")
+    if most and most > (trained or 0):
+        return Context(int(most), "tokenizer")
+    if not trained:
+        raise KeyError(key)
+    return Context(int(trained), "training")
 
 
 def _latent(settings: Settings) -> Latent | None:

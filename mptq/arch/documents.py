@@ -58,8 +58,6 @@ def _from_model(model: Mapping[str, Any]) -> dict[str, Any]:
     if settings.get("multi_latent_attention") and "original_max_position_embeddings" not in settings:
         # megatron-core 0.13: the length before YaRN, which later versions call so.
         _rename(settings, "max_position_embeddings", "original_max_position_embeddings")
-    if settings.get("seq_length"):
-        settings.setdefault("max_position_embeddings", settings["seq_length"])
     return completed({key: value for key, value in settings.items() if value is not Unknown})
 
 

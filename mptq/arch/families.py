@@ -49,7 +49,7 @@ PLAIN: dict[str, Container[Any]] = {
     "zero centred": (False,),
     "mlp": ("gated silu",),
     "position": ("rope",),
-    "rope scaling": ("none", "llama3", "linear"),
+    "rope scaling": ("none", "llama3", "linear", "yarn"),
     "partial rotary": (False,),
     "interleaved rotary": (False,),
     "bias": (False,),

@@ -203,7 +203,7 @@ def _position(config: ModelConfig) -> dict[str, Any]:
     scaling = "none"
     if config.get("rope_scaling"):
         scaling = "llama3"
-    elif kind == "yarn" or (config.latent is not None and config.get("rope_type") == "yarn"):
+    elif _stretches(config):
         scaling = "yarn"
     elif config.get("seq_len_interpolation_factor"):
         scaling = "linear"
@@ -214,6 +214,11 @@ def _position(config: ModelConfig) -> dict[str, Any]:
         "interleaved rotary": bool(config.get("rotary_interleaved")),
         "no rope": bool(config.get("no_rope_freq")),
     }
+
+
+def _stretches(config: ModelConfig) -> bool:
+    """Whether YaRN changes the rotary embedding; by a factor of 1 it does not."""
+    return config.yarn is not None and config.yarn["rotary_scaling_factor"] != 1
 
 
 def _experts(config: ModelConfig) -> str:
@@ -250,7 +255,8 @@ def _not_mapped(config: ModelConfig) -> str:
     if config.latent is not None:
         if not config.get("qk_layernorm"):
             found.append("multi-latent attention without norms of its latents")
-        if config.get("rope_type") == "rope" and float(config.get("mscale_all_dim")):
+        scale = float(config.get("rotary_scaling_factor")) > 1 and float(config.get("mscale_all_dim"))
+        if scale and not _stretches(config):
             found.append("a scale of the attention scores without yarn (mscale_all_dim)")
         if config.shared_ffn_hidden_size % max(1, config.moe_ffn_hidden_size):
             found.append(f"shared experts ({config.shared_ffn_hidden_size}) that are no multiple of an expert")

@@ -5,6 +5,7 @@ Source: the configuration files of transformers' families; `rope_parameters` as 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -60,14 +61,42 @@ def _llama3(config: ModelConfig) -> dict[str, Any]:
 
 
 def _yarn(config: ModelConfig) -> dict[str, Any]:
+    """YaRN's parameters. Only classes of multi-latent attention read `mscale` and `mscale_all_dim` in every engine.
+
+    The factor on cosine and sine ("concentration factor" in megatron-core) is written where it is not the default:
+    `attention_factor` is what transformers multiplies by, `attn_factor` what vLLM and SGLang multiply the default by.
+    """
+    fields = config.yarn
+    assert fields is not None
+    factor, *scales = (float(fields[name]) for name in ("rotary_scaling_factor", "mscale", "mscale_all_dim"))
     found = {
         "rope_type": "yarn",
-        "factor": float(config.get("rotary_scaling_factor")),
-        "original_max_position_embeddings": config.get("original_max_position_embeddings"),
-        "beta_fast": float(config.get("beta_fast")),
-        "beta_slow": float(config.get("beta_slow")),
+        "factor": factor,
+        "original_max_position_embeddings": fields["original_max_position_embeddings"],
+        "beta_fast": float(fields["beta_fast"]),
+        "beta_slow": float(fields["beta_slow"]),
     }
-    return found | {name: float(config.get(name)) for name in ("mscale", "mscale_all_dim")}
+    concentration, default = _concentration(factor, *scales), _concentration(factor, 1.0, 0.0)
+    if config.latent:
+        found |= dict(zip(("mscale", "mscale_all_dim"), scales, strict=True))
+        # transformers computes the quotient of the two only where neither is 0.
+        return found | ({"attention_factor": concentration} if concentration != default and not all(scales) else {})
+    if fields["correction_range_round_to_int"] is False:
+        found["truncate"] = False
+    if concentration != default:
+        found |= {"attention_factor": concentration, "attn_factor": concentration / default}
+    return found
+
+
+def _concentration(factor: float, mscale: float, mscale_all_dim: float) -> float:
+    """The factor on cosine and sine.
+
+    Source: `_yarn_get_concentration_factor` in megatron/core/models/common/embeddings/yarn_rotary_pos_embedding.py.
+    """
+    if factor <= 1:
+        return 1.0
+    above, below = (0.1 * scale * math.log(factor) + 1.0 for scale in (mscale, mscale_all_dim))
+    return above / below
 
 
 _SCALINGS: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mptq.arch.hf_fields import SIGMOID, HfFamily, Rope, understood
+from mptq.arch.settings import LARGEST
 from mptq.arch.values import activation
 from mptq.errors import CheckpointError
 
@@ -86,6 +87,26 @@ def read_object(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"--hf-config: {file} is not a JSON object: give a Hugging Face config.json")
     return content
+
+
+TOKENIZER = "tokenizer_config.json"
+
+
+def from_tokenizer(named: Any) -> dict[str, Any]:
+    """What the tokenizer in a directory, or of a file in it, says of the model: `model_max_length`, if it is a length.
+
+    transformers writes 1e30 where nobody said one. A file that is not there or not readable says nothing here: it is named
+    where the tokenizer itself is loaded.
+    """
+    if not isinstance(named, Path | str):
+        return {}
+    path = Path(named)
+    try:
+        fields = json.loads((path.parent if path.is_file() else path).joinpath(TOKENIZER).read_text())
+    except (OSError, ValueError):
+        return {}
+    length = fields.get("model_max_length") if isinstance(fields, dict) else None
+    return {"model_max_length": length} if type(length) is int and 0 < length < LARGEST else {}
 
 
 def from_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]:

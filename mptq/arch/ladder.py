@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from mptq.arch.arguments import from_args
 from mptq.arch.documents import from_document
-from mptq.arch.huggingface import from_hf_config
+from mptq.arch.huggingface import TOKENIZER, from_hf_config, from_tokenizer
 from mptq.arch.overrides import from_options
 from mptq.arch.settings import OPTIONS, SHAPES, Rung, Settings, merge
 from mptq.arch.shapes import from_tensors
@@ -42,13 +42,18 @@ class Described(Protocol):
         """The tensors."""
 
 
-def settings_of(checkpoint: Described, config: Sequence[str] = (), hf_config: Path | None = None) -> Settings:
+def settings_of(
+    checkpoint: Described, config: Sequence[str] = (), hf_config: Path | None = None, tokenizer: Path | None = None
+) -> Settings:
     """What is known of the architecture of a checkpoint's model, each setting with its source.
 
-    `config` are the user's `key=value`, `hf_config` is a Hugging Face directory or config.json. Raises OptionError for an
-    unknown key or a value of the wrong kind, CheckpointError for a config.json that cannot be read.
+    `config` are the user's `key=value`, `hf_config` is a Hugging Face directory or config.json, `tokenizer` a directory that
+    stands for the tokenizer which the checkpoint names. Raises OptionError for an unknown key or a value of the wrong kind,
+    CheckpointError for a config.json that cannot be read.
     """
-    return merge(_rungs(checkpoint, config, hf_config))
+    rungs = list(_rungs(checkpoint, config, hf_config))
+    named = tokenizer or merge(rungs).get("tokenizer_model")
+    return merge([*rungs, Rung(TOKENIZER, from_tokenizer(named))])
 
 
 def _rungs(checkpoint: Described, config: Sequence[str], hf_config: Path | None) -> Iterator[Rung]:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mptq.arch.positions import ALONE, YARN, Positions, yarn_fields
+from mptq.arch.config import YARN
+from mptq.arch.positions import ALONE, Positions
 from mptq.errors import UnsupportedModelError
 
 with warnings.catch_warnings():
@@ -260,8 +261,8 @@ def _transformer_config(config: ModelConfig) -> TransformerConfig:
             **_latent_options(config),
             **_moe_options(config),
         )
-    if config.get("position_embedding_type") == "yarn" and not config.latent:
-        for name, value in yarn_fields(config).items():
+    if config.yarn and not config.latent:
+        for name, value in config.yarn.items():
             setattr(made, f"yarn_{name}", value)  # where megatron-core's attention looks for them, beside the fields
     return made
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -22,18 +23,6 @@ with warnings.catch_warnings():
 
 if TYPE_CHECKING:
     from mptq.arch.config import ModelConfig
-
-
-YARN = (
-    "rotary_scaling_factor",
-    "original_max_position_embeddings",
-    "beta_fast",
-    "beta_slow",
-    "mscale",
-    "mscale_all_dim",
-    "correction_range_round_to_int",
-)
-"""Parameters of yarn, as multi-latent attention calls them."""
 
 
 class _Alone:
@@ -52,7 +41,7 @@ ALONE = _Alone()
 @lru_cache(maxsize=64)
 def angles(config: ModelConfig, length: int, device: torch.device) -> torch.Tensor:
     """Rotary angles float32 [length, 1, 1, rotary dimensions] of positions 0, 1, ..."""
-    frequencies = _yarn(config) if _is_yarn(config) else _rope(config)
+    frequencies = _rope(config) if config.yarn is None else _yarn(config, config.yarn)
     places = torch.arange(length, dtype=torch.float32)
     factor = config.get("seq_len_interpolation_factor")
     if factor is not None:
@@ -76,20 +65,9 @@ def _rope(config: ModelConfig) -> torch.Tensor:
     return found
 
 
-def _is_yarn(config: ModelConfig) -> bool:
-    key = "rope_type" if config.latent else "position_embedding_type"
-    return bool(config.get(key) == "yarn")
-
-
-def yarn_fields(config: ModelConfig) -> dict[str, Any]:
-    """The parameters of yarn: of multi-latent attention, or those that megatron-core calls `yarn_...`."""
-    prefix = "" if config.latent else "yarn_"
-    return {name: config.get(prefix + name) for name in YARN}
-
-
-def _yarn(config: ModelConfig) -> torch.Tensor:
+def _yarn(config: ModelConfig, fields: Mapping[str, Any]) -> torch.Tensor:
     """Inverse frequencies [dimensions / 2] of yarn: those of long waves divided by the factor, a ramp between."""
-    fields, base = yarn_fields(config), config.get("rotary_base")
+    base = config.get("rotary_base")
     dim = config.latent.rotary_dim if config.latent else config.head_dim
     exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
     extrapolated = 1.0 / (base**exponents)
@@ -123,8 +101,8 @@ class Positions:
     def __call__(self, length: int, **_packed: Any) -> Any:
         """The angles; with yarn, also the factor by which it multiplies cosine and sine."""
         found = angles(self.config, length, self.device)
-        if not _is_yarn(self.config):
+        fields = self.config.yarn
+        if fields is None:
             return found
-        fields = yarn_fields(self.config)
         scaling = fields["rotary_scaling_factor"], fields["mscale"], fields["mscale_all_dim"]
         return found, yarn._yarn_get_concentration_factor(*scaling)

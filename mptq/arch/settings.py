@@ -18,7 +18,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "squared_relu", "relu", "quick_gelu"
 
 _INTEGERS = """
 num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size padded_vocab_size
-make_vocab_size_divisible_by max_position_embeddings seq_length
+make_vocab_size_divisible_by max_position_embeddings seq_length model_max_length
 num_moe_experts moe_ffn_hidden_size moe_shared_expert_intermediate_size moe_shared_expert_glu_interleave_size
 moe_router_topk moe_router_topk_limited_devices moe_router_num_groups moe_router_group_topk moe_latent_size
 moe_mlp_glu_interleave_size mtp_num_layers q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim
@@ -62,8 +62,8 @@ KINDS: dict[str, tuple[type, ...]] = {
 }
 """Every key that settings can have, with the types of its value, which can also be None.
 
-Five are not megatron-core's: `params_dtype` is the word of a dtype, `provider` the class of Megatron-Bridge or NeMo that
-builds the model, and `rope_low_freq_factor`, `rope_high_freq_factor` and
+Six are not megatron-core's: `params_dtype` is the word of a dtype, `provider` the class of Megatron-Bridge or NeMo that
+builds the model, `model_max_length` the tokenizer's, and `rope_low_freq_factor`, `rope_high_freq_factor` and
 `rope_original_max_position_embeddings` are what megatron-core fixes to 1, 4 and 8192 where `rope_scaling` is on.
 """
 

@@ -165,7 +165,7 @@ def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
         moe_min_tokens=moe_min_tokens,
         gates=report.Gates(max_kl, parse_percent(max_ppl_increase)),
     )
-    chosen = SourceOptions(iteration, tuple(config or ()), hf_config)
+    chosen = SourceOptions(iteration, tuple(config or ()), hf_config, tokenizer)
     plan = make_plan(
         checkpoint,
         load_recipe(recipe).changed(ignore or (), kv_cache),

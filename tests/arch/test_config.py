@@ -1,6 +1,8 @@
 import pytest
 
-from mptq.arch.config import Kind, Latent
+from mptq.arch.arguments import from_args
+from mptq.arch.config import Context, Kind, Latent, model_config
+from mptq.arch.settings import OPTIONS, Rung, merge
 from mptq.errors import CheckpointError, UnsupportedModelError
 from mptq.types import TensorSpec
 from tests.arch.models import ARGS, HYBRID, LATENT, MOE_ARGS, TENSORS, model
@@ -107,6 +109,38 @@ def test_what_changes_nothing_of_the_forward_pass_is_accepted(fields):
 def test_all_features_in_the_way_are_named_together():
     with pytest.raises(UnsupportedModelError, match=r"an attention output gate .*; latent projections around the experts"):
         model(MOE_ARGS | {"moe_latent_size": 96, "attention_output_gate": True})
+
+
+BRIDGE = {key: value for key, value in ARGS.items() if key != "max_position_embeddings"} | {"seq_length": 4096}
+LONG = {"rotary_scaling_factor": 4.0, "yarn_original_max_position_embeddings": 32768, "position_embedding_type": "yarn"}
+MLA = LATENT | {"seq_length": 4096, "original_max_position_embeddings": 4096}
+
+
+@pytest.mark.parametrize(
+    ("args", "told", "context"),
+    [
+        (ARGS, {}, (512, "settings")),
+        (ARGS | {"seq_length": 256}, {"model_max_length": 131072}, (512, "settings")),
+        (BRIDGE, {}, (4096, "training")),
+        (BRIDGE, {"model_max_length": 131072}, (131072, "tokenizer")),
+        (BRIDGE, {"model_max_length": 1024}, (4096, "training")),
+        (BRIDGE | LONG, {}, (131072, "yarn")),
+        (ARGS | LONG, {"model_max_length": 1 << 20}, (131072, "yarn")),
+        (ARGS | LONG | {"rotary_scaling_factor": 1.0}, {}, (512, "settings")),
+        (MLA, {}, (163840, "yarn")),
+        (MLA | {"rotary_scaling_factor": 1.0}, {}, (512, "settings")),
+        (MLA | {"rope_type": "rope"}, {}, (512, "settings")),
+    ],
+)
+def test_how_many_positions_there_are_and_what_says_so(args, told, context):
+    config = model(args, **told)
+    assert (config.context.length, config.context.known_from) == context
+    assert config.max_position_embeddings == context[0]
+
+
+def test_what_the_user_says_of_positions_counts_more_than_yarn():
+    rungs = [Rung(OPTIONS, {"max_position_embeddings": 8192}, overrides=True), Rung("args", from_args(ARGS | LONG))]
+    assert model_config(merge(rungs), TENSORS).context == Context(8192, "settings")
 
 
 def test_missing_arguments():

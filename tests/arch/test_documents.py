@@ -16,7 +16,8 @@ def model(**fields):
 
 def test_a_provider():
     found = model(_target_="megatron.bridge.models.llama.llama_provider.Llama3ModelProvider", activation_func=SILU)
-    assert (found["activation_func"], found["num_query_groups"], found["max_position_embeddings"]) == ("silu", 4, 512)
+    assert (found["activation_func"], found["num_query_groups"], found["seq_length"]) == ("silu", 4, 512)
+    assert "max_position_embeddings" not in found
     assert found["provider"] == "Llama3ModelProvider"
     assert "hidden_dropout" not in found
 
@@ -42,7 +43,8 @@ def test_a_model_of_nemo():
 def test_the_length_before_yarn_of_megatron_core_0_13():
     mla = {"multi_latent_attention": True, "max_position_embeddings": 4096}
     old = model(**mla)
-    assert (old["original_max_position_embeddings"], old["max_position_embeddings"]) == (4096, 512)
+    assert old["original_max_position_embeddings"] == 4096
+    assert "max_position_embeddings" not in old
     new = model(**mla | {"original_max_position_embeddings": 1024})
     assert (new["original_max_position_embeddings"], new["max_position_embeddings"]) == (1024, 4096)
 

@@ -35,7 +35,7 @@ def test_every_family_has_an_example_and_words_of_its_own():
         ("Mistral", {"softmax_type": "learnable"}, "attention sinks: yes"),
         ("Qwen2", {"kv_channels": 32}, "heads of another size than hidden / heads: yes"),
         ("Qwen2", {"add_bias_linear": True}, "biases of all linears: yes"),
-        ("Qwen3", {"position_embedding_type": "yarn"}, "rotary scaling: yarn"),
+        ("Nemotron", {"position_embedding_type": "yarn", "rotary_scaling_factor": 4.0}, "rotary scaling: yarn"),
         ("Qwen3", {"qk_l2_norm": True}, "QK normalization: L2"),
         ("Nemotron", {"use_rope_scaling": True}, "rotary scaling: llama3"),
         ("Nemotron", {"apply_layernorm_1p": False}, "zero-centred norm weights: no"),

@@ -79,7 +79,8 @@ def test_every_feature_has_words(args):
         ({"group_query_attention": False}, {"shared keys": False}),
         ({"untie_embeddings_and_output_weights": False}, {"tied": True}),
         ({"position_embedding_type": "learned_absolute"}, {"position": "learned_absolute"}),
-        ({"position_embedding_type": "yarn"}, {"rope scaling": "yarn"}),
+        ({"position_embedding_type": "yarn", "rotary_scaling_factor": 4.0}, {"rope scaling": "yarn"}),
+        ({"position_embedding_type": "yarn", "rotary_scaling_factor": 1.0}, {}),
         ({"use_rope_scaling": True}, {"rope scaling": "llama3"}),
         ({"rotary_seq_len_interpolation_factor": 4}, {"rope scaling": "linear"}),
         ({"rotary_percent": 0.5}, {"partial rotary": True}),
@@ -139,6 +140,8 @@ def test_features_of_mixtures(fields, expected):
         ({"qk_layernorm": False}, "multi-latent attention without norms of its latents"),
         ({"rope_type": "rope"}, "a scale of the attention scores without yarn (mscale_all_dim)"),
         ({"rope_type": "rope", "mscale_all_dim": 0.0}, "nothing"),
+        ({"rope_type": "rope", "rotary_scaling_factor": 1.0}, "nothing"),
+        ({"rotary_scaling_factor": 1.0}, "nothing"),
         ({}, "nothing"),
     ],
 )

@@ -114,5 +114,50 @@ def test_rotary_scaling_under_the_new_and_the_old_name():
     assert "rope_scaling" not in fields
 
 
+YARN = {"position_embedding_type": "yarn", "rotary_scaling_factor": 4.0, "yarn_original_max_position_embeddings": 32768}
+
+
+def test_yarn_of_other_attention_than_latent():
+    """As published: the length before YaRN and the factor; the factor on cosine and sine is every engine's default."""
+    _, fields = parsed(ARGS | YARN)
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "beta_fast": 32, "beta_slow": 1}
+    assert fields["rope_parameters"] == scaling | {"rope_theta": 5000}
+    assert fields["rope_scaling"] == scaling | {"type": "yarn"}
+    assert fields["max_position_embeddings"] == 131072
+    _, fields = parsed(ARGS | YARN | {"yarn_correction_range_round_to_int": False})
+    assert fields["rope_parameters"]["truncate"] is False
+
+
+@pytest.mark.parametrize("name", ["Llama", "DeepSeek-V2"])
+def test_yarn_by_a_factor_of_1_is_plain(name):
+    config, fields = parsed(
+        FAMILY_ARGS[name] | YARN | {"rope_type": "yarn", "rotary_scaling_factor": 1.0, "mscale_all_dim": 1.0}
+    )
+    assert fields["rope_parameters"] == {"rope_type": "default", "rope_theta": 5000}
+    assert "rope_scaling" not in fields
+    assert config.max_position_embeddings == 512
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen3", "DeepSeek-V3"])
+@pytest.mark.parametrize("factor", [1.5, 4.0, 40.0])
+@pytest.mark.parametrize("scales", [(1.0, 0.0), (1.0, 1.0), (0.707, 0.707), (0.707, 0.0), (0.0, 0.707), (1.0, 0.707)])
+def test_the_factor_on_cosine_and_sine_is_megatron_cores(name, factor, scales):
+    """Bit for bit: by what transformers computes from the config, and by what vLLM does, its default times `attn_factor`."""
+    from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
+        _yarn_get_concentration_factor,
+        _yarn_get_mscale,
+    )
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    args = FAMILY_ARGS[name] | YARN | {"rotary_scaling_factor": factor, "mscale": scales[0], "mscale_all_dim": scales[1]}
+    config, fields = parsed(args)
+    expected = _yarn_get_concentration_factor(factor, *scales)
+    assert ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")[1] == expected
+    if name != "DeepSeek-V3":  # whose class in vLLM reads mscale and mscale_all_dim
+        assert _yarn_get_mscale(factor) * fields["rope_parameters"].get("attn_factor", 1.0) == pytest.approx(
+            expected, rel=1e-15
+        )
+
+
 def test_a_mixture_with_shared_experts_and_no_gate_is_nobodys():
     assert family_of(model(MOE_ARGS | SHARED)) is None

@@ -136,6 +136,9 @@ def test_yarn_of_latent_attention(mscale):
         ("Llama", {"use_rope_scaling": True, "kv_channels": 128, "rotary_base": 500000}),
         ("Mistral", {}),
         ("Qwen3", {"rotary_base": 1000000}),
+        ("Llama", YARN),
+        ("Qwen3", YARN | {"yarn_correction_range_round_to_int": False}),
+        ("DeepSeek-V2", {"rotary_scaling_factor": 1.0, "mscale_all_dim": 1.0}),
         ("Nemotron", {}),
         ("DeepSeek-V3", {"max_position_embeddings": 163840, "qk_pos_emb_head_dim": 64}),
         ("DeepSeek-V2", {"max_position_embeddings": 163840, "qk_pos_emb_head_dim": 64, "mscale": 1.0, "mscale_all_dim": 1.0}),
@@ -151,7 +154,8 @@ def test_transformers_turns_by_the_same_angles_from_the_config_that_is_written(n
     kind = hf.rope_parameters["rope_type"]
     if kind == "default":
         share = hf.rope_parameters.get("partial_rotary_factor", 1.0)
-        frequencies, factor = plain(int(config.head_dim * share), hf.rope_parameters["rope_theta"]), 1.0
+        turned = config.latent.rotary_dim if config.latent else int(config.head_dim * share)
+        frequencies, factor = plain(turned, hf.rope_parameters["rope_theta"]), 1.0
     else:
         frequencies, factor = ROPE_INIT_FUNCTIONS[kind](hf, CPU)
     assert torch.allclose(angles(config, 40, CPU)[:, 0, 0].double(), expected(frequencies.double()), rtol=1e-5, atol=1e-6)

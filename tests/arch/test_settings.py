@@ -112,6 +112,19 @@ def test_the_order_of_the_ladder(tmp_path):
     assert {conflict.key for conflict in found.conflicts} == {"layernorm_epsilon", "num_layers", "seq_length"}
 
 
+@pytest.mark.parametrize(
+    ("length", "said"),
+    [("131072", 131072), ("1e30", None), (str(int(1e30)), None), ('"long"', None), ("true", None), ("0", None)],
+)
+def test_the_tokenizer_says_how_long_texts_can_be(tmp_path, length, said):
+    (tmp_path / "tokenizer_config.json").write_text(f'{{"model_max_length": {length}}}')
+    (tmp_path / "tokenizer.json").touch()
+    named = [{"tokenizer_model": str(path)} for path in (tmp_path, tmp_path / "tokenizer.json", tmp_path / "gone")]
+    found = [settings_of(described(args=args)).get("model_max_length") for args in named]
+    assert found == [said, said, None]
+    assert settings_of(described(args=named[2]), tokenizer=tmp_path).get("model_max_length") == said
+
+
 def test_shapes_alone_say_what_they_can():
     found = settings_of(described(specs=SPECS))
     assert (found["num_layers"], found["ffn_hidden_size"], found["padded_vocab_size"]) == (2, 96, 128)
