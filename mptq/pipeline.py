@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from mptq import forecast, report
+from mptq.arch.generation import Generation, resolve
 from mptq.calibrate.data import DataOptions, check_datasets, load_tokens, needs_tokenizer
+from mptq.calibrate.tokenizer import generation_config, special_ids
 from mptq.checkpoint.index import ends_of_shards
 from mptq.errors import DataError, MptqError, OutputError
 from mptq.plan import Plan
@@ -126,7 +128,7 @@ def _run(plan: Plan, place: Place, checked: Checked, options: Options, progress:
                     progress.stage(unit + 1, plan.outputs, f"layer {unit}" if unit < plan.model.num_layers else "finishing")
                     steps.stop_if(options.stop, unit)
             steps.wait()
-        files = steps.finish(partial(_finish, plan=plan, tokenizer=checked.tokenizer))
+        files = steps.finish(partial(_finish, plan=plan, checked=checked))
         if not place.ranks.first:
             return {}
         document = report.build(plan, report.Measured(record, checked.notes, calibration, checked.work), options.gates)
@@ -170,11 +172,15 @@ def _header(plan: Plan, options: Options, device: torch.device, activations: Str
 
 @dataclass(frozen=True)
 class Checked:
-    """What `check` found: the tokenizer's directory, what activations will take (None: there are none), and warnings."""
+    """What `check` found: the tokenizer's directory, what activations will take (None: there are none), and warnings.
+
+    `generation` is what is known of the ids with which generation begins and ends.
+    """
 
     tokenizer: Path | None
     work: forecast.Work | None
     notes: list[str]
+    generation: Generation
 
 
 def check(plan: Plan, out: Path, options: Options, ranks: Ranks = Ranks()) -> Checked:  # noqa: B008
@@ -186,7 +192,8 @@ def check(plan: Plan, out: Path, options: Options, ranks: Ranks = Ranks()) -> Ch
     plan.require_runnable()
     check_datasets(options.data)
     tokenizer, missing = _tokenizer(plan, options)
-    notes = forecast.warnings(plan)
+    generation = _generation(plan, tokenizer)
+    notes = forecast.warnings(plan) + (list(generation.warnings) if "hf" in plan.formats else [])
     has_data = tokenizer is not None or not needs_tokenizer(options.data)
     options.gates.require_finite()
     _require_figures(plan, options)
@@ -202,7 +209,7 @@ def check(plan: Plan, out: Path, options: Options, ranks: Ranks = Ranks()) -> Ch
     work = _work(plan, options) if runs else None
     needed = _needed_bytes(plan, work)
     check_output(out, plan.source.checkpoint.location.root, needed, options.overwrite, options.resume)
-    return Checked(tokenizer, work, notes)
+    return Checked(tokenizer, work, notes, generation)
 
 
 def _needed_bytes(plan: Plan, work: forecast.Work | None) -> int:
@@ -264,6 +271,12 @@ def _tokenizer(plan: Plan, options: Options) -> tuple[Path | None, str]:
     return None, f"the tokenizer {named!r}, which the checkpoint names, is not on this machine"
 
 
+def _generation(plan: Plan, tokenizer: Path | None) -> Generation:
+    """What is known of generation: what lies beside the tokenizer counts first, the tokenizer itself last."""
+    beside, itself = (generation_config(tokenizer), [special_ids(tokenizer)]) if tokenizer else ([], [])
+    return resolve([*beside, *plan.source.generation, *itself], plan.model.vocab_size)
+
+
 def _require_no_data(plan: Plan, options: Options, missing: str) -> None:
     wanted = None
     if plan.recipe.needs_data:
@@ -312,9 +325,10 @@ def _writers(plan: Plan, directory: Path, options: Options, done: Mapping[int, R
     return made
 
 
-def _finish(writer: Writer, plan: Plan, tokenizer: Path | None) -> Sequence[Path]:
+def _finish(writer: Writer, plan: Plan, checked: Checked) -> Sequence[Path]:
     if isinstance(writer, HfWriter):
-        return writer.finish(hf_configs(plan.model, DIALECTS[plan.dialect], plan.contents), tokenizer)
+        configs = hf_configs(plan.model, DIALECTS[plan.dialect], plan.contents, checked.generation)
+        return writer.finish(configs, checked.tokenizer)
     from mptq.quantize.modelopt import modelopt_state
     from mptq.writers.megatron import MegatronWriter
 

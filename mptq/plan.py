@@ -12,7 +12,10 @@ from pathlib import Path
 
 from mptq.arch import naming
 from mptq.arch.config import ModelConfig, model_config
+from mptq.arch.documents import generation_fields
 from mptq.arch.families import family_of, nearest
+from mptq.arch.generation import GenerationSource
+from mptq.arch.huggingface import generation_sources
 from mptq.arch.ladder import settings_of
 from mptq.arch.naming import Copy, Linear
 from mptq.arch.places import Part, carried, dropped, locate
@@ -44,11 +47,12 @@ class SourceOptions:
 
 @dataclass(frozen=True)
 class Source:
-    """An opened checkpoint: its index, its model, and where each inner tensor is."""
+    """An opened checkpoint: its index, its model, where each inner tensor is, and what it or the user says of generation."""
 
     checkpoint: Checkpoint
     model: ModelConfig
     places: Mapping[str, tuple[Part, ...]]
+    generation: tuple[GenerationSource, ...] = ()
 
     @property
     def dropped(self) -> dict[str, str]:
@@ -71,7 +75,9 @@ def open_source(path: Path, options: SourceOptions | None = None) -> Source:
     require_weights(checkpoint)
     specs = checkpoint.specs
     model = model_config(settings_of(checkpoint, options.config, options.hf_config, options.tokenizer), specs)
-    return Source(checkpoint, model, locate(specs, model))
+    told = GenerationSource(checkpoint.config_source, generation_fields(checkpoint.config), whole=True)
+    beside = () if options.hf_config is None else generation_sources(options.hf_config)
+    return Source(checkpoint, model, locate(specs, model), (*((told,) if told.fields else ()), *beside))
 
 
 @dataclass(frozen=True)

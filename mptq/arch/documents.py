@@ -36,6 +36,19 @@ def from_document(document: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def generation_fields(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The generation config in a run config: the `config_dict` of Bridge's, or the fields of NeMo's; empty where there is none.
+
+    Source: `_generation_config_representer` in megatron/training/config/yaml_utils.py.
+    """
+    model = document.get("model")
+    found = _flat(model).get("generation_config") if isinstance(model, Mapping) else None
+    if not isinstance(found, Mapping):
+        return {}
+    fields = found.get("config_dict", found)
+    return {key: value for key, value in fields.items() if not key.startswith("_")} if isinstance(fields, Mapping) else {}
+
+
 def _flat(model: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of the model and of the config inside it, which has those of its own that the outer one has not."""
     flat: dict[str, Any] = {}

@@ -26,8 +26,10 @@ def config_fields(config: ModelConfig, family: Family) -> dict[str, Any]:
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tied_embeddings,
         "dtype": config.dtype,
+        # Of generation (generation.py): the classes have ids of their own as defaults.
         "bos_token_id": None,
         "eos_token_id": None,
+        "pad_token_id": None,
     }
     return fields | _FIELDS[family.name](config)
 
@@ -150,7 +152,6 @@ def _opt(config: ModelConfig) -> dict[str, Any]:
         "do_layer_norm_before": True,
         "enable_bias": True,
         "layer_norm_elementwise_affine": True,
-        "pad_token_id": None,
     }
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mptq.arch.generation import IDS, GenerationSource
 from mptq.arch.hf_fields import SIGMOID, HfFamily, Rope, understood
 from mptq.arch.settings import LARGEST
 from mptq.arch.values import activation
@@ -71,6 +72,19 @@ def from_hf_config(path: Path) -> tuple[dict[str, Any], str]:
     """
     file = path / "config.json" if path.is_dir() else path
     return from_fields(read_object(file), f"--hf-config: {file}"), str(file)
+
+
+def generation_sources(path: Path) -> list[GenerationSource]:
+    """What a Hugging Face directory says of generation in its generation_config.json, if it has one, and its config.json.
+
+    Raises CheckpointError as `from_hf_config` does.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    fields = read_object(file)
+    ids = {key: value for key, value in (dict(fields) | dict(_text(fields, str(file)))).items() if key in IDS}
+    beside = file.with_name("generation_config.json")
+    found = [GenerationSource(str(beside), read_object(beside), whole=True)] if beside.is_file() and beside != file else []
+    return [*found, GenerationSource(str(file), ids)]
 
 
 def read_object(file: Path) -> dict[str, Any]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mptq.arch.generation import IDS, GenerationSource
 from mptq.calibrate.documents import Document, Messages, one_line
 from mptq.errors import DataError
 
@@ -22,6 +25,67 @@ def tokenizer_directory(source: Path | str) -> Path:
     if not path.exists():
         raise DataError(f"tokenizer {path} does not exist: name a directory with tokenizer.json or tokenizer.model")
     return (path if path.is_dir() else path.parent).resolve()
+
+
+def generation_config(directory: Path) -> list[GenerationSource]:
+    """The generation_config.json beside a tokenizer, if there is one; raises DataError where it is not a JSON object."""
+    file = directory / "generation_config.json"
+    return [GenerationSource(str(file), _json(file), whole=True)] if file.is_file() else []
+
+
+def special_ids(directory: Path) -> GenerationSource:
+    """The ids of the special tokens that a tokenizer's files name, read as JSON: no transformers.
+
+    Raises DataError for a file that is not a JSON object. Source: transformers' tokenization_utils_base.py, for the names and
+    `added_tokens_decoder`; the tokenizer.json of `tokenizers`, for `added_tokens` and the vocabulary.
+    """
+    config = _json(directory / "tokenizer_config.json")
+    told = _json(directory / "special_tokens_map.json") | {key: value for key, value in config.items() if value is not None}
+    wanted = {key: _content(told.get(key.removesuffix("_id"))) for key in IDS}
+    wanted = {key: token for key, token in wanted.items() if token is not None}
+    found: dict[str, Any] = {}
+    for vocabulary in _vocabularies(directory, config):
+        found |= {key: vocabulary[token] for key, token in wanted.items() if key not in found and token in vocabulary}
+        if len(found) == len(wanted):
+            break
+    return GenerationSource(f"the tokenizer {directory}", found)
+
+
+def _vocabularies(directory: Path, config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Token -> id in the files of a tokenizer, the small ones first."""
+    decoder = config.get("added_tokens_decoder")
+    if isinstance(decoder, dict):
+        yield {content: int(number) for number, token in decoder.items() if (content := _content(token)) and number.isdecimal()}
+    yield _json(directory / "added_tokens.json")
+    whole = _json(directory / "tokenizer.json")
+    added = whole.get("added_tokens")
+    entries = [entry for entry in added if isinstance(entry, dict)] if isinstance(added, list) else []
+    yield {content: entry.get("id") for entry in entries if (content := _content(entry))}
+    model = whole.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, list):  # of Unigram: pairs of piece and score
+        yield {str(pair[0]): number for number, pair in enumerate(vocabulary) if isinstance(pair, list) and pair}
+    yield vocabulary if isinstance(vocabulary, dict) else {}
+    yield _json(directory / "vocab.json")
+
+
+def _content(token: Any) -> str | None:
+    """The text of a token, which may be an object with its properties."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) and content else None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """The object in a tokenizer's file; empty where there is no such file."""
+    try:
+        content = json.loads(file.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{file} is not valid JSON ({one_line(error)}): copy the tokenizer again") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{file} is not a JSON object: copy the tokenizer again")
+    return content
 
 
 def load_tokenizer(source: Path | str, trust_remote_code: bool = False) -> Any:

@@ -15,6 +15,7 @@ from mptq.writers.safetensors_stream import ShardFile, assign_shards
 
 if TYPE_CHECKING:
     from mptq.arch.config import ModelConfig
+    from mptq.arch.generation import Generation
     from mptq.writers.dialects import Contents, Dialect
 
 TOKENIZER_FILES = (
@@ -106,9 +107,7 @@ class HfWriter:
         if len(self._shards) > 1:
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": self._file_of}
             written.append(_write_json(self.directory / "model.safetensors.index.json", index))
-        # What came with the tokenizer (a generation config) says more than what is made from the model's config.
-        made = {name: config for name, config in configs.items() if self.directory / name not in written}
-        return written + [_write_json(self.directory / name, config) for name, config in made.items()]
+        return written + [_write_json(self.directory / name, config) for name, config in configs.items()]
 
     def abort(self) -> None:
         """Close what is open; the directory is the caller's to remove."""
@@ -117,13 +116,16 @@ class HfWriter:
         self._open.clear()
 
 
-def hf_configs(model: ModelConfig, dialect: Dialect, contents: Contents) -> dict[str, dict[str, Any]]:
-    """config.json of the output, made by transformers' own config class, and the other configs, by name."""
+def hf_configs(model: ModelConfig, dialect: Dialect, contents: Contents, generation: Generation) -> dict[str, dict[str, Any]]:
+    """config.json of the output, made by transformers' own config class, and the other configs, by name.
+
+    There is a generation_config.json where something is known of generation.
+    """
     import transformers
 
     family = family_of(model)
     assert family is not None, "planned without a Hugging Face architecture"
-    given = config_fields(model, family)
+    given = config_fields(model, family) | dict(generation.ids)
     # The older names of the rotary embedding are for other readers: transformers would take them for changes.
     older = {name: given.pop(name) for name in _OLDER if name in given}
     config = getattr(transformers, family.config_class)(**given)
@@ -132,8 +134,8 @@ def hf_configs(model: ModelConfig, dialect: Dialect, contents: Contents) -> dict
     quantization = dialect.config(contents)
     if quantization is not None:
         fields["quantization_config"] = quantization
-    generation = json.loads(transformers.GenerationConfig.from_model_config(config).to_json_string())
-    return {"config.json": fields, "generation_config.json": generation} | dialect.files(contents)
+    told = {"generation_config.json": dict(generation.fields)} if generation.fields else {}
+    return {"config.json": fields} | told | dialect.files(contents)
 
 
 _OLDER = ("rope_theta", "rope_scaling", "partial_rotary_factor")
@@ -146,10 +148,8 @@ def tokenizer_files(directory: Path) -> list[Path]:
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[Path]:
-    """Copy the tokenizer's files, and generation_config.json where there is one; return the copies."""
-    generation = source / "generation_config.json"
-    files = tokenizer_files(source) + ([generation] if generation.is_file() else [])
-    return [Path(shutil.copyfile(file, target / file.name)) for file in files]
+    """Copy the tokenizer's files; return the copies."""
+    return [Path(shutil.copyfile(file, target / file.name)) for file in tokenizer_files(source)]
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> Path:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mptq.calibrate.documents import Document
-from mptq.calibrate.tokenizer import encode, load_tokenizer, tokenizer_directory
+from mptq.calibrate.tokenizer import encode, generation_config, load_tokenizer, special_ids, tokenizer_directory
 from mptq.errors import DataError
 from tests.calibrate.conftest import WORDS, ids, make_tokenizer, text
 
@@ -102,3 +102,75 @@ def test_a_tokenizer_that_is_not_there(tmp_path):
     with pytest.raises(DataError) as failure:
         load_tokenizer("org/model")
     assert str(failure.value) == ("tokenizer org/model does not exist: name a directory with tokenizer.json or tokenizer.model")
+
+
+def models():
+    """A vocabulary of each kind that `tokenizers` has, with <s>, </s> and <pad> among its pieces."""
+    from tokenizers import models as kinds
+
+    words = ["<unk>", "<s>", "</s>", "a", "b", "<pad>"]
+    numbered = {word: number for number, word in enumerate(words)}
+    return {
+        "words": kinds.WordLevel(numbered, unk_token="<unk>"),
+        "pairs": kinds.BPE(numbered, [], unk_token="<unk>"),
+        "pieces": kinds.WordPiece(numbered, unk_token="<unk>"),
+        "unigram": kinds.Unigram([(word, -1.0) for word in words], unk_id=0),
+    }
+
+
+KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@pytest.mark.parametrize("kind", ["words", "pairs", "pieces", "unigram"])
+@pytest.mark.parametrize("ends", ["</s>", "<|im_end|>", None])  # of the vocabulary, added behind it, none
+def test_special_ids_are_those_of_transformers(kind, ends, tmp_path):
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"bos_token": "<s>", "pad_token": "<pad>"} | ({} if ends is None else {"eos_token": ends})
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models()[kind]), **special).save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    expected = {key: getattr(loaded, key) for key in KEYS}
+    assert (expected["bos_token_id"], expected["eos_token_id"]) == (1, {"</s>": 2, "<|im_end|>": 6, None: None}[ends])
+    told = {key: number for key, number in expected.items() if number is not None}
+    assert special_ids(tmp_path).fields == told
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    whole = json.loads((tmp_path / "tokenizer.json").read_text())
+    # As transformers before 5 wrote it: objects, and the added tokens in the config too.
+    objects = {name: {"content": token, "special": True} for name, token in special.items()}
+    decoder = {str(token["id"]): token for token in whole["added_tokens"]}
+    old = {key: value for key, value in config.items() if key not in special} | objects | {"added_tokens_decoder": decoder}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(old))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole | {"added_tokens": []}))
+    assert special_ids(tmp_path).fields == told
+    # And the names in a file of their own, with a vocabulary alone.
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(special))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 6}))
+    assert special_ids(tmp_path).fields == told
+
+
+def test_a_token_that_no_file_numbers_has_no_id(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>", "bos_token": 3}')
+    (tmp_path / "tokenizer.json").write_text('{"added_tokens": [1], "model": []}')
+    assert special_ids(tmp_path).fields == {}
+    assert special_ids(tmp_path / "none").fields == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [("tokenizer_config.json", "{", "is not valid JSON"), ("tokenizer_config.json", "[1]", "is not a JSON object")],
+)
+def test_tokenizer_files_that_are_damaged(tmp_path, name, content, said):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=rf"{name} {said}.*: copy the tokenizer again"):
+        special_ids(tmp_path)
+    (tmp_path / name).rename(tmp_path / "generation_config.json")
+    with pytest.raises(DataError, match=rf"generation_config.json {said}"):
+        generation_config(tmp_path)
+
+
+def test_the_generation_config_beside_a_tokenizer(tmp_path):
+    assert generation_config(tmp_path) == []
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 2}')
+    assert [source.fields for source in generation_config(tmp_path)] == [{"eos_token_id": 2}]

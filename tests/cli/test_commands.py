@@ -126,7 +126,6 @@ def test_cache_and_data_are_options_of_every_recipe(aligned, tokens, tmp_path):
     assert report["calibration"]["calibration"] | {"sha256": ""} == {"sequences": 3, "tokens": 48, "sha256": ""}
     assert sorted(path.name for path in out.iterdir()) == [
         "config.json",
-        "generation_config.json",
         "hf_quant_config.json",
         "manifest.json",
         "model.safetensors",
