@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mptq.checkpoint.layout import Location, locate
-from mptq.checkpoint.metadata import Chunk, Tensor, parse, read
+from mptq.checkpoint.metadata import Chunk, Tensor, read_entries
 from mptq.checkpoint.pickles import Inert, foreign, gc_paused
 from mptq.checkpoint.records import Record, load_torch_file, open_record
 from mptq.checkpoint.sources import run_config
@@ -78,7 +78,7 @@ def open_checkpoint(path: Path, iteration: int | None = None) -> Checkpoint:
     with gc_paused(), ThreadPoolExecutor(1) as beside:
         digest = beside.submit(sha256, metadata_file)
         names: set[str] = set()
-        tensors, blobs = parse(read(metadata_file), str(metadata_file), names)
+        tensors, blobs = read_entries(metadata_file, names)
         records = chain.from_iterable(tensor.records for tensor in tensors.values())
         _check_records(location.directory, chain(records, blobs.values()))
     args, args_source = _args(location.directory, blobs, names)

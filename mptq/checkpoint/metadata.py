@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, repeat
 from operator import attrgetter, gt
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from mptq.checkpoint.cover import covers
 from mptq.checkpoint.pickles import Inert, load_pickle
@@ -24,7 +24,9 @@ from mptq.checkpoint.records import Record
 from mptq.errors import CheckpointError
 from mptq.types import DTYPE_BYTES, TensorSpec
 
-# megatron-core adds the plans of all ranks, the last and the larger half of the file, which mptq has no use for.
+_METADATA = "torch.distributed.checkpoint.metadata.Metadata"
+_WANTED = {"state_dict_metadata", "storage_data"}
+# megatron-core adds the plans of all ranks, mostly the last and the larger half of the file, which mptq has no use for.
 _PLANS = re.compile(rb"\x8c\x0fall_local_plans")
 _END = b"ub."  # the items are set, the object gets them as its state, and that is all
 _FRAME = 1 << 20  # bytes, more than a pickle's frame has
@@ -100,8 +102,27 @@ _KNOWN = {
 }
 
 
-def read(file: Path) -> bytes:
-    """The bytes of a metadata file without the plans, which are not even read. Memory: those, and 16 MB."""
+def read_entries(file: Path, names: set[str] | None = None) -> tuple[dict[str, Tensor], dict[str, Record]]:
+    """The tensors and the byte items of a metadata file.
+
+    Every tensor's chunks cover it exactly, and no chunk has more bytes than its record. Raises CheckpointError otherwise. The
+    globals that the file refers to are added to `names`.
+    """
+    metadata = _without_plans(_before_plans(file), str(file), names)
+    if metadata is None:
+        metadata = load_pickle(file.read_bytes(), str(file), _KNOWN, names)
+    try:
+        return _entries(metadata)
+    except (AttributeError, KeyError, TypeError, IndexError, ValueError, OverflowError) as error:
+        reason = repr(error)[:200]
+        raise CheckpointError(f"{file} is not the metadata of a torch_dist checkpoint ({reason})") from error
+
+
+def _before_plans(file: Path) -> bytes:
+    """The bytes of a metadata file up to the first key that may be the plans', and the end of an object's state.
+
+    What comes after is not even read. Memory: the bytes, and 16 MB.
+    """
     with file.open("rb", buffering=0) as opened:
         whole = io.BytesIO(bytes(os.fstat(opened.fileno()).st_size))
         filled, place = 0, -1
@@ -120,18 +141,32 @@ def read(file: Path) -> bytes:
     return whole.getvalue()
 
 
-def parse(raw: bytes | bytearray, where: str, names: set[str] | None = None) -> tuple[dict[str, Tensor], dict[str, Record]]:
-    """The tensors and the byte items of the metadata file `raw`, called `where`.
+def _without_plans(raw: bytes, where: str, names: set[str] | None) -> Inert | None:
+    """The Metadata that `raw` describes, or None where its end is not that of the pickle's outermost object.
 
-    Every tensor's chunks cover it exactly, and no chunk has more bytes than its record. Raises CheckpointError otherwise. The
-    globals that the file refers to are added to `names`.
+    The key of the plans comes last in what megatron-core writes, but nothing promises that: torch may give its dataclass other
+    fields or another order, and a tensor or an object of the planner may have this name. The outermost object is the first that
+    a pickle makes: where it is also the last that is given its state, the cut was between two of its fields.
     """
-    metadata = load_pickle(raw, where, _KNOWN, names)
+    made: list[Inert] = []
+
+    class Metadata(Inert):
+        """torch's Metadata."""
+
+        __slots__ = ()
+        global_name = _METADATA
+
+        def __new__(cls, *args: Any, **_kwargs: Any) -> Self:
+            self = super().__new__(cls, *args)
+            made.append(self)
+            return self
+
     try:
-        return _entries(metadata)
-    except (AttributeError, KeyError, TypeError, IndexError, ValueError, OverflowError) as error:
-        reason = repr(error)[:200]
-        raise CheckpointError(f"{where} is not the metadata of a torch_dist checkpoint ({reason})") from error
+        found = load_pickle(raw, where, _KNOWN | {_METADATA: Metadata}, names)
+    except CheckpointError:
+        return None
+    whole = bool(made) and found is made[0] and isinstance(found.state, dict) and found.state.keys() >= _WANTED
+    return found if whole else None
 
 
 def _entries(metadata: Inert) -> tuple[dict[str, Tensor], dict[str, Record]]:

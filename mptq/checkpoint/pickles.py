@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 from mptq.checkpoint.opcodes import OpcodeError, check
 from mptq.errors import CheckpointError
@@ -65,7 +65,7 @@ class Inert:
     args: tuple[Any, ...]
     state: Any
 
-    def __new__(cls, *args: Any, **_kwargs: Any) -> Inert:
+    def __new__(cls, *args: Any, **_kwargs: Any) -> Self:
         """Record the arguments; nothing else happens."""
         self = object.__new__(cls)
         self.args = args
