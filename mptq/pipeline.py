@@ -119,6 +119,7 @@ def _run(plan: Plan, place: Place, checked: Checked, options: Options, progress:
         # Activations go through every layer, and what follows the last, on all ranks together.
         units = [unit for unit in left if unit in mine or (activations and unit <= plan.model.num_layers + 1)]
         stream = LayerStream(plan, device, record, progress, activations, mine)
+        progress.stage(0, plan.outputs, "reading")
         with record.timed("stream"):  # from the first byte that is read to the last that is on the disk
             for output in stack.enter_context(closing(stream.outputs(units))):
                 unit, last = output.index, output.last

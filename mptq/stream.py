@@ -38,8 +38,6 @@ def _release_memory() -> None:
 
 PIECE_BYTES = 1 << 26
 """Of the rows of a tensor outside the layers that are in memory at once."""
-_LAZY = 2
-"""Units after which everything is imported, torch's lazy parts too: what is left then is not looked through again each time."""
 
 
 class LayerStream:
@@ -77,17 +75,13 @@ class LayerStream:
         units = range(self.plan.outputs) if units is None else units
         self.ahead = ReadAhead(self._read, (item for unit in units for item in self._items(unit)))
         try:
-            gc.freeze()
-            for number, unit in enumerate(units):
+            for unit in units:
                 for output in self.unit(unit):
                     if self._is_mine(unit):
                         yield output
                 yield LayerOutput(unit, {form: {} for form in self.plan.formats}, last=True)
                 _release_memory()
-                if number < _LAZY:
-                    gc.freeze()
         finally:
-            gc.unfreeze()
             self.ahead.close()
 
     def unit(self, unit: int) -> Iterator[LayerOutput]:

@@ -17,9 +17,10 @@ ALLOWED = {
     "units": set(),
     "hashing": set(),
     "paths": {"errors"},
+    "quiet": set(),
     "recipe": {"errors", "paths", "quantize"},  # of quantize: ModelOpt's recipes, where one is named
-    "arch": {"errors", "types"},
-    **dict.fromkeys(STAGES, SHARED | {"hashing"}),
+    "arch": {"errors", "quiet", "types"},
+    **dict.fromkeys(STAGES, SHARED | {"hashing", "quiet"}),
     "schemes": SHARED,
     "plan": SHARED | {"checkpoint", "schemes", "writers"},
     "forecast": SHARED | {"checkpoint", "plan"},

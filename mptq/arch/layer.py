@@ -6,6 +6,7 @@ parameter names of its local layer spec, so that a checkpoint trained with eithe
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,9 +18,9 @@ import torch
 from mptq.arch.config import YARN
 from mptq.arch.positions import ALONE, Positions
 from mptq.errors import UnsupportedModelError
+from mptq.quiet import quiet_imports
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
+with quiet_imports():
     from megatron.core.activations import quick_gelu, squared_relu
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -33,7 +34,7 @@ with warnings.catch_warnings():
     from megatron.core.transformer.moe.moe_utils import router_gating_linear
     from megatron.core.transformer.moe.router import TopKRouter
     from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
-    from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
+    from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.torch_norm import L2Norm
     from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -314,7 +315,25 @@ def _mlp(kind: Kind) -> Callable[..., torch.nn.Module]:
     return partial(MoELayer, submodules=MoESubmodules(experts=experts, shared_experts=shared, router=Router))
 
 
-class LatentAttention(MLASelfAttention):  # type: ignore[misc]
+def _latent_attention() -> Any:
+    """megatron-core's MLASelfAttention that builds with `Linear` and without a GPU.
+
+    Its constructor takes no other linear for its down projections than those that its module knows by name, and makes its
+    rotary embedding on a GPU, which `Positions` replaces afterwards. So the class is of a second instance of the module, with
+    names of its own: the one that the rest of the process imports stays as it is.
+    """
+    spec = multi_latent_attention.__spec__
+    assert spec is not None
+    assert spec.loader is not None
+    copy: Any = importlib.util.module_from_spec(spec)
+    with quiet_imports():
+        spec.loader.exec_module(copy)
+    copy.Linear = Linear
+    copy.RotaryEmbedding = copy.YarnRotaryEmbedding = lambda *_args, **_parallel: None
+    return copy.MLASelfAttention
+
+
+class LatentAttention(_latent_attention()):  # type: ignore[misc]
     """megatron-core's multi-latent attention with the linears and norms that the layer gives it.
 
     Its own choice of them (mla_qk_norm_config.py) is between Transformer Engine's fused ones.
@@ -346,12 +365,6 @@ def _attention(config: ModelConfig, kind: Kind) -> ModuleSpec:
         linear_qkv=Linear, core_attention=CoreAttention, linear_proj=Linear, q_layernorm=norm, k_layernorm=norm
     )
     return ModuleSpec(module=SelfAttention, params=params, submodules=plain)
-
-
-# The constructor of multi-latent attention takes no other linear for its down projections than those it knows by name, and
-# makes its rotary embedding on a GPU. `Positions` replaces that afterwards.
-multi_latent_attention.Linear = Linear
-multi_latent_attention.RotaryEmbedding = multi_latent_attention.YarnRotaryEmbedding = lambda *_args, **_parallel: None
 
 
 def build_layer(config: ModelConfig, index: int) -> TransformerLayer:

@@ -5,19 +5,15 @@ Source: megatron/core/models/common/embeddings/rotary_pos_embedding.py, yarn_rot
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-# torch logs, at import, that a machine with a CUDA toolkit has no GPU; megatron-core warns of every optional package.
-logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+from mptq.quiet import quiet_imports
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
+with quiet_imports():
     from megatron.core.models.common.embeddings import yarn_rotary_pos_embedding as yarn
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import struct
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mptq.calibrate.documents import Document, one_line, shuffled
 from mptq.errors import DataError
+from mptq.quiet import quiet_imports
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,9 +66,7 @@ def _check(prefix: str) -> None:
 
 
 def _open(prefix: str) -> Any:
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of missing CUDA when imported
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # megatron-core warns of optional packages, and that there is only one process
+    with quiet_imports():  # megatron-core also warns that there is only one process
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
         return IndexedDataset(prefix)

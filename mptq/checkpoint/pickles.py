@@ -193,7 +193,7 @@ def load_pickle(
 def gc_paused(large: bool = True) -> Iterator[None]:
     """Nothing becomes garbage while an index is made, and looking for it takes longer than making it.
 
-    What is not `large` leaves alone what the process has frozen (stream.py).
+    What a host has frozen stays frozen, and a collector that it has disabled stays disabled.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -201,7 +201,7 @@ def gc_paused(large: bool = True) -> Iterator[None]:
         yield
     finally:
         if enabled:
-            if large:
+            if large and not gc.get_freeze_count():  # which counts them one by one
                 # To the oldest generation with all of it, and back into use: else the next collection goes through it at once.
                 gc.freeze()
                 gc.unfreeze()

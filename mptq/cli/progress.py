@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mptq.cli import console
 from mptq.cli.tables import tensor_line
 from mptq.units import size
+
+if TYPE_CHECKING:
+    from mptq import record
+
+_IMPORTING = 2
+"""Steps that still import: torch's and ModelOpt's lazy parts."""
 
 
 class LiveProgress:
@@ -45,7 +52,7 @@ class LiveProgress:
         self._step = doing
         self._bar.update(self._task, completed=done, total=total, description=doing)
         tenth = max(1, total // 10)
-        if not console.err.is_terminal and (done % tenth == 0 or done == total):
+        if not console.err.is_terminal and done and (done % tenth == 0 or done == total):
             console.err.print(f"{done}/{total} {doing}", markup=False)
 
     def doing(self, what: str) -> None:
@@ -62,3 +69,23 @@ class LiveProgress:
         """Print the tensor's row when asked for."""
         if self.verbose:
             console.err.print(tensor_line(row), markup=False)
+
+
+class Freezing:
+    """Passes everything on to `progress`, and freezes what the first steps leave: the collections after each step skip it.
+
+    It is the command's to say that nothing of the process goes away before its end; a host of the library may think otherwise.
+    """
+
+    def __init__(self, progress: record.Progress) -> None:
+        self.doing, self.bytes, self.tensor = progress.doing, progress.bytes, progress.tensor
+        self._stage, self._steps = progress.stage, 0
+
+    def stage(self, done: int, total: int, doing: str) -> None:
+        """Freeze at the start and after each of the first steps."""
+        if self._steps <= _IMPORTING:
+            if self._steps:
+                gc.collect()  # the step's own layer is no part of what stays
+            gc.freeze()
+        self._steps += 1
+        self._stage(done, total, doing)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mptq.cli import console, options, tables
-from mptq.cli.progress import LiveProgress
+from mptq.cli.progress import Freezing, LiveProgress
 from mptq.errors import GateError
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def _run(plan: Plan, out: Path, options: Options, live: LiveProgress | None) -> 
 
     try:
         with live or nullcontext(Silent()) as progress:
-            return pipeline.run(plan, out, options, progress)
+            return pipeline.run(plan, out, options, Freezing(progress))
     except KeyboardInterrupt as error:
         kept = hasattr(error, "__notes__")
         raise typer.Exit(console.fail(error, "interrupted" if kept else "interrupted: nothing was written", 130)) from error

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
+from mptq.quiet import quiet_imports
+
+with quiet_imports():
     import modelopt.torch.opt as mto
     import modelopt.torch.quantization as mtq
     from modelopt.torch.opt.plugins.mcore_dist_checkpointing import remove_per_module_state
@@ -91,10 +92,17 @@ def _convert(module: torch.nn.Module, config: dict[str, Any]) -> torch.nn.Module
     return holder
 
 
+def _linear(rows: int = 2, columns: int = 32) -> torch.nn.Linear:
+    """A linear whose weight [rows, columns] is ones: to draw it would take random numbers of the host's."""
+    linear: torch.nn.Linear = torch.nn.utils.skip_init(torch.nn.Linear, columns, rows, bias=False).requires_grad_(False)
+    linear.weight.fill_(1)
+    return linear
+
+
 @cache
 def _example(scheme: Scheme | None, rows: int = 2, columns: int = 32) -> Any:
     """A linear that ModelOpt has quantized for good, or left alone where there is no `scheme`."""
-    linear = torch.nn.Linear(columns, rows, bias=False, device="cpu").requires_grad_(False)
+    linear = _linear(rows, columns)
     _convert(linear, quant_config(scheme))
     return linear
 
@@ -171,7 +179,6 @@ def modelopt_state(scheme: Scheme, kv_cache: bool = False, others: Mapping[str, 
     `others` are the modules that do not have `scheme`. It holds the modes and their configs; what belongs to a module is in
     that module's `_extra_state`.
     """
-    linear = torch.nn.Linear(32, 2, bias=False, device="cpu")
-    state = mto.modelopt_state(_convert(linear, quant_config(scheme, kv_cache, others)))
+    state = mto.modelopt_state(_convert(_linear(), quant_config(scheme, kv_cache, others)))
     remove_per_module_state(state)
     return _saved(state)

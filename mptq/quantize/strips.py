@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from itertools import accumulate
+from threading import Thread
 from types import ModuleType
 from typing import Any
 
@@ -163,10 +164,19 @@ def _pool() -> ThreadPoolExecutor:
 
     The processes that torchrun starts on a machine share its cores.
     """
-    # Setting the number in one thread sets it for all that torch has not asked yet: this one keeps what it has.
-    torch.get_num_threads()
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return ThreadPoolExecutor(max(1, min(8, cores)), "strips", initializer=lambda: torch.set_num_threads(1))
+    return ThreadPoolExecutor(max(1, min(8, cores)), "strips", initializer=_compute_alone, initargs=(torch.get_num_threads(),))
+
+
+def _compute_alone(count: int) -> None:
+    """Let torch use one thread in this one, and `count` in those that it has not given a number yet.
+
+    It gives them what was set last, in whatever thread: here in one that ends at once.
+    """
+    torch.set_num_threads(1)
+    others = Thread(target=torch.set_num_threads, args=(count,))
+    others.start()
+    others.join()
 
 
 def _error(made: Fp8Weight, scheme: Scheme, found: Sums, largest: float) -> WeightError:
