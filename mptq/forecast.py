@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mptq.arch import naming
+from mptq.arch.documents import unread
 from mptq.arch.places import carried
 from mptq.checkpoint.contents import foreign_code
 from mptq.types import TensorSpec
@@ -119,6 +120,12 @@ def _left_out(plan: Plan) -> list[str]:
 
 def _settings(plan: Plan) -> list[str]:
     notes = [f"the checkpoint's sources disagree: {conflict}" for conflict in plan.model.settings.conflicts]
+    unknown = unread(plan.source.checkpoint.config)
+    if unknown:
+        notes.append(
+            f"{plan.source.checkpoint.config_source} has settings that mptq does not know ({', '.join(unknown)}): if one of "
+            "them changes what the model computes, the output is not that model"
+        )
     return notes + (_positions(plan) if "hf" in plan.formats else [])
 
 

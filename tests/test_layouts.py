@@ -240,6 +240,63 @@ def test_which_classes_build_plain_models(names, refused):
     )
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "megatron.bridge.models.olmoe.olmoe_provider.olmoe_layer_spec",
+        "megatron.bridge.models.minimax_m2.minimax_m2_provider.minimax_m2_layer_spec",
+        "megatron.bridge.models.exaone.exaone4.exaone4_provider.exaone4_layer_spec",
+    ],
+)
+def test_layers_of_a_spec_of_their_own_are_refused(aligned, spec, tmp_path):
+    """Megatron-Bridge converts OLMoE, MiniMax-M2 and EXAONE 4 so; their settings are those of other models."""
+    root = bridge(aligned, tmp_path / "copy", transformer_layer_spec={"_target_": spec, "_call_": False})
+    name = spec.rpartition(".")[2]
+    message = (
+        rf"\(transformer_layer_spec={name}\), which mptq does not quantize: if .* --config transformer_layer_spec=default_"
+    )
+    with pytest.raises(UnsupportedModelError, match=message):
+        make_plan(root, "fp8-blockwise")
+    make_plan(root, "fp8-blockwise", options=SourceOptions(config=("transformer_layer_spec=default_layer_spec",)))
+
+
+@pytest.mark.parametrize(
+    ("key", "names", "refused"),
+    [
+        ("transformer_layer_spec", "default_layer_spec transformer_engine_layer_spec local_layer_spec local", False),
+        ("transformer_layer_spec", "modelopt_transformer_layer_spec quantization_layer_spec get_gpt_decoder_block_spec", False),
+        ("transformer_layer_spec", "get_transformer_block_with_experimental_attention_variant_spec", False),
+        ("transformer_layer_spec", "transformer_engine_full_layer_spec heterogeneous_layer_spec ModuleSpec <lambda>", True),
+        ("transformer_layer_spec", "gemma2_layer_spec ministral_layer_spec get_gpt_decoder_block_spec(qk_l2_norm=True)", True),
+        ("hybrid_stack_spec", "get_default_hybrid_stack_spec hybrid_stack_spec mamba_stack_spec ModuleSpec", False),
+        ("mamba_stack_spec", "modelopt_mamba_stack_spec <lambda> ModuleSpec", False),
+        ("mamba_stack_spec", "hyena_stack_spec", True),
+    ],
+)
+def test_which_specs_are_megatron_cores_own(key, names, refused):
+    assert {name: bool(obstacles(REFUSED, {key: name})) for name in names.split()} == dict.fromkeys(names.split(), refused)
+
+
+def test_transformer_engines_own_layers_are_refused(aligned, tmp_path):
+    """NeMo 2 trains some sizes with them: their tensors have names that no other layer has."""
+    root = bridge(aligned, tmp_path / "copy", use_transformer_engine_full_layer_spec=True)
+    with pytest.raises(UnsupportedModelError, match="Transformer Engine's own layers, whose tensors have other names"):
+        make_plan(root, "fp8-blockwise")
+
+
+def test_settings_that_nobody_here_knows_are_told(aligned, tmp_path):
+    root = bridge(aligned, tmp_path / "copy", scale_embeddings=True, hidden_dropout=0.1)
+    (note,) = [note for note in warnings(make_plan(root, "none")) if "does not know" in note]
+    assert note.startswith("run_config.yaml has settings that mptq does not know (scale_embeddings=True): if one")
+
+
+@pytest.mark.parametrize("cap", ["attn_logit_softcapping", "final_logit_softcapping"])
+def test_a_soft_cap_is_in_no_output_that_hugging_face_reads(aligned, cap, tmp_path):
+    root = bridge(aligned, tmp_path / "copy", **{cap: 30.0})
+    with pytest.raises(UnsupportedModelError, match=rf"a soft cap on .* \({cap}=30.0\).*--format megatron"):
+        make_plan(root, "none")
+
+
 def positions(root, options=None):
     """The positions that config.json would have, and what is said of them before the run."""
     plan = make_plan(root, "none", options=options)

@@ -66,6 +66,8 @@ def from_args(args: Mapping[str, Any]) -> dict[str, Any]:
         settings["vocab_size"] = _vocabulary(args)
     if settings.get("num_moe_experts") == 0:
         settings["num_moe_experts"] = None
+    if args.get("spec"):
+        settings["hybrid_stack_spec" if settings.get("is_hybrid_model") else "transformer_layer_spec"] = _spec(args["spec"])
     for key in _absent(args):
         settings.pop(key, None)
     return completed({key: value for key, value in settings.items() if value is not Unknown})
@@ -124,6 +126,12 @@ def _attention_variant(args: Mapping[str, Any]) -> dict[str, Any]:
             key: default if args.get(name) is None else args[name] for name, (key, default) in _YARN.items() if name in args
         }
     return found
+
+
+def _spec(value: Any) -> Any:
+    """The name of what makes the layers: `--spec` is "local", or a module and a name in it."""
+    words = plain(value)
+    return words[-1] if isinstance(words, list) else words
 
 
 def _absent(args: Mapping[str, Any]) -> list[str]:

@@ -183,7 +183,9 @@ def model_config(settings: Settings, tensors: Mapping[str, TensorSpec]) -> Model
         )
     refused = features.obstacles(features.REFUSED, settings)
     if refused:
-        raise UnsupportedModelError(f"this checkpoint has {'; '.join(refused)}, which mptq does not quantize")
+        raise UnsupportedModelError(
+            f"this checkpoint has {'; '.join(refused)}, which mptq does not quantize{features.remedy(settings)}"
+        )
     ranges.check(settings)
     try:
         return _config(settings, tensors)

@@ -11,11 +11,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mptq.arch.neutral import NEUTRAL
 from mptq.arch.settings import KINDS, completed
-from mptq.arch.values import Unknown, activation, plain
+from mptq.arch.values import Unknown, activation, plain, short
 
 _NESTED = ("transformer", "config")
 _RENAMED = {"hybrid_override_pattern": "hybrid_layer_pattern"}
+_SPECS = ("transformer_layer_spec", "hybrid_stack_spec", "mamba_stack_spec")
+"""Fields whose function, partial function or object says what layers are made of."""
+_SAME = frozenset({"use_transformer_engine", "vp_stage"})
+"""Arguments of such functions that change no tensor and no number."""
+_OFF: tuple[Any, ...] = (None, False, 0, "", [], {})
+"""Values with which a field that nobody here knows does nothing."""
 _LLAMA31 = {
     "scale_factor": "rope_scaling_factor",
     "low_freq_factor": "rope_low_freq_factor",
@@ -49,6 +56,15 @@ def generation_fields(document: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if not key.startswith("_")} if isinstance(fields, Mapping) else {}
 
 
+def unread(document: Mapping[str, Any]) -> list[str]:
+    """The fields of the model in a run config that mptq neither reads nor knows to change nothing, with their values."""
+    model = document.get("model")
+    fields = _flat(model) if isinstance(model, Mapping) else {}
+    known = {*KINDS, *NEUTRAL, *_RENAMED, *_LLAMA31}
+    others = {key: value for key, value in fields.items() if not (key in known or key.startswith("_") or value in _OFF)}
+    return [f"{key}={short(value)}" for key, value in others.items()]
+
+
 def _flat(model: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of the model and of the config inside it, which has those of its own that the outer one has not."""
     flat: dict[str, Any] = {}
@@ -62,6 +78,7 @@ def _flat(model: Mapping[str, Any]) -> dict[str, Any]:
 def _from_model(model: Mapping[str, Any]) -> dict[str, Any]:
     settings = {key: plain(model[key]) for key in KINDS if key in model}
     settings |= {key: plain(model[name]) for name, key in _RENAMED.items() if name in model and not settings.get(key)}
+    settings |= {key: _spec(model[key]) for key in _SPECS if key in model}
     if model.get("activation_func") is not None:
         settings["activation_func"] = _activation(model)
     if "scale_factor" in model and "old_context_len" in model:
@@ -79,6 +96,17 @@ def _activation(model: Mapping[str, Any]) -> Any:
     word = activation(model["activation_func"])
     fused = model.get("bias_activation_fusion") and (model.get("gated_linear_unit") or model.get("add_bias_linear", True))
     return "gelu_tanh" if word == "gelu" and (fused or model.get("use_te_activation_func")) else word
+
+
+def _spec(value: Any) -> Any:
+    """The name of what makes the layers, with the arguments that a partial function has for it."""
+    if not isinstance(value, Mapping):
+        return plain(value)
+    given = {key: argument for key, argument in value.items() if not key.startswith("_") and key not in _SAME}
+    listed = value.get("_args_")
+    arguments = [*(listed if isinstance(listed, list) else []), *(f"{key}={argument}" for key, argument in given.items())]
+    name = _last(value.get("_target_") or "an object without a name")
+    return name + (f"({', '.join(map(short, arguments))})" if arguments else "")
 
 
 def _last(target: Any) -> str:

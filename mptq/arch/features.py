@@ -10,6 +10,7 @@ from collections.abc import Container, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mptq.arch.settings import ACTIVATIONS
+from mptq.arch.values import short
 
 if TYPE_CHECKING:
     from mptq.arch.config import ModelConfig
@@ -71,8 +72,39 @@ class _Plain:
         return value is None or self.name.fullmatch(str(value)) is not None
 
 
+LAYER_SPECS = """
+default_layer_spec transformer_engine_layer_spec local_layer_spec modelopt_transformer_layer_spec quantization_layer_spec
+get_gpt_decoder_block_spec get_gpt_layer_with_transformer_engine_spec get_gpt_layer_local_spec get_gpt_layer_with_inference_spec
+get_gpt_modelopt_spec get_transformer_block_with_experimental_attention_variant_spec local
+"""
+"""Functions that make megatron-core's own layers from the settings alone: its own (megatron/core/models/gpt,
+megatron/core/post_training/modelopt), those of Megatron-Bridge's and NeMo 2's default (gpt_provider.py, gpt/model/base.py), and
+Megatron-LM's `--spec local`."""
+STACK_SPECS = """
+get_default_hybrid_stack_spec transformer_engine_hybrid_stack_spec modelopt_hybrid_stack_spec get_hybrid_stack_modelopt_spec
+get_default_mamba_stack_spec transformer_engine_mamba_stack_spec modelopt_mamba_stack_spec get_mamba_stack_modelopt_spec
+hybrid_stack_spec hybrid_inference_stack_spec mamba_stack_spec mamba_inference_stack_spec default_mamba_stack_spec
+<lambda> ModuleSpec
+"""
+"""The same for hybrid models; Megatron-Bridge to 0.3 has a lambda as its default, and NeMo 2 the spec itself."""
+_LAYERS = (None, *LAYER_SPECS.split()), "a layer spec that mptq does not know"
+_STACK = (None, *STACK_SPECS.split()), "a layer spec that mptq does not know"
+DECLARED = {
+    "provider": "GPTModelProvider",
+    "transformer_layer_spec": "default_layer_spec",
+    "hybrid_stack_spec": "hybrid_stack_spec",
+    "mamba_stack_spec": "mamba_stack_spec",
+}
+"""Setting of a class or function -> what a user can say that it is the same as."""
+
 REFUSED: dict[str, tuple[Container[Any], str]] = {
     "provider": (_Plain(), "a model class that may add what its settings do not tell"),
+    "transformer_layer_spec": _LAYERS,
+    "hybrid_stack_spec": _STACK,
+    "mamba_stack_spec": _STACK,
+    "use_transformer_engine_full_layer_spec": (_OFF, "Transformer Engine's own layers, whose tensors have other names"),
+    "enable_hyper_connections": (_OFF, "hyper-connections"),
+    "moe_n_hash_layers": (_OFF, "layers that route tokens by their ids"),
     "attention_output_gate": (_OFF, "an attention output gate"),
     "experimental_attention_variant": ((None,), "an experimental attention variant"),
     "linear_attention_freq": ((None,), "linear attention"),
@@ -92,6 +124,11 @@ NOT_RUN: dict[str, tuple[Container[Any], str]] = {
     "activation_func": ((*ACTIVATIONS, None), "an activation function that is not known here"),
     "hybrid_layer_pattern": ((None,), "Mamba layers, which run on a GPU with mamba-ssm only"),
     "position_embedding_type": (("rope", "learned_absolute", "none", "yarn", None), "a position embedding that is not of text"),
+    "attention_chunk_size": (_OFF, "chunked attention"),
+    "interleaved_attn_pattern": ((None,), "local and global attention by turns"),
+    "query_pre_attn_scalar": ((None,), "a scale of the attention scores that is not by the heads' size"),
+    "attn_logit_softcapping": (_OFF, "a soft cap on attention scores"),
+    "final_logit_softcapping": (_OFF, "a soft cap on logits"),
     "use_mup": (_OFF, "maximal update parametrization"),
     "apply_residual_connection_post_layernorm": (_OFF, "residuals taken after the norm"),
     "fp32_residual_connection": (_OFF, "residuals in float32"),
@@ -117,10 +154,19 @@ Losses, dispatchers, fused kernels and the input jitter of training change nothi
 def obstacles(table: Mapping[str, tuple[Container[Any], str]], settings: Mapping[str, Any]) -> list[str]:
     """What `settings` have that `table` does not accept, for people: the feature, and the setting with its value."""
     return [
-        f"{meaning} ({name}={settings.get(name)})"
+        f"{meaning} ({name}={short(settings.get(name))})"
         for name, (accepted, meaning) in table.items()
         if not _accepts(accepted, settings.get(name))
     ]
+
+
+def remedy(settings: Mapping[str, Any]) -> str:
+    """What a user can do where a class or function that nobody here knows is all that is in the way; empty otherwise."""
+    found = [key for key, (accepted, _) in REFUSED.items() if not _accepts(accepted, settings.get(key))]
+    if not set(found) <= set(DECLARED):
+        return ""
+    said = " ".join(f"--config {key}={DECLARED[key]}" for key in found)
+    return f": if it makes the same model from these settings as megatron-core's own, pass {said}"
 
 
 def _accepts(accepted: Container[Any], value: Any) -> bool:

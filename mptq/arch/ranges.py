@@ -10,6 +10,7 @@ from itertools import chain
 from typing import Any
 
 from mptq.arch.settings import LARGEST, Settings
+from mptq.arch.values import short
 from mptq.errors import CheckpointError
 
 _COUNTS = """
@@ -114,4 +115,4 @@ def _both(settings: Mapping[str, Any], pairs: tuple[tuple[str, str], ...]) -> li
 
 
 def _told(settings: Settings, key: str) -> str:
-    return f"{key} is {settings[key]!r} (from {settings.sources.get(key)})"
+    return f"{key} is {short(repr(settings[key]))} (from {settings.sources.get(key)})"

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mptq.arch.values import short
+
 LARGEST = 1 << 24  # of a width, a vocabulary or a number of heads: more would only take memory
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "squared_relu", "relu", "quick_gelu")
 """What `activation_func` can be; `gelu_tanh` is the approximation that megatron-core's fused bias and GeLU computes."""
@@ -25,7 +27,7 @@ moe_mlp_glu_interleave_size mtp_num_layers q_lora_rank kv_lora_rank qk_head_dim 
 original_max_position_embeddings yarn_original_max_position_embeddings rope_original_max_position_embeddings
 dsa_indexer_n_heads dsa_indexer_head_dim dsa_indexer_topk dsa_indexer_topk_freq dsa_indexer_skip_topk_offset
 linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads
-mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads mup_base_hidden_size
+mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads mup_base_hidden_size attention_chunk_size moe_n_hash_layers
 """
 _NUMBERS = """
 layernorm_epsilon softmax_scale glu_linear_offset activation_func_clamp_value rotary_base rotary_percent
@@ -33,7 +35,7 @@ rope_scaling_factor rope_low_freq_factor rope_high_freq_factor seq_len_interpola
 beta_fast beta_slow mscale mscale_all_dim yarn_rotary_scaling_factor yarn_beta_fast yarn_beta_slow yarn_mscale
 yarn_mscale_all_dim moe_router_topk_scaling_factor moe_router_force_biased moe_expert_capacity_factor
 moe_expert_rank_capacity_factor dsa_indexer_k_norm_epsilon mup_width_mult mup_embedding_mult mup_output_mult
-mup_base_head_dim mup_attn_scale_power
+mup_base_head_dim mup_attn_scale_power attn_logit_softcapping final_logit_softcapping query_pre_attn_scalar
 """
 _FLAGS = """
 gated_linear_unit add_bias_linear add_qkv_bias qk_layernorm qk_l2_norm attention_output_gate multi_latent_attention
@@ -42,16 +44,17 @@ rope_scaling share_embeddings_and_output_weights apply_query_key_layer_scaling a
 yarn_correction_range_round_to_int moe_shared_expert_gate moe_router_pre_softmax moe_router_enable_expert_bias
 moe_router_force_load_balancing moe_token_dropping moe_apply_probs_on_input mtp_use_repeated_layer is_hybrid_model
 heterogeneous_block_specs use_mup dsa_indexer_rope_interleaved dsa_indexer_rotate_activation dsa_indexer_scoring_relu
-dsa_indexer_k_norm_fp32
+dsa_indexer_k_norm_fp32 use_transformer_engine_full_layer_spec enable_hyper_connections
 """
 _WORDS = """
 normalization activation_func position_embedding_type rope_type softmax_type experimental_attention_variant
 moe_router_score_function moe_router_dtype hybrid_layer_pattern heterogeneous_layers_config_path
-heterogeneous_layers_config_encoded_json params_dtype tokenizer_model tokenizer_type provider
+heterogeneous_layers_config_encoded_json params_dtype tokenizer_model tokenizer_type provider transformer_layer_spec
+hybrid_stack_spec mamba_stack_spec
 """
 _FREE = """
 moe_layer_freq moe_router_load_balancing_type linear_attention_freq no_rope_freq window_size window_attn_skip_freq
-mrope_section
+mrope_section interleaved_attn_pattern
 """
 KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(_INTEGERS.split(), (int,)),
@@ -79,7 +82,8 @@ class Conflict:
     other_source: str
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.source} says {self.kept!r}, {self.other_source} says {self.other!r}: {self.source} counts"
+        kept, other = short(repr(self.kept)), short(repr(self.other))
+        return f"{self.key}: {self.source} says {kept}, {self.other_source} says {other}: {self.source} counts"
 
 
 @dataclass(frozen=True, slots=True)

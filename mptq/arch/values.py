@@ -52,6 +52,16 @@ def _target(value: dict[str, Any]) -> Any:
     return _last(str(value["_target_"]))
 
 
+LONGEST = 60
+"""Characters of a value in a message: a whole document, or an entry for each layer, says no more than its beginning."""
+
+
+def short(value: Any) -> str:
+    """`value` in a message, cut after `LONGEST` characters."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+
+
 def activation(value: Any) -> Any:
     """The word of an activation function: a name, a pickled function or a `_target_`, with its arguments."""
     if isinstance(value, dict):

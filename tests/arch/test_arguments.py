@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from mptq.arch.arguments import from_args
-from mptq.arch.documents import from_document
+from mptq.arch.documents import from_document, unread
+from mptq.arch.neutral import NEUTRAL
 from mptq.arch.settings import KINDS, agree
 from mptq.arch.shapes import from_tensors
 from mptq.checkpoint.pickles import Inert
@@ -156,6 +157,28 @@ def test_a_run_config_of_the_same_config_says_the_same(built, case):
         del args["rotary_base"]  # GPTModelConfig hides that of MLATransformerConfig behind its own default
     assert {key: told[key] for key in told if key in args and not agree(key, told[key], args[key])} == {}
     assert told.keys() >= SAID_BY_BOTH
+
+
+@pytest.mark.slow
+def test_every_field_of_megatrons_configs_is_read_or_known_to_change_nothing(built):
+    """A new version's new fields are to be sorted: into settings.py, and features.py where they change the model."""
+    config = json.loads((built / "model-deepseek.json").read_text())
+    assert {*config["transformer"], *config["gpt"]} - {*KINDS, *NEUTRAL, "_cpu_offloading_context"} == set()
+    assert NEUTRAL.isdisjoint(KINDS)
+    assert unread(load_yaml(built / "model-deepseek.yaml")) == []
+
+
+@pytest.mark.parametrize(
+    ("spec", "pattern", "key", "name"),
+    [
+        (["local"], None, "transformer_layer_spec", "local"),
+        (["my.specs", "my_layer_spec"], None, "transformer_layer_spec", "my_layer_spec"),
+        (["megatron.core.models.mamba.mamba_layer_specs", "mamba_stack_spec"], "M*", "hybrid_stack_spec", "mamba_stack_spec"),
+    ],
+)
+def test_a_spec_is_named(spec, pattern, key, name):
+    assert from_args({"spec": spec, "hybrid_layer_pattern": pattern})[key] == name
+    assert "transformer_layer_spec" not in from_args({"spec": None})
 
 
 OLD = {"norm_epsilon": 1e-6, "apply_layernorm_1p": True, "num_experts": 8, "ffn_hidden_size": 64, "moe_ffn_hidden_size": None}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mptq.arch.documents import from_document
+from mptq.arch.documents import from_document, unread
 from mptq.arch.values import Unknown, activation, plain
 
 SILU = {"_target_": "torch.nn.functional.silu", "_call_": False}
@@ -61,6 +61,42 @@ def test_the_length_before_yarn_of_megatron_core_0_13():
 )
 def test_fused_kernels_approximate_gelu(fields, word):
     assert model(activation_func=GELU, **fields)["activation_func"] == word
+
+
+@pytest.mark.parametrize(
+    ("spec", "word"),
+    [
+        ({"_target_": "megatron.bridge.models.gpt_provider.default_layer_spec", "_call_": False}, "default_layer_spec"),
+        ({"_target_": "megatron.bridge.models.olmoe.olmoe_provider.olmoe_layer_spec", "_call_": False}, "olmoe_layer_spec"),
+        ({"_target_": "x.MambaModelProvider.<lambda>", "_call_": False}, "<lambda>"),
+        ({"_target_": "megatron.core.transformer.spec_utils.ModuleSpec", "_call_": True}, "ModuleSpec"),
+        (
+            {"_target_": "x.get_gpt_decoder_block_spec", "_partial_": True, "_args_": [], "use_transformer_engine": True},
+            "get_gpt_decoder_block_spec",
+        ),
+        (
+            {"_target_": "x.get_gpt_decoder_block_spec", "_partial_": True, "_args_": [1], "qk_l2_norm": True},
+            "get_gpt_decoder_block_spec(1, qk_l2_norm=True)",
+        ),
+        ({"_call_": True}, "an object without a name"),
+        ("default_layer_spec", "default_layer_spec"),
+        (None, None),
+    ],
+)
+@pytest.mark.parametrize("key", ["transformer_layer_spec", "hybrid_stack_spec", "mamba_stack_spec"])
+def test_what_makes_the_layers_is_a_name(key, spec, word):
+    assert model(**{key: spec})[key] == word
+
+
+def test_fields_that_nobody_here_knows_are_listed_where_they_do_something():
+    transformer = MODEL | {"hidden_dropout": 0.1, "scale_embeddings": True, "new_loss": None, "new_list": [], "new": 0.0}
+    outer = {"_target_": "x.GPTModelConfig", "transformer": transformer, "seq_length": 512, "embedding_multiplier": 12.0}
+    outer |= {"blocks": [{"heads": number} for number in range(100)]}
+    found = unread({"model": outer})
+    assert found[:2] == ["scale_embeddings=True", "embedding_multiplier=12.0"]
+    assert found[2].startswith("blocks=[{'heads': 0}, {'heads': 1}")
+    assert (len(found), len(found[2])) == (3, len("blocks=") + 60)
+    assert unread({}) == unread({"model": None}) == unread({"model": MODEL}) == []
 
 
 def test_the_tokenizer():
