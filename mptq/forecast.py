@@ -113,6 +113,8 @@ def _left_out(plan: Plan) -> list[str]:
             f"transformers normalizes latents with epsilon {epsilon:g} whatever config.json says, and the model has "
             f"{plan.model.norm_epsilon:g}: its logits differ a little there; vLLM and SGLang read config.json"
         )
+    if "hf" in plan.formats:
+        notes += naming.names(plan.model).deviations(plan.model)
     if plan.model.not_run and plan.recipe.scheme is not None:
         notes.append(f"no fidelity figures: this model has {'; '.join(plan.model.not_run)}")
     return notes
@@ -207,7 +209,7 @@ def components(plan: Plan) -> dict[str, dict[str, int]]:
     """Parameters and bytes by component: in the checkpoint ("in") and in each output."""
     table: dict[str, Counter[str]] = {}
     for inner, parts in plan.source.places.items():
-        row = table.setdefault(component(inner), Counter())
+        row = table.setdefault(component(inner), Counter(dict.fromkeys(("parameters", "in", *plan.formats), 0)))
         for part in parts:
             spec = TensorSpec(inner, plan.source.dtype(inner), part.shape)
             row.update({"parameters": spec.numel, "in": spec.nbytes})

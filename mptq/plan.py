@@ -390,7 +390,7 @@ def _require_family(plan: Plan) -> None:
     if family_of(plan.model) is None:
         near = nearest(plan.model)
         raise UnsupportedModelError(
-            f"no Hugging Face architecture that mptq writes has all of this model; the nearest, {near.name}, lacks "
+            f"no Hugging Face architecture that mptq writes expresses this model; the nearest, {near.name}, differs in "
             f"{'; '.join(near.missing(plan.model))}: use --format megatron"
         )
 

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 from mptq import Options, make_plan, run
 from mptq.arch.families import family_of
+from mptq.arch.hf_config import config_fields
 from mptq.calibrate.data import DataOptions
 from mptq.errors import UnsupportedModelError
-from mptq.forecast import warnings
+from mptq.forecast import components, warnings
 from mptq.plan import SourceOptions, open_source
 from mptq.recipe import load_recipe
 from mptq.verification import verify
@@ -141,6 +142,25 @@ def test_multi_token_prediction_layers_go_along_in_megatrons_form_alone(zoo, tmp
     assert not [spec.name for spec in plan.specs("hf") if "mtp" in spec.name]
     document = run(plan, tmp_path / "out", CONVERT)
     assert any("multi-token prediction" in note for note in document["warnings"])
+
+
+def test_what_one_output_leaves_out_takes_no_bytes_of_it(zoo):
+    plan = make_plan(zoo("deepseek-v3-mtp") / "ckpt", "none")
+    table = components(plan)
+    assert table["multi-token prediction"]["hf"] == 0
+    assert {tuple(row) for row in table.values()} == {("parameters", "in", "hf")}
+
+
+def test_where_engines_choose_groups_of_experts_otherwise_is_told(zoo):
+    """DeepSeek-V2's class scores a group by its best expert, megatron-core by as many as it takes of each."""
+    checkpoint = zoo("deepseek-v2-lite") / "ckpt"
+    assert not [note for note in warnings(make_plan(checkpoint, "none")) if "groups" in note]
+    groups = ("moe_router_num_groups=4", "moe_router_group_topk=1")
+    plan = make_plan(checkpoint, "none", options=SourceOptions(config=groups))
+    assert family_of(plan.model).name == "DeepSeek-V2"
+    (note,) = [note for note in warnings(plan) if "groups" in note]
+    assert "by the best expert of each" in note
+    assert config_fields(plan.model, family_of(plan.model))["topk_method"] == "group_limited_greedy"
 
 
 def test_multi_token_prediction_layers_are_listed_where_they_are_left_out(zoo, tmp_path):

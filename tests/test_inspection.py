@@ -109,7 +109,7 @@ def test_every_architecture(zoo, name):
             with pytest.raises(UnsupportedModelError) as error:
                 make_plan(path, row["recipe"], ("hf",))
             assert row["problems"]["hf"] == str(error.value)
-            assert "lacks" in document["facts"]["Hugging Face"]
+            assert "differs in" in document["facts"]["Hugging Face"]
 
 
 def test_settings(aligned):

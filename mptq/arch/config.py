@@ -9,6 +9,7 @@ from typing import Any
 
 from mptq.arch import features, ranges
 from mptq.arch.settings import OPTIONS, Settings, unsaid
+from mptq.arch.values import short
 from mptq.errors import CheckpointError, UnsupportedModelError
 from mptq.types import TensorSpec
 
@@ -280,7 +281,7 @@ def _kinds(settings: Settings) -> tuple[Kind, ...]:
     if pattern:
         letters = str(pattern).partition("/")[0].replace("|", "")
         if len(letters) != layers or set(letters) - set(_LETTERS):
-            raise ValueError(f"hybrid_layer_pattern ({letters!r} for {layers} layers of {', '.join(_LETTERS)})")
+            raise ValueError(f"hybrid_layer_pattern ({short(repr(letters))} for {layers} layers of {', '.join(_LETTERS)})")
         return tuple(_LETTERS[letter] for letter in letters)
     mixer = "mla" if settings.get("multi_latent_attention") else "attention"
     if not settings.get("num_moe_experts"):

@@ -6,11 +6,11 @@ is another row of `FAMILIES`; its fields in config.json are in hf_config.py.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mptq.arch.features import WORDS
+from mptq.arch.features import WORDS, by_the_best
 
 if TYPE_CHECKING:
     from mptq.arch.config import ModelConfig
@@ -44,7 +44,7 @@ _LATENT = {
     "self_attention.kv_layernorm": "self_attn.kv_a_layernorm",
     "mlp.shared_experts": "mlp.shared_experts.gate_proj mlp.shared_experts.up_proj mlp.shared_experts.down_proj",
 }
-PLAIN: dict[str, Container[Any]] = {
+PLAIN: dict[str, tuple[Any, ...]] = {
     "norm": ("RMSNorm",),
     "zero centred": (False,),
     "mlp": ("gated silu",),
@@ -58,9 +58,8 @@ PLAIN: dict[str, Container[Any]] = {
     "window": ("no layer",),
     "no rope": (False,),
     "sinks": (False,),
-    "attention": ("heads of their own or in groups",),
+    "attention": ("multi-head", "grouped-query"),
     "head_dim": _EITHER,
-    "shared keys": _EITHER,
     "tied": _EITHER,
     "experts": ("no layer",),
     "router": ("softmax of the chosen",),
@@ -82,15 +81,17 @@ class Family:
 
     `accepts` are the features in which it differs from `PLAIN`; `names` the modules in which it differs from Llama and its
     like, by Megatron's names, several for a fused one; `layer` is the prefix of a layer; `positions` are rows that its
-    table of positions has before the first position. `config_class` and `architecture` are transformers' own, whose code has
+    table of positions has before the first position. `approximates` are features that it computes otherwise: the values of them
+    that are written nevertheless, and what differs. `config_class` and `architecture` are transformers' own, whose code has
     the epsilon of the norms of latents as a constant, `latent_epsilon`.
     """
 
     name: str
     config_class: str
     architecture: str
-    accepts: Mapping[str, Container[Any]] = field(default_factory=dict)
+    accepts: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
+    approximates: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
     layer: str = "model.layers.{}."
     positions: int = 0
     latent_epsilon: float | None = None
@@ -101,15 +102,36 @@ class Family:
 
     def missing(self, config: ModelConfig) -> list[str]:
         """The features of a model that this architecture cannot express, for people."""
-        accepts = PLAIN | dict(self.accepts)
-        found = {name: value for name, value in config.features.items() if value not in accepts[name]}
-        return [WORDS[name].format({True: "yes", False: "no"}.get(value, value)) for name, value in found.items()]
+        nearly = {name: values for name, (values, _) in self.approximates.items()}
+        return [
+            _difference(name, value, self)
+            for name, value in config.features.items()
+            if value not in self.expressed(name) and value not in nearly.get(name, ())
+        ]
+
+    def expressed(self, feature: str) -> tuple[Any, ...]:
+        """The values of a feature that this architecture can express."""
+        return (PLAIN | dict(self.accepts))[feature]
+
+    def deviations(self, config: ModelConfig) -> list[str]:
+        """What transformers and engines compute otherwise than megatron-core, of a model that is written nevertheless."""
+        return [words for name, (values, words) in self.approximates.items() if config.features.get(name) in values]
+
+
+def _difference(feature: str, value: Any, family: Family) -> str:
+    """A feature that a model has and a family has not, and what that has instead, for people."""
+    said = WORDS[feature].format(_word(value))
+    return said if feature == "not mapped" else f"{said} ({family.name}: {' or '.join(map(_word, family.expressed(feature)))})"
+
+
+def _word(value: Any) -> str:
+    return {True: "yes", False: "no"}.get(value, str(value))
 
 
 _SPARSE = ("every layer", "all but the first layers", "some layers")
 _GELU = ("gelu", "gelu_tanh")
-_DEEPSEEK: dict[str, Container[Any]] = {
-    "attention": ("multi-latent attention",),
+_DEEPSEEK: dict[str, tuple[Any, ...]] = {
+    "attention": ("multi-latent",),
     "qk norm": (True,),
     "rope scaling": ("none", "yarn"),
     "experts": ("every layer", "all but the first layers"),
@@ -164,7 +186,7 @@ FAMILIES = (
             "bias": (True,),
             "qkv bias": (True,),
             "head_dim": (False,),
-            "shared keys": (False,),
+            "attention": ("multi-head",),
         },
         {
             "input_layernorm": "self_attn_layer_norm",
@@ -234,7 +256,7 @@ FAMILIES = (
         | {
             "router": ("sigmoid",),
             "expert bias": (True,),
-            "groups": ("none", "by the best 2 of a group"),
+            "groups": ("none", by_the_best(2)),
             "topk": ("several",),
         },
         _LATENT,
@@ -247,10 +269,19 @@ FAMILIES = (
         _DEEPSEEK
         | {
             "router": ("softmax of all",),
-            "groups": ("none", "by the best 1 of a group"),
+            "groups": ("none", by_the_best(1)),
             "topk": ("one", "several"),
         },
         _LATENT,
+        # The published DeepSeek-V2 chooses so, and megatron-core cannot: 6 experts of 3 groups are 2 of each.
+        {
+            "groups": (
+                tuple(map(by_the_best, range(2, 65))),
+                "transformers and engines choose the groups of DeepSeek-V2's experts by the best expert of each, as the "
+                "published model does; megatron-core by the sum of the best topk / group_topk: some tokens go to other experts "
+                "than in training with it, and than in the fidelity figures",
+            )
+        },
         latent_epsilon=1e-6,
     ),
     Family(
@@ -264,7 +295,7 @@ FAMILIES = (
             "experts": (*_SPARSE, "no layer"),
             "router": ("sigmoid",),
             "expert bias": (True,),
-            "groups": ("none", "by the best 2 of a group"),
+            "groups": ("none", by_the_best(2)),
             "router scale": _EITHER,
             "shared": ("yes",),
         },
@@ -287,7 +318,5 @@ def nearest(config: ModelConfig) -> Family:
 def _alike(config: ModelConfig) -> list[Family]:
     """The architectures whose names cover the model's modules."""
     kinds = {name for name in ("attention", "hybrid", "position") if config.features[name] not in PLAIN[name]}
-    found = [
-        family for family in FAMILIES if all(config.features[name] in (PLAIN | dict(family.accepts))[name] for name in kinds)
-    ]
+    found = [family for family in FAMILIES if all(config.features[name] in family.expressed(name) for name in kinds)]
     return found or list(FAMILIES)

@@ -187,9 +187,8 @@ WORDS = {
     "window": "sliding window attention in {}",
     "no rope": "layers without rotary embeddings: {}",
     "sinks": "attention sinks: {}",
-    "attention": "{}",
-    "head_dim": "heads of another size than hidden / heads: {}",
-    "shared keys": "heads that share keys and values: {}",
+    "attention": "attention: {}",
+    "head_dim": "a head size other than hidden size / heads: {}",
     "tied": "tied embeddings: {}",
     "experts": "experts in {}",
     "router": "router scores: {}",
@@ -226,15 +225,14 @@ def features(config: ModelConfig) -> dict[str, Any]:
 
 
 def _attention(config: ModelConfig) -> dict[str, Any]:
-    latent = config.latent is not None
+    latent, shared = config.latent is not None, config.num_query_groups != config.num_attention_heads
     return {
-        "attention": "multi-latent attention" if latent else "heads of their own or in groups",
+        "attention": "multi-latent" if latent else "grouped-query" if shared else "multi-head",
         "qk norm": "L2" if config.get("qk_l2_norm") else bool(config.get("qk_layernorm")),
         "qkv bias": config.bias or bool(config.get("add_qkv_bias")),
         "window": _window(config),
         "sinks": config.get("softmax_type") != "vanilla",
         "head_dim": not latent and config.head_dim * config.num_attention_heads != config.hidden_size,
-        "shared keys": not latent and config.num_query_groups != config.num_attention_heads,
     }
 
 
@@ -285,11 +283,16 @@ def _routing(config: ModelConfig) -> dict[str, Any]:
     return {
         "router": score,
         "topk": "one" if config.moe_topk == 1 else "several",
-        "groups": f"by the best {config.moe_topk // groups.chosen} of a group" if groups else "none",
+        "groups": by_the_best(config.moe_topk // groups.chosen) if groups else "none",
         "router scale": float(config.get("moe_router_topk_scaling_factor") or 1) != 1,
         "expert bias": bool(config.get("moe_router_enable_expert_bias")),
         "shared": shared if config.shared_ffn_hidden_size else "none",
     }
+
+
+def by_the_best(experts: int) -> str:
+    """How groups of experts are chosen: by the sum of the scores of so many experts of each."""
+    return f"by the best {experts} of a group"
 
 
 _UNMAPPED = tuple(key for key in NOT_RUN if key not in ("hybrid_layer_pattern", "position_embedding_type", "activation_func"))

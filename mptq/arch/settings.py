@@ -172,6 +172,8 @@ def completed(entries: Mapping[str, Any]) -> dict[str, Any]:
     _fill(found, "ffn_hidden_size", hidden and 4 * hidden)
     _fill(found, "kv_channels", hidden and heads and hidden // heads)
     _fill(found, "num_query_groups", heads)
+    if found.get("num_moe_experts") and not _has_experts(found):
+        found["num_moe_experts"] = None
     if count(found.get("num_moe_experts")):
         _fill(found, "moe_ffn_hidden_size", found.get("ffn_hidden_size"))
     factor = found.get("moe_expert_capacity_factor")
@@ -181,6 +183,14 @@ def completed(entries: Mapping[str, Any]) -> dict[str, Any]:
     if pattern and layers:
         found["no_rope_freq"] = ([0] * (pattern - 1) + [1]) * (layers // pattern)
     return found | (_mup(found) if found.get("use_mup") and hidden and count(found.get("kv_channels")) else {})
+
+
+def _has_experts(found: Mapping[str, Any]) -> bool:
+    """Whether any layer has experts; a number of them can stand beside layers that have none, as a default."""
+    pattern, frequency = found.get("hybrid_layer_pattern"), found.get("moe_layer_freq")
+    if isinstance(pattern, str) and pattern:
+        return "E" in pattern.partition("/")[0]
+    return not isinstance(frequency, list) or any(frequency)
 
 
 def _mup(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def _family(found: Mapping[str, Any]) -> str:
     """Which architecture of Hugging Face can express the model, or what is in the way."""
     if found["family"]:
         return f"{found['class']} ({found['family']})"
-    return f"no architecture that mptq writes; the nearest, {found['nearest']}, lacks {'; '.join(found['lacks'])}"
+    return f"no architecture that mptq writes; the nearest, {found['nearest']}, differs in {'; '.join(found['lacks'])}"
 
 
 def _facts(checkpoint: Checkpoint, left_out: Mapping[str, str]) -> dict[str, Any]:

@@ -160,6 +160,8 @@ def test_missing_arguments():
         ({"moe_layer_freq": [0, 1, 1]}, "moe_layer_freq.* 3 entries for 2 layers"),
         ({"hybrid_layer_pattern": "M*-"}, r"hybrid_layer_pattern \('M\*-' for 2 layers"),
         ({"hybrid_layer_pattern": "MX"}, r"hybrid_layer_pattern \('MX' for 2 layers of M, \*, \+, -, E\)"),
+        ({"hybrid_layer_pattern": "M" * 9000}, r"hybrid_layer_pattern \('M{50,60}\.\.\. for 2 layers"),
+        ({"window_size": [9] * 9000}, r"window_size is \[9, [9, ]{40,60}\.\.\. \(from args\), and must be"),
         ({"num_attention_heads": 0, "kv_channels": None}, "num_attention_heads is 0 .* correct it with --config"),
         ({"hidden_size": "wide"}, "'wide'"),
     ],

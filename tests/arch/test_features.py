@@ -1,9 +1,11 @@
 """What distinguishes architectures: every row of the tables is found by name, and every feature has its words."""
 
+import json
+
 import pytest
 
 from mptq.arch.arguments import NEGATED, RENAMED
-from mptq.arch.features import DEFAULTS, NOT_RUN, REFUSED, WORDS
+from mptq.arch.features import DEFAULTS, NOT_RUN, REFUSED, WORDS, obstacles
 from mptq.arch.settings import KINDS
 from mptq.errors import UnsupportedModelError
 from tests.arch.models import ARGS, FAMILY_ARGS, LATENT, MOE_ARGS, OSS_ARGS, model
@@ -25,6 +27,16 @@ def test_every_feature_that_is_not_quantized_is_named(name):
     meaning = REFUSED[name][1]
     with pytest.raises(UnsupportedModelError, match=rf"has {meaning} \({name}=surprise\), which mptq does not quantize"):
         model(MOE_ARGS | {name: "surprise"})
+
+
+@pytest.mark.parametrize("name", [*REFUSED, *NOT_RUN])
+def test_a_value_that_is_a_whole_document_is_cut_in_the_message(name):
+    """Llama-Nemotron has its Hugging Face config as JSON among its settings."""
+    value = json.dumps({"block_configs": [{"n_heads_in_group": 8}] * 80}, indent=1)
+    (text,) = obstacles({name: (REFUSED | NOT_RUN)[name]}, {name: value})
+    assert text.startswith((REFUSED | NOT_RUN)[name][1])
+    assert len(text) < 200
+    assert "\n" not in text
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -76,7 +88,7 @@ def test_every_feature_has_words(args):
         ({"window_size": (7, 0), "window_attn_skip_freq": 2}, {"window": "some layers"}),
         ({"softmax_type": "off-by-one"}, {"sinks": True}),
         ({"kv_channels": 32}, {"head_dim": True}),
-        ({"group_query_attention": False}, {"shared keys": False}),
+        ({"group_query_attention": False}, {"attention": "multi-head"}),
         ({"untie_embeddings_and_output_weights": False}, {"tied": True}),
         ({"position_embedding_type": "learned_absolute"}, {"position": "learned_absolute"}),
         ({"position_embedding_type": "yarn", "rotary_scaling_factor": 4.0}, {"rope scaling": "yarn"}),

@@ -69,6 +69,28 @@ def test_what_megatron_core_computes_for_none():
     assert found["moe_ffn_hidden_size"] == 256
 
 
+@pytest.mark.parametrize(
+    ("layers", "experts"),
+    [
+        ({"hybrid_layer_pattern": "M*-"}, None),  # as Megatron-Bridge writes a dense Nemotron-H: with the default of its class
+        ({"hybrid_layer_pattern": "M*-/ME"}, None),
+        ({"hybrid_layer_pattern": "ME*"}, 8),
+        ({"moe_layer_freq": [0, 0]}, None),
+        ({"moe_layer_freq": [0, 1]}, 8),
+        ({"moe_layer_freq": 2}, 8),
+        ({"hybrid_layer_pattern": None}, 8),
+        ({}, 8),
+    ],
+)
+def test_experts_are_those_of_layers(layers, experts):
+    assert completed({"num_moe_experts": 8} | layers)["num_moe_experts"] == experts
+
+
+def test_a_conflict_is_one_line_whatever_the_values():
+    found = merge([Rung("one", {"moe_layer_freq": [0] * 1000}), Rung("other", {"moe_layer_freq": [1] * 1000})])
+    assert len(str(found.conflicts[0])) < 200
+
+
 @pytest.mark.parametrize("value", ["x", -1, 10**30, [2], 2.5, True])
 def test_what_is_no_size_is_left_as_it_is(value):
     keys = ("hidden_size", "num_attention_heads", "num_layers", "num_moe_experts", "kv_channels", "no_rope_freq")
