@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
     from mptq.inspection import inspect as inspect
-    from mptq.pipeline import Options as Options
+    from mptq.options import Options as Options
     from mptq.pipeline import run as run
     from mptq.plan import make_plan as make_plan
     from mptq.recipe import load_recipe as load_recipe
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Options", "inspect", "load_recipe", "make_plan", "run", "verify"]
 
 _HOMES = {
-    "Options": "mptq.pipeline",
+    "Options": "mptq.options",
     "inspect": "mptq.inspection",
     "load_recipe": "mptq.recipe",
     "make_plan": "mptq.plan",

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +14,10 @@ import psutil
 
 from mptq import forecast, report
 from mptq.arch.generation import Generation, resolve
-from mptq.calibrate.data import DataOptions, check_datasets, load_tokens, needs_tokenizer
+from mptq.calibrate.data import check_datasets, load_tokens, needs_tokenizer
 from mptq.calibrate.tokenizer import generation_config, special_ids
-from mptq.checkpoint.index import ends_of_shards
 from mptq.errors import DataError, MptqError, OutputError
+from mptq.options import Options, decisive, differences
 from mptq.plan import Plan
 from mptq.ranks import Ranks, shares, started
 from mptq.record import Progress, Record, Silent
@@ -34,35 +32,12 @@ from mptq.writers.output import OutputDirectory, check_output, clear, partial_of
 if TYPE_CHECKING:
     import torch
 
+    from mptq.calibrate.data import TokenData
     from mptq.streams import Streams
     from mptq.writers.journal import Row
 
-MAX_SHARD_BYTES = 5_000_000_000
 SLACK_BYTES = 64_000_000
 """Room for what the plan does not count: headers, byte items, tokenizer, manifest and report."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to run, as against what to do to the model (the recipe). `device` is auto, cpu, cuda or cuda:N.
-
-    `data` are the sequences that calibrate and on which fidelity is measured, `batch_size` of them at once; their hidden
-    states take up to `activation_memory` bytes (None: a quarter of what is free) before they go to a file. An expert that
-    saw fewer than `moe_min_tokens` gets its static scales from its layer. With `resume`, a run that was stopped goes on;
-    `stop` is asked between layers whether this one shall.
-    """
-
-    tokenizer: Path | None = None
-    max_shard_bytes: int = MAX_SHARD_BYTES
-    overwrite: bool = False
-    device: str = "auto"
-    data: DataOptions = field(default_factory=DataOptions)
-    batch_size: int = 8
-    activation_memory: int | None = None
-    moe_min_tokens: int = 16
-    gates: report.Gates = field(default_factory=report.Gates)
-    resume: bool = False
-    stop: Callable[[], bool] = bool
 
 
 def default_output(plan: Plan, given: Path) -> Path:
@@ -76,14 +51,18 @@ def run(plan: Plan, out: Path, options: Options = Options(), progress: Progress 
     """Quantize the planned checkpoint into `out` and return the report.
 
     Raises OutputError when `out` cannot be written, CheckpointError when a tensor cannot be read or holds NaN, and DataError
-    for datasets that cannot be read. `out` is complete afterwards, or as it was before. Peak memory: `forecast.peak_memory`,
-    whatever the number of layers.
+    for datasets that cannot be read. `out` is complete afterwards, or as it was before. Where it is complete already, with
+    `resume`, the report is the one that is there, with this run's limits. Peak memory: `forecast.peak_memory`, whatever the
+    number of layers.
     """
     out = out.resolve()
     ranks = started()
-    if ranks.agree(lambda: options.resume and finished(plan, out)):
-        return report.read(out)
     checked = ranks.agree(lambda: check(plan, out, options, ranks))
+    if checked.complete:
+        if ranks.first:
+            clear(out)
+        document = report.read(out)
+        return document | {"gates": options.gates.check(document["fidelity"])}
     with OutputDirectory(out, options.resume) if ranks.first else nullcontext():
         ranks.wait()
         document = _run(plan, Place(out, partial_of(out), ranks), checked, options, progress)
@@ -106,11 +85,14 @@ def _run(plan: Plan, place: Place, checked: Checked, options: Options, progress:
         device = pick_device(options.device)
         from mptq.stream import LayerStream
     with ExitStack() as stack:
-        activations, calibration = _activations(plan, checked, options, (device, place), record)
+        with record.timed("data"):
+            tokens = _tokens(plan, checked, options)
+            activations = _activations(plan, tokens, options, (device, place))
         steps = Steps(plan, place.partial, record, place.ranks)
         stack.callback(steps.close)
-        header = place.ranks.agree(lambda: _header(plan, options, device, activations))
-        done = steps.begin(header, partial(_writers, plan, place.partial, options))
+        account = None if tokens is None else tokens.account
+        depends = place.ranks.agree(lambda: _decisive(plan, options, checked, account))
+        done = steps.begin(depends | {"versions": report.versions()}, partial(_writers, plan, place.partial, options))
         if activations is not None:
             stack.callback(activations.close)
             steps.follow(activations, done)
@@ -132,56 +114,51 @@ def _run(plan: Plan, place: Place, checked: Checked, options: Options, progress:
         files = steps.finish(partial(_finish, plan=plan, checked=checked))
         if not place.ranks.first:
             return {}
+        calibration = _calibration(plan, account, activations)
         document = report.build(plan, report.Measured(record, checked.notes, calibration, checked.work), options.gates)
         report.write(place.partial, document)
         with record.timed("report"):
             html.write(place.partial / html.NAME, html.render(document))
-        manifest.write_manifest(place.partial, report.manifest(plan, files))
+        manifest.write_manifest(place.partial, report.manifest(plan, files, depends))
     return document
 
 
-def finished(plan: Plan, out: Path) -> bool:
-    """Whether `out` is complete already, and what `plan` would make of it; what a killed run left of its own goes."""
-    if not (out / manifest.NAME).is_file():
+def finished(plan: Plan, out: Path, options: Options, checked: Checked) -> bool:
+    """Whether `out` is complete already, and what this run would make of it.
+
+    Raises OutputError where it is complete and this run would make another of it, unless that is wanted (`overwrite`).
+    """
+    if not (options.resume and (out / manifest.NAME).is_file()):
         return False
-    made = manifest.read_manifest(out)
-    wanted = report.manifest(plan, {})
-    same = all(made[key] == wanted[key] for key in ("source", "recipe_sha256", "formats", "tensors"))
-    if same:
-        clear(out)
-    return same
+    made = manifest.read_manifest(out)["options"]
+    tokens = _tokens(plan, checked, options)
+    account = None if tokens is None else tokens.account
+    other = differences(made, _decisive(plan, options, checked, account))
+    if other and not options.overwrite:
+        raise OutputError(
+            f"{out} is complete, and was made with another {' and '.join(other)}: resume with the same, pass --overwrite "
+            "instead of --resume to make it again, or choose another -o"
+        )
+    return not other
 
 
-def _header(plan: Plan, options: Options, device: torch.device, activations: Streams | None) -> dict[str, Any]:
-    """What must be the same for a run to go on where another was stopped."""
-    made = report.manifest(plan, {})
-    model = json.dumps([made["model"], made["tensors"], made["dialect"]], sort_keys=True)
-    return {
-        "checkpoint": plan.source.checkpoint.fingerprint,
-        "state of the shards": ends_of_shards(
-            plan.source.checkpoint, {part.key for parts in plan.source.places.values() for part in parts}
-        ),
-        "recipe": plan.recipe.fingerprint,
-        "format": list(plan.formats),
-        "model": hashlib.sha256(model.encode()).hexdigest(),
-        "data": None if activations is None else activations.fingerprint,
-        "largest file": options.max_shard_bytes,
-        "device": device.type,
-        "versions": report.versions(),
-    }
+def _decisive(plan: Plan, options: Options, checked: Checked, account: Mapping[str, Any] | None) -> dict[str, Any]:
+    device = pick_device(options.device).type
+    return decisive(plan, options, device, checked.tokenizer, checked.generation, account)
 
 
 @dataclass(frozen=True)
 class Checked:
     """What `check` found: the tokenizer's directory, what activations will take (None: there are none), and warnings.
 
-    `generation` is what is known of the ids with which generation begins and ends.
+    `generation` is what is known of the ids with which generation begins and ends. `complete` says that there is nothing to do.
     """
 
     tokenizer: Path | None
     work: forecast.Work | None
     notes: list[str]
     generation: Generation
+    complete: bool = False
 
 
 def check(plan: Plan, out: Path, options: Options, ranks: Ranks = Ranks()) -> Checked:  # noqa: B008
@@ -208,9 +185,12 @@ def check(plan: Plan, out: Path, options: Options, ranks: Ranks = Ranks()) -> Ch
     if runs and ranks.size > 1 and plan.recipe.calibration.method != "max":
         raise DataError("a percentile is of all samples together: calibrate with method max, or start one process")
     work = _work(plan, options) if runs else None
+    checked = Checked(tokenizer, work, notes, generation)
+    if finished(plan, out, options, checked):
+        return replace(checked, complete=True)
     needed = _needed_bytes(plan, work)
     check_output(out, plan.source.checkpoint.location.root, needed, options.overwrite, options.resume)
-    return Checked(tokenizer, work, notes, generation)
+    return checked
 
 
 def _needed_bytes(plan: Plan, work: forecast.Work | None) -> int:
@@ -290,25 +270,38 @@ def _require_no_data(plan: Plan, options: Options, missing: str) -> None:
         raise DataError(f"{wanted}, and {missing}: pass --tokenizer DIR, or a Megatron indexed dataset as --calib-dataset")
 
 
-def _activations(
-    plan: Plan, checked: Checked, options: Options, place: tuple[torch.device, Place], record: Record
-) -> tuple[Streams | None, dict[str, Any] | None]:
-    """The two streams of activations, and what the report says of their data; None where nothing needs them."""
+def _tokens(plan: Plan, checked: Checked, options: Options) -> TokenData | None:
+    """The sequences that go through the layers; None where nothing needs them."""
     if checked.work is None:
-        return None, None
+        return None
+    length = min(options.data.seq_length, plan.model.max_position_embeddings)
+    data = replace(options.data, seq_length=length)
+    return load_tokens(data, checked.tokenizer, plan.model.vocab_size, plan.recipe.needs_data)
+
+
+def _activations(plan: Plan, tokens: TokenData | None, options: Options, place: tuple[torch.device, Place]) -> Streams | None:
+    """The two streams of activations; None without tokens."""
+    if tokens is None:
+        return None
     from mptq.streams import StreamOptions, Streams
 
-    with record.timed("data"):
-        length = min(options.data.seq_length, plan.model.max_position_embeddings)
-        data = replace(options.data, seq_length=length)
-        tokens = load_tokens(data, checked.tokenizer, plan.model.vocab_size, plan.recipe.needs_data)
     device, where = place
     settings = StreamOptions(device, options.batch_size, _memory(options), where.partial, options.moe_min_tokens, where.ranks)
-    streams = Streams(plan, tokens, settings)
-    return streams, tokens.account | plan.recipe.calibration.model_dump(exclude_none=True) | {
-        "activation_bytes": streams.bytes,
-        "activations_on_disk": streams.on_disk,
-    }
+    return Streams(plan, tokens, settings)
+
+
+def _calibration(plan: Plan, account: dict[str, Any] | None, activations: Streams | None) -> dict[str, Any] | None:
+    """What the report says of the data, and of the activations that were made of it."""
+    if account is None or activations is None:
+        return None
+    return (
+        account
+        | plan.recipe.calibration.model_dump(exclude_none=True)
+        | {
+            "activation_bytes": activations.bytes,
+            "activations_on_disk": activations.on_disk,
+        }
+    )
 
 
 def _writers(plan: Plan, directory: Path, options: Options, done: Mapping[int, Row]) -> list[Writer]:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mptq.errors import OutputError, StoppedError
+from mptq.options import differences
 from mptq.ranks import Ranks
 from mptq.writers.behind import Behind
 from mptq.writers.disk import sync, sync_folders, sync_tree
-from mptq.writers.journal import Journal, check, committed
+from mptq.writers.journal import NAME, SCHEMA, Journal, committed, read
 from mptq.writers.manifest import FileHashes
 
 if TYPE_CHECKING:
@@ -105,7 +106,13 @@ class Steps:
         sync_tree(self.folder)  # what this process has made: the others sync what they write
 
     def _taken_over(self, header: Mapping[str, Any]) -> dict[int, Row]:
-        check(self.folder, header)
+        begun = read(self.folder / NAME)[0]
+        other = differences(begun, {"schema": SCHEMA, **header}) if begun else []
+        if other:
+            raise OutputError(
+                f"{self.folder} was begun with another {' and '.join(other)}: go on with the same, or pass --overwrite "
+                "instead of --resume to begin again"
+            )
         return committed(self.folder)
 
     def follow(self, activations: Streams, done: Collection[int]) -> None:

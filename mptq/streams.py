@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,7 +77,6 @@ class Streams:
         held_out, calibration = ([len(sequence) for sequence in part] for part in (tokens.held_out, tokens.calibration))
         ranks = options.ranks
         self.measures, self.calibrates = bool(held_out), bool(calibration)
-        self.layout = (held_out, calibration, options.batch_size, self.propagates, options.moe_min_tokens)
         together = max(1, min(options.batch_size, len(held_out) // ranks.size))
         self.held_out = batches(held_out, together)[ranks.rank :: ranks.size]
         self.calibration = batches(calibration, options.batch_size, sum(held_out))[ranks.rank :: ranks.size]
@@ -215,11 +212,6 @@ class Streams:
                     rows = states[batch.tokens].view(-1).view(torch.uint8)
                     yield start + batch.start * width, memoryview(rows.numpy())
             start += states.nbytes
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of everything that the outcome depends on beside the model: the tokens, and how they are taken."""
-        return hashlib.sha256(self.ids.numpy().tobytes() + repr(self.layout).encode()).hexdigest()
 
     def close(self) -> None:
         """Give memory and files back."""

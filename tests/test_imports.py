@@ -25,14 +25,28 @@ ALLOWED = {
     "plan": SHARED | {"checkpoint", "schemes", "writers"},
     "forecast": SHARED | {"checkpoint", "plan"},
     "report": SHARED | {"forecast", "plan", "record", "units", "writers"},
+    "options": SHARED | {"calibrate", "checkpoint", "hashing", "plan", "report", "writers"},
     "record": set(),
     "ranks": {"errors"},
     "experts": {"arch"},
     "streams": SHARED | STAGES | {"experts", "plan", "ranks"},
     "layer_work": SHARED | STAGES | {"plan", "ranks", "record", "report", "stream", "streams"},  # of stream: a type
     "stream": SHARED | STAGES | {"layer_work", "plan", "ranks", "record", "report", "streams"},
-    "steps": {"errors", "plan", "ranks", "record", "streams", "types", "writers"},
-    "pipeline": {"arch", "errors", "forecast", "plan", "ranks", "types", "record", "report", "steps", "stream", "streams"}
+    "steps": {"errors", "options", "plan", "ranks", "record", "streams", "types", "writers"},
+    "pipeline": {
+        "arch",
+        "errors",
+        "forecast",
+        "options",
+        "plan",
+        "ranks",
+        "types",
+        "record",
+        "report",
+        "steps",
+        "stream",
+        "streams",
+    }
     | STAGES,
     "inspection": SHARED | {"checkpoint", "forecast", "plan", "report", "writers"},
     "verification": SHARED | {"checkpoint", "writers", "inspection", "comparison", "hashing", "plan"},
@@ -43,6 +57,7 @@ ALLOWED = {
         "paths",
         "recipe",
         "record",
+        "options",
         "plan",
         "pipeline",
         "ranks",
@@ -52,7 +67,7 @@ ALLOWED = {
         "verification",
     },
     "__main__": {"cli"},
-    "__init__": {"inspection", "pipeline", "plan", "recipe", "verification"},
+    "__init__": {"inspection", "options", "pipeline", "plan", "recipe", "verification"},
 }
 
 

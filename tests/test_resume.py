@@ -86,14 +86,14 @@ def test_resume_begins_where_there_is_nothing_and_ends_where_all_is_done(aligned
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert run(plan, tmp_path / "out", replace(PLAIN, resume=True)) == json.loads(json.dumps(first))
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == times
-    with pytest.raises(OutputError, match="exists"):
+    with pytest.raises(OutputError, match="out is complete, and was made with another --recipe or"):
         run(make_plan(aligned, "fp8-per-channel"), tmp_path / "out", replace(PLAIN, resume=True))
 
 
 OTHER = {
-    "recipe": (("fp8-per-channel", ("hf",)), PLAIN),
-    "format": (("fp8-blockwise", BOTH), PLAIN),
-    "largest file": (("fp8-blockwise", ("hf",)), replace(PLAIN, max_shard_bytes=100_000)),
+    "--recipe or": (("fp8-per-channel", ("hf",)), PLAIN),
+    "--format": (("fp8-blockwise", BOTH), PLAIN),
+    "--max-shard-size .200000, now 100000.": (("fp8-blockwise", ("hf",)), replace(PLAIN, max_shard_bytes=100_000)),
 }
 
 
@@ -111,7 +111,7 @@ def test_other_data_is_named(aligned, options, tmp_path):
     plan = make_plan(aligned, "fp8")
     stopped(plan, tmp_path / "out", 2, options)
     other = replace(options, data=replace(options.data, seed=1), resume=True)
-    with pytest.raises(OutputError, match="was begun with another data: "):
+    with pytest.raises(OutputError, match="was begun with another --seed .0, now 1.: "):
         run(plan, tmp_path / "out", other)
 
 
@@ -126,7 +126,7 @@ def test_other_weights_of_the_same_layout_are_named(aligned, tmp_path):
         place = content.rfind(b"PK\x01\x02")  # the last entry of the last list: 16 bytes on is the CRC-32
         content[place + 16] ^= 1
         shard.write_bytes(content)
-    with pytest.raises(OutputError, match="was begun with another state of the shards: "):
+    with pytest.raises(OutputError, match="was begun with another content of the shards: "):
         run(make_plan(copied, "fp8-blockwise"), tmp_path / "two", replace(PLAIN, resume=True))
 
 

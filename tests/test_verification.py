@@ -134,7 +134,7 @@ def test_no_output(tmp_path):
     (tmp_path / "manifest.json").write_text('{"schema": 99}')
     with pytest.raises(OutputError, match="is not of schema 2"):
         verify(tmp_path)
-    (tmp_path / "manifest.json").write_text('{"schema": 2, "recipe": {}}')
+    (tmp_path / "manifest.json").write_text('{"schema": 3, "recipe": {}}')
     with pytest.raises(OutputError, match="recipe.name: Field required"):
         verify(tmp_path)
 

@@ -78,19 +78,19 @@ def _yarn(config: ModelConfig) -> dict[str, Any]:
         "beta_fast": float(fields["beta_fast"]),
         "beta_slow": float(fields["beta_slow"]),
     }
-    concentration, default = _concentration(factor, *scales), _concentration(factor, 1.0, 0.0)
+    scale, default = concentration(factor, *scales), concentration(factor, 1.0, 0.0)
     if config.latent:
         found |= dict(zip(("mscale", "mscale_all_dim"), scales, strict=True))
         # transformers computes the quotient of the two only where neither is 0.
-        return found | ({"attention_factor": concentration} if concentration != default and not all(scales) else {})
+        return found | ({"attention_factor": scale} if scale != default and not all(scales) else {})
     if fields["correction_range_round_to_int"] is False:
         found["truncate"] = False
-    if concentration != default:
-        found |= {"attention_factor": concentration, "attn_factor": concentration / default}
+    if scale != default:
+        found |= {"attention_factor": scale, "attn_factor": scale / default}
     return found
 
 
-def _concentration(factor: float, mscale: float, mscale_all_dim: float) -> float:
+def concentration(factor: float, mscale: float, mscale_all_dim: float) -> float:
     """The factor on cosine and sine.
 
     Source: `_yarn_get_concentration_factor` in megatron/core/models/common/embeddings/yarn_rotary_pos_embedding.py.

@@ -7,6 +7,7 @@ Source: transformers' configuration and modeling files of each family; for field
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
+from mptq.arch.hf_config import concentration
 from mptq.arch.settings import LARGEST
 from mptq.errors import CheckpointError
 
@@ -58,6 +60,8 @@ class Rope(BaseModel):
     mscale: _NotNegative | None = None
     mscale_all_dim: _NotNegative | None = None
     truncate: StrictBool | None = None
+    attention_factor: _Positive | None = None
+    attn_factor: _Positive | None = None
 
     @property
     def kind(self) -> RopeKind:
@@ -72,6 +76,18 @@ class Rope(BaseModel):
             raise ValueError("has a factor and no rope_type")
         if self.factor is None and self.kind != "default":
             raise ValueError(f"has no factor, which rope_type {self.kind} needs")
+        return self
+
+    @model_validator(mode="after")
+    def _concentrated(self) -> Self:
+        """The factor on cosine and sine is what the fields that have settings say: no setting is that factor itself."""
+        factor = self.factor or 1.0
+        expected = concentration(factor, 1.0 if self.mscale is None else self.mscale, self.mscale_all_dim or 0.0)
+        stated = {"attention_factor": expected, "attn_factor": expected / concentration(factor, 1.0, 0.0)}
+        for name, value in stated.items():
+            found = getattr(self, name)
+            if found is not None and (self.kind != "yarn" or not math.isclose(found, value, rel_tol=1e-6)):
+                raise ValueError(f"has {name} {found:g}, which mptq reads only as yarn's mscale and mscale_all_dim")
         return self
 
 

@@ -17,7 +17,7 @@ from mptq.cli.progress import Freezing, LiveProgress
 from mptq.errors import GateError
 
 if TYPE_CHECKING:
-    from mptq.pipeline import Options
+    from mptq.options import Options
     from mptq.plan import Plan
 
 
@@ -138,6 +138,7 @@ def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
     """Quantize a Megatron checkpoint to FP8 and write a model that engines load."""
     from mptq import pipeline, report
     from mptq.calibrate.data import DataOptions
+    from mptq.options import Options
     from mptq.plan import SourceOptions, make_plan
     from mptq.ranks import is_first
     from mptq.recipe import load_recipe
@@ -152,7 +153,7 @@ def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
         seed=seed,
         trust_remote_code=trust_remote_code,
     )
-    settings = pipeline.Options(
+    settings = Options(
         tokenizer=tokenizer,
         max_shard_bytes=parse_size(max_shard_size),
         overwrite=overwrite,

@@ -173,8 +173,11 @@ def _speed(record: Record, stage: str) -> int | None:
     return round(count / seconds) if count and seconds else None
 
 
-def manifest(plan: Plan, files: Mapping[str, Any]) -> dict[str, Any]:
-    """What the manifest says beside its schema: no path, time or host, so that the same run gives the same bytes."""
+def manifest(plan: Plan, files: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the manifest says beside its schema: no path, time or host, so that the same run gives the same bytes.
+
+    `options` is what the output depends on (options.decisive).
+    """
     return {
         "mptq": version("mptq"),
         "recipe": plan.recipe.model_dump(),
@@ -183,6 +186,7 @@ def manifest(plan: Plan, files: Mapping[str, Any]) -> dict[str, Any]:
             "iteration": plan.source.checkpoint.location.iteration,
             "metadata_sha256": plan.source.checkpoint.fingerprint,
         },
+        "options": dict(options),
         "model": plan.model.document | {"tokenizer": None},
         "formats": list(plan.formats),
         "excluded": plan.excluded if "hf" in plan.formats else [],

@@ -15,7 +15,7 @@ from typing import Any
 from mptq.errors import OutputError
 
 NAME = ".journal"
-SCHEMA = 1
+SCHEMA = 2
 
 Row = dict[str, Any]
 _KEYS = frozenset(("rank", "tensors", "layers", "fidelity", "accounts"))
@@ -46,18 +46,6 @@ class Journal:
         while data:
             data = data[os.write(self._descriptor, data) :]
         os.fdatasync(self._descriptor)
-
-
-def check(folder: Path, header: Mapping[str, Any]) -> None:
-    """Raise OutputError where the journal in `folder` is of another run than `header` says, naming what differs."""
-    found = read(folder / NAME)[0]
-    wanted = {"schema": SCHEMA, **header}
-    differing = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
-    if found and differing:
-        raise OutputError(
-            f"{folder} was begun with another {' and '.join(differing)}: go on with the same, or pass "
-            "--overwrite instead of --resume to begin again"
-        )
 
 
 def committed(folder: Path) -> dict[int, Row]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 NAME = "manifest.json"
-SCHEMA = 2
+SCHEMA = 3
 
 
 class FileHashes:

@@ -91,10 +91,11 @@ class Recipe(Part):
 class Manifest(Part):
     """The document."""
 
-    version: Literal[2] = Field(alias="schema")
+    version: Literal[3] = Field(alias="schema")
     mptq: str
     recipe: Recipe
     source: Source
+    options: dict[str, Any]
     formats: list[Form] = Field(min_length=1, max_length=2)
     dialect: str | None
     tensors: dict[str, Entry]

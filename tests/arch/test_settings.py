@@ -117,7 +117,9 @@ SPECS = {
 
 
 def test_the_order_of_the_ladder(tmp_path):
-    (tmp_path / "config.json").write_text('{"vocab_size": 4, "rms_norm_eps": 4, "num_hidden_layers": 4, "head_dim": 4}')
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "llama", "vocab_size": 4, "rms_norm_eps": 4, "num_hidden_layers": 4, "head_dim": 4}'
+    )
     checkpoint = described(
         config={"model": {"vocab_size": 3, "layernorm_epsilon": 3, "num_layers": 3, "seq_length": 3}},
         config_source="run_config.yaml",
