@@ -147,7 +147,8 @@ def _positions(plan: Plan) -> list[str]:
             "--hf-config DIR, or --config max_position_embeddings=N"
         )
     rounded = "yarn_correction_range_round_to_int"
-    if plan.model.yarn and rounded in settings and settings[rounded] is None:
+    stretched = plan.model.latent is None and plan.model.features["rope scaling"] == "yarn"
+    if stretched and rounded in settings and settings[rounded] is None:
         notes.append(
             f"{settings.sources[rounded]} has no value for {rounded}: megatron-core then does not round the range of "
             "dimensions that YaRN interpolates, but Hugging Face models do, and so does this output: if the model was trained "

@@ -333,6 +333,8 @@ def test_a_run_config_that_does_not_say_how_yarn_rounds_is_told(aligned, said, w
     plan = make_plan(root, "none")
     notes = [note for note in warnings(plan) if "pass --config yarn_correction_range_round_to_int=false" in note]
     assert bool(notes) == warned
+    plain = make_plan(root, "none", options=SourceOptions(config=("yarn_rotary_scaling_factor=1.0",)))
+    assert not [note for note in warnings(plain) if "round" in note]
     assert plan.model.yarn["correction_range_round_to_int"] is (said is not False)
 
 

@@ -166,7 +166,7 @@ def remedy(settings: Mapping[str, Any]) -> str:
     if not set(found) <= set(DECLARED):
         return ""
     said = " ".join(f"--config {key}={DECLARED[key]}" for key in found)
-    return f": if it makes the same model from these settings as megatron-core's own, pass {said}"
+    return f": if that is code of your own that makes megatron-core's model from these settings, pass {said}"
 
 
 def _accepts(accepted: Container[Any], value: Any) -> bool:
