@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
     from mptq.arch.naming import Linear
+
+
+def observed(linears: Sequence[Linear], static: Sequence[Linear]) -> list[Linear]:
+    """Of a layer's `linears`, those whose inputs are observed: the `static` ones, and their like in every other expert.
+
+    An expert that no token comes to has its scale from the others, also from those that need none themselves.
+    """
+    kinds = {linear.kind for linear in static if linear.expert is not None}
+    return [linear for linear in linears if linear in static or (linear.expert is not None and linear.kind in kinds)]
 
 
 class Coverage:
@@ -45,11 +54,13 @@ class Coverage:
         """Count what each of the `ranks` has counted."""
         self.tokens = sum(ranks, Counter())
 
-    def complete(self, amax: dict[str, torch.Tensor], minimum: int) -> dict[str, Any] | None:
+    def complete(self, amax: dict[str, torch.Tensor], minimum: int, static: Container[str]) -> dict[str, Any] | None:
         """Give the experts that saw fewer than `minimum` tokens, in `amax`, the largest magnitude of their layer's others.
 
-        Returns the report's row: tokens of each expert, and which of them got that. None for a layer without experts. Where
-        no expert saw enough, the largest of all stands in; engines take the largest over experts anyway.
+        `amax` has the linears that were observed and saw a token, by module, and `static` those that have a scale: the others
+        only lend theirs. Returns the report's row: tokens of each expert, and which of them got that. None for a layer
+        without experts. Where no expert saw enough, the largest of all stands in; engines take the largest over experts
+        anyway.
         """
         if not self.experts:
             return None
@@ -62,6 +73,7 @@ class Coverage:
             rich = [module for expert, module in seen if expert not in poor] or [module for _, module in seen]
             if rich:  # else nothing is static here
                 largest = torch.stack([amax[module] for module in rich]).max()
-                amax |= {module: largest for expert, module in alike if expert in poor}
-                fallback |= poor
+                needy = {module: expert for expert, module in alike if expert in poor and module in static}
+                amax |= dict.fromkeys(needy, largest)
+                fallback |= set(needy.values())
         return {"tokens": [self.tokens[expert] for expert in experts], "fallback": sorted(fallback)}

@@ -98,6 +98,7 @@ def warnings(plan: Plan) -> list[str]:
         *_differences(plan),
         *_serving(plan),
         *_left_out(plan),
+        *_cache(plan),
         *_settings(plan),
     ]
 
@@ -118,6 +119,16 @@ def _left_out(plan: Plan) -> list[str]:
     if plan.model.not_run and plan.recipe.scheme is not None:
         notes.append(f"no fidelity figures: this model has {'; '.join(plan.model.not_run)}")
     return notes
+
+
+def _cache(plan: Plan) -> list[str]:
+    """Scales of a cache that are not of what engines cache, because ModelOpt's quantizers see something else."""
+    if "megatron" not in plan.formats or all(plan.cached("megatron", one) == plan.cached("hf", one) for one in plan.layers):
+        return []
+    return [
+        "the megatron output's cache scales are of decompressed K and V, which ModelOpt's quantizers see there: engines cache "
+        "latents, whose scales only the hf output has"
+    ]
 
 
 def _settings(plan: Plan) -> list[str]:

@@ -66,8 +66,7 @@ class LayerWork:
         if activations:
             self.calibrate(activations)
             if self.plan.has_cache(self.index):
-                assert self.calibrated is not None
-                yield self._cache(self.calibrated.cache())
+                yield self._cache()
         for place, linear in enumerate(self.plan.linears(self.index)):
             yield self.linear(linear, place)
         rows = chain.from_iterable(self.ranks.gather(self.rows))
@@ -89,7 +88,6 @@ class LayerWork:
 
     def calibrate(self, activations: Streams) -> None:
         """Load the layer as it is, and let the reference stream through it."""
-        from mptq.arch.forward import weigh_output
         from mptq.arch.layer import build_layer
 
         plan, stream = self.plan, self.stream
@@ -102,8 +100,6 @@ class LayerWork:
             require_finite(weight, self._inner(linear))
             place(live, f"{linear.module}.weight", weight)
         static = [linear for linear in plan.linears(self.index) if self._is_static(linear)]
-        for expert in {linear.module.rpartition(".")[0] for linear in static if linear.expert is not None}:
-            weigh_output(live.get_submodule(expert))
         self.progress.doing("calibrating" if activations.calibration else "running the reference")
         with self.record.timed("forward"):
             self.calibrated = activations.calibrate(self.index, live, static)
@@ -204,20 +200,21 @@ class LayerWork:
                         self.ranks.share(tensor, owner)
         return made
 
-    def _cache(self, amax: dict[str, torch.Tensor]) -> LayerOutput:
-        """The scales of K and V."""
+    def _cache(self) -> LayerOutput:
+        """The scales of the cache; the report has those that the quantized stream rounds by."""
+        assert self.calibrated is not None
         output = self._output()
-        values = amax["key"], amax["value"]
-        scales = [value / E4M3_MAX for value in values]
-        self.row["kv_cache"] = {name: float(scale) for name, scale in zip(("k_scale", "v_scale"), scales, strict=True)}
-        if "hf" in self.plan.formats:
-            for spec, scale in zip(self.plan.kv_specs("hf", self.index), scales, strict=True):
-                output.tensors["hf"][spec.name] = scale.reshape(spec.shape).cpu()
-        if "megatron" in self.plan.formats:
+        amax = {form: [self.calibrated.amax[name] for name in self.plan.cached(form, self.index)] for form in self.plan.formats}
+        shown = zip(("k_scale", "v_scale"), amax[self.plan.formats[0]], strict=True)
+        self.row["kv_cache"] = {name: float(value / E4M3_MAX) for name, value in shown}
+        if "hf" in amax:
+            for spec, value in zip(self.plan.kv_specs("hf", self.index), amax["hf"], strict=True):
+                output.tensors["hf"][spec.name] = (value / E4M3_MAX).reshape(spec.shape).cpu()
+        if "megatron" in amax:
             from mptq.quantize.modelopt import attention_state
 
             owner = f"{naming.megatron_layer(self.index)}{naming.CORE_ATTENTION}."
-            tensors, output.blobs[f"{owner}_extra_state/shard_0_1"] = attention_state(*values)
+            tensors, output.blobs[f"{owner}_extra_state/shard_0_1"] = attention_state(*amax["megatron"])
             output.tensors["megatron"] |= {owner + key: tensor.cpu() for key, tensor in tensors.items()}
         return output
 

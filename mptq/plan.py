@@ -190,7 +190,7 @@ class Plan:
 
     @property
     def kv_cache(self) -> bool:
-        """Whether the outputs hold scales of K and V."""
+        """Whether the outputs hold scales of an FP8 cache."""
         return self.recipe.kv_cache == "fp8"
 
     @property
@@ -256,7 +256,7 @@ class Plan:
             yield TensorSpec(f"{name}.input_quantizer._amax", "float32", (1,))
 
     def kv_specs(self, form: str, layer: int) -> tuple[TensorSpec, TensorSpec]:
-        """The scales (Hugging Face) or largest magnitudes (Megatron) of a layer's K and V."""
+        """The scales (Hugging Face) or largest magnitudes (Megatron) of what is `cached` of a layer."""
         if form == "hf":
             return DIALECTS[self.dialect].kv_scales(naming.hf_layer(self.model, layer))
         prefix = f"{naming.megatron_layer(layer)}{naming.CORE_ATTENTION}."
@@ -318,8 +318,12 @@ class Plan:
             )
 
     def has_cache(self, layer: int) -> bool:
-        """Whether a layer's K and V have scales in the outputs."""
-        return self.kv_cache and self.model.kinds[layer].mixer in ("attention", "mla")
+        """Whether a layer's cache has scales in the outputs."""
+        return self.kv_cache and self.model.kinds[layer].mixer in naming.CACHED
+
+    def cached(self, form: str, layer: int) -> tuple[str, ...]:
+        """What an output's scales of a layer's cache are of, the k_scale's and the v_scale's; nothing where it has none."""
+        return naming.CACHED[self.model.kinds[layer].mixer][form] if self.has_cache(layer) else ()
 
     @property
     def bytes_in(self) -> int:

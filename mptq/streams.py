@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mptq.arch.forward import embed, final_norm, logits, run_layer
-from mptq.arch.naming import CORE_ATTENTION, megatron_layer
+from mptq.arch.forward import embed, final_norm, logits, run_layer, weigh_output
+from mptq.arch.naming import megatron_layer
 from mptq.calibrate.activations import Activations, Batch, batches, chunks, flat
 from mptq.calibrate.fidelity import Deviation, NextTokens
 from mptq.errors import CheckpointError, OutputError
-from mptq.experts import Coverage
+from mptq.experts import Coverage, observed
 from mptq.quantize.fp8 import E4M3_MAX
-from mptq.quantize.observers import CACHE, Observers
+from mptq.quantize.observers import Observers
 from mptq.ranks import Ranks
 from mptq.writers.disk import PieceFile
 
@@ -49,15 +49,15 @@ class StreamOptions:
 
 @dataclass
 class Calibrated:
-    """What the calibration of a layer found: float32 [] magnitudes by linear, and of K and V."""
+    """What the calibration of a layer found: float32 [] magnitudes of the inputs of linears, by module, and of the cache.
+
+    `rounded` are those that the quantized stream rounds by; the others only belong to an output that it does not follow.
+    """
 
     observers: Observers
     amax: dict[str, torch.Tensor]
+    rounded: Sequence[str]
     experts: dict[str, Any] | None = None
-
-    def cache(self) -> dict[str, torch.Tensor]:
-        """The magnitudes of "key" and "value", or nothing without an FP8 cache."""
-        return {name: self.amax[name] for name in CACHE if name in self.amax}
 
 
 class Streams:
@@ -103,11 +103,17 @@ class Streams:
     def calibrate(self, index: int, layer: TransformerLayer, static: Sequence[Linear]) -> Calibrated:
         """Run the reference stream through `layer`, which has its own weights, and find the scales of its activations.
 
-        `static` are the linears whose inputs have one. Raises CheckpointError for activations that are not finite.
+        `static` are the linears whose inputs have one. Raises CheckpointError for activations that are not finite, and for a
+        linear that no token came to and that no other stands in for.
         """
-        core = CORE_ATTENTION if self.plan.has_cache(index) else None
-        observers = Observers((linear.module for linear in static), core, self.plan.recipe.calibration)
-        coverage = Coverage(self.plan.linears(index))
+        linears, where = self.plan.linears(index), megatron_layer(index).rstrip(".")
+        seen = observed(linears, static)
+        for expert in {linear.module.rpartition(".")[0] for linear in seen if linear.expert is not None}:
+            weigh_output(layer.get_submodule(expert))
+        cached = {form: self.plan.cached(form, index) for form in self.plan.formats}
+        of_cache = tuple(dict.fromkeys(chain.from_iterable(cached.values())))
+        observers = Observers((linear.module for linear in seen), of_cache, self.plan.recipe.calibration)
+        coverage = Coverage(linears)
         with observers.collecting(layer), coverage.counting(layer):
             self._collect(layer)
         # Without calibration data, the held-out tokens are those that the report counts.
@@ -115,13 +121,18 @@ class Streams:
             for batch in self.held_out:
                 self.reference.write(batch, self._run(layer, self.reference, batch))
         coverage.join(self.options.ranks.gather(coverage.tokens))
-        magnitudes = self._largest(observers.magnitudes(megatron_layer(index).rstrip(".")))
+        magnitudes = self._largest(observers.magnitudes(where))
         # What is always zero has scale 1, as an all-zero block of a weight has.
         amax = {name: torch.where(found == 0, E4M3_MAX, found) for name, found in magnitudes.items()}
-        for name in CACHE:
-            if name in amax:
-                amax[name] = _representable(amax[name])
-        return Calibrated(observers, amax, coverage.complete(amax, self.options.moe_min_tokens))
+        for name in of_cache:
+            amax[name] = _representable(amax[name])
+        modules = [linear.module for linear in static]
+        experts = coverage.complete(amax, self.options.moe_min_tokens, modules)
+        for name in modules:
+            if name not in amax:
+                raise CheckpointError(f"{where}.{name}: no token of the calibration data came to it: give more data")
+        # The quantized stream is what the first of the formats stores.
+        return Calibrated(observers, amax, tuple(dict.fromkeys((*modules, *cached[self.plan.formats[0]]))), experts)
 
     def _largest(self, magnitudes: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
         """The largest of all ranks, without what nothing passed on any."""
@@ -144,7 +155,7 @@ class Streams:
         None without held-out tokens. Raises CheckpointError for activations that are not finite.
         """
         deviation = Deviation()
-        with calibrated.observers.quantizing(layer, calibrated.amax):
+        with calibrated.observers.quantizing(layer, {name: calibrated.amax[name] for name in calibrated.rounded}):
             for batch in [*self.held_out, *(self.calibration if self.propagates else ())]:
                 out = self._run(layer, self.quantized, batch)
                 self.quantized.write(batch, out)
