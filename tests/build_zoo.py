@@ -5,7 +5,8 @@
 
 DIR/NAME/ckpt is the checkpoint, in BF16, and DIR/NAME/logits.pt what the same weights give in float32: "ids" int64
 [4, length], "logits" [4, length, vocabulary] without the padding, and "hidden" [layers + 1, 4, length, hidden], the
-embeddings and what comes out of each layer. With more than one process the same tensors are saved, and no logits.
+embeddings and what comes out of each layer; of latent attention also "cached" [layers, 2], the largest magnitudes of what
+engines cache. With more than one process the same tensors are saved, and no logits.
 
 Every model is checked to notice a mistake: one head rotated wrongly.
 """
@@ -26,7 +27,7 @@ import make_checkpoint
 
 from tests import zoo_mamba
 from tests.zoo import COMMON, ZOO
-from tests.zoo_checks import OnCpu, check_sensitive, observe, sentences
+from tests.zoo_checks import OnCpu, cached_latents, check_sensitive, observe, sentences
 from tests.zoo_models import build
 from tests.zoo_weights import fill, name_as_te, to_bfloat16
 
@@ -54,7 +55,8 @@ def make(name, options):
         ids = sentences(model, row)
         logits, hidden = observe(model, ids)
         found = check_sensitive(model, ids, logits)
-        torch.save({"ids": ids, "logits": logits, "hidden": hidden}, folder / "logits.pt")
+        seen = {"cached": cached_latents(model, ids)} if args.multi_latent_attention else {}
+        torch.save({"ids": ids, "logits": logits, "hidden": hidden} | seen, folder / "logits.pt")
         print(f"{name}: KL of a mistake with one head {found:.3g}, logits' deviation {logits.std():.3g}")
     to_bfloat16(model)
     if row.te:

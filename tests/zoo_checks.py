@@ -44,6 +44,31 @@ def observe(model, ids):
     return logits[..., :VOCABULARY].clone(), torch.stack(hidden).transpose(1, 2).contiguous()
 
 
+@torch.no_grad()
+def cached_latents(model, ids):
+    """What engines cache of each layer of latent attention: largest latent after its norm, largest rotated shared key.
+
+    Float32 [layers, 2]. The shared key is what follows the head's own part in every head's key.
+    """
+    found = torch.zeros(len(model.decoder.layers), 2)
+    hooks = []
+    for row, layer in zip(found, model.decoder.layers, strict=True):
+        attention = layer.self_attention
+
+        def normed(_module, _given, out, row=row):
+            row[0] = out.abs().max()
+
+        def rotated(_module, given, row=row, width=attention.config.qk_head_dim):
+            row[1] = given[1][..., width:].abs().max()
+
+        hooks.append(attention.kv_layernorm.register_forward_hook(normed))
+        hooks.append(attention.core_attention.register_forward_pre_hook(rotated))
+    observe(model, ids)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
 class OneHeadWrong:
     """While entered, the first head of every query is rotated with the frequencies in reverse order."""
 
