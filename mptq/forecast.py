@@ -10,17 +10,22 @@ from mptq.arch import naming
 from mptq.arch.documents import unread
 from mptq.arch.places import carried
 from mptq.checkpoint.contents import foreign_code
-from mptq.types import TensorSpec
+from mptq.types import DTYPE_BYTES, TensorSpec
 
 if TYPE_CHECKING:
     from mptq.arch.naming import Linear
     from mptq.plan import Plan
 
-IMPORTS_BYTES = 750_000_000
-"""Resident memory of a process that has imported torch and transformers' configs (scripts/bench_quantize.py)."""
-LAYER_BYTES = 250_000_000
-"""What megatron-core's layer and ModelOpt add to it."""
+IMPORTS_BYTES = 690_000_000
+"""Resident memory of a process that reads and quantizes: torch, and the compiled loops (scripts/bench_memory.py)."""
+LAYER_BYTES = 440_000_000
+"""What megatron-core's layer, ModelOpt and, with it, transformers add."""
+CONFIG_BYTES = 200_000_000
+"""What transformers adds where it is first needed for the configs of the output."""
+END_BYTES = 180_000_000
+"""What the report's plots add at the end, and the libraries as they are unloaded: pages of their files, in use once more."""
 _PIECE_BYTES = 1 << 26  # stream.PIECE_BYTES, which needs torch
+_LOGITS = 1 << 23  # streams.LOGITS, which needs torch
 SERVING_TP = (2, 4, 8)
 _COMPONENTS = (
     ("mtp.", "multi-token prediction"),
@@ -43,49 +48,129 @@ def component(name: str) -> str:
 
 @dataclass(frozen=True)
 class Work:
-    """What activations add to a run: hidden states in memory or in files, tokens of a batch, whether logits are compared."""
+    """What activations add to a run: hidden states in memory or in files, tokens of a batch, whether logits are compared.
+
+    A batch is of sequences of `length` tokens.
+    """
 
     stored_bytes: int
     file_bytes: int
     batch_tokens: int
+    length: int
     compares: bool
 
 
 def peak_memory(plan: Plan, work: Work | None = None) -> int:
-    """Predicted peak resident memory in bytes: the imports, and the largest of one layer, one copy and the output layer.
+    """Predicted peak resident memory in bytes of a run on a CPU: what is imported, and the most that is there at once beside.
 
-    A linear and the two that are read ahead are 2 bytes a parameter each (or one of these, and its projections, where they must
-    be copied); it and the one that is being written 1 byte each in FP8, for each format. With activations there are the layer
-    as it was, its input and output in float32 where the sums are made (on a CPU), and at the end the output layer's weight in
-    its own and in float32.
+    Without activations that is a linear, the two tensors that are read ahead, and what is made of this linear and of the one
+    before, which is being written. With them it is a layer, and what its forward pass or the rounding of a linear takes, or
+    the output layer with its logits. What is imported at the end of a run, and the end of the process, come after that.
     """
+    with_layers = work is not None or "megatron" in plan.formats
+    imports = IMPORTS_BYTES + LAYER_BYTES * with_layers
+    kinds = {kind: layer for layer, kind in enumerate(plan.model.kinds)}.values()
+    if work is None:
+        running = _outer_memory(plan, max(_window(_items(plan, layer)) for layer in kinds))
+    else:
+        running = work.stored_bytes + max(_head_memory(plan, work), *(_live_memory(plan, layer, work) for layer in kinds))
+    return imports + max(running, CONFIG_BYTES * (not with_layers) + END_BYTES)
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A tensor of a layer: its bytes as it is read, those that are made of it, and those of a copy that is made on the way."""
+
+    source: int
+    made: int = 0
+    copied: int = 0
+
+
+def _items(plan: Plan, layer: int) -> list[_Item]:
+    """The tensors of a layer in the order of the run."""
+    prefix = naming.megatron_layer(layer)
+    copies = (TensorSpec("", plan.source.dtype(prefix + copy.megatron), copy.shape).nbytes for copy in plan.copies(layer))
+    return [*map(_Item, copies), *(_item(plan, layer, linear) for linear in plan.linears(layer))]
+
+
+def _item(plan: Plan, layer: int, linear: Linear) -> _Item:
+    weight = TensorSpec("", plan.source.dtype(f"{naming.megatron_layer(layer)}{linear.megatron}.weight"), linear.shape)
+    schemes = {form: plan.scheme(form, layer, linear) for form in plan.formats}
+    # A weight that keeps its precision is written from where it is, but for members that are split off.
+    kept = {"hf": 0 if linear.fusion.plain else weight.nbytes, "megatron": 0}
+    made = [kept[form] if scheme is None else weight.numel for form, scheme in schemes.items()]
+    shared = linear.fusion.plain and len(made) > 1 and plan.same_numbers(layer, linear)
+    split = schemes.get("hf")
+    crossing = split is not None and linear.fusion.repeat > 1 and not linear.fusion.aligned(split.block or 1)
+    return _Item(weight.nbytes, max(made) if shared else sum(made), weight.nbytes if crossing else 0)
+
+
+def _window(items: list[_Item]) -> int:
+    """The most that is there while a tensor is worked on, in a layer among others like it."""
+    around = (tuple(items[(place + step) % len(items)] for step in (-1, 0, 1, 2)) for place in range(len(items)))
+    return max(
+        written.made + item.source + item.copied + item.made + following.source + further.source
+        for written, item, following, further in around
+    )
+
+
+def _outer_memory(plan: Plan, window: int) -> int:
+    """The most that is there with the largest tensor outside the layers: its rows one after another, or the whole of it."""
+    outer = _outer_bytes(plan)
+    if "megatron" in plan.formats:
+        return outer + window
+    return max(4 * min(outer, _PIECE_BYTES), window)  # a piece, two that are read ahead, one that is being written
+
+
+def _outer_bytes(plan: Plan) -> int:
     copies = [copy for group in naming.outer_copies(plan.model) for copy in group]
-    outer = max(spec.nbytes for copy in (*copies, *plan.carried) for spec in plan.copy_specs("megatron", copy))
-    copied = 3 * outer if "megatron" in plan.formats else 4 * min(outer, _PIECE_BYTES)
-    kinds = {kind: layer for layer, kind in enumerate(plan.model.kinds)}
-    layer = max(_layer_memory(plan, layer, work) for layer in kinds.values())
-    imports = IMPORTS_BYTES + (LAYER_BYTES if work or "megatron" in plan.formats else 0)
-    if work is None:
-        return imports + max(copied, layer)
-    head = 3 * outer + _LOGITS_BYTES if work.compares else 0
-    return imports + work.stored_bytes + max(copied, 2 * outer, layer, head)
+    return max(spec.nbytes for copy in (*copies, *plan.carried) for spec in plan.copy_specs("megatron", copy))
 
 
-def _layer_memory(plan: Plan, layer: int, work: Work | None) -> int:
-    linears = plan.linears(layer)
-    numels = [TensorSpec("", "uint8", linear.shape).numel for linear in linears]
-    if not numels:
-        return 0
-    largest = max(numels)
-    compressed = (6 + 2 * len(plan.formats)) * largest
-    if work is None:
-        return compressed
-    batch = 8 * work.batch_tokens * max(sum(linear.shape) for linear in linears)
-    return 2 * sum(numels) + max(compressed, batch + 4 * largest)
+def _live_memory(plan: Plan, layer: int, work: Work) -> int:
+    """A layer, and the most of what is done with it: a forward pass, the comparison of the streams, the rounding of a linear.
+
+    What is passed on is in the model's dtype; products of a linear, and attention where torch has no fused kernel on a CPU
+    (a value of another width than the key, or sinks), are in float32.
+    """
+    model, items = plan.model, _items(plan, layer)
+    width, states = DTYPE_BYTES[model.dtype], work.batch_tokens * model.hidden_size
+    kept = 3 * width * states  # the residual, what the layer was given, and that in Megatron's order
+    fused = model.latent is None and model.get("softmax_type") == "vanilla"
+    steps = [
+        0 if fused else kept + _SCORE_BYTES * work.batch_tokens * work.length * model.num_attention_heads,
+        _DEVIATION_BYTES * states if work.compares else 0,
+    ]
+    for place, linear in enumerate(plan.linears(layer), start=len(plan.copies(layer))):
+        numel, tokens, passed = TensorSpec("", "", linear.shape).numel, work.batch_tokens, 0
+        if linear.expert is not None:
+            passed = 3 * width * states * model.moe_topk  # sorted by expert: given, made, and that in the order of tokens
+            tokens = tokens * model.moe_topk // model.num_experts
+        inputs = (4 + width) * tokens * linear.in_features
+        steps.append(kept + passed + inputs + 4 * tokens * linear.shape[0] + 4 * numel)
+        rounded = 2 * 4 * numel if "hf" in plan.formats and plan.scheme("hf", layer, linear) else 0  # dequantized, and fused
+        steps.append(items[place].source + items[place].made + items[place - 1].made + rounded)
+    return sum(item.source for item in items) + max(steps)
 
 
-_LOGITS_BYTES = 6 * 4 * 2**23
-"""Logits of both streams, their logarithms and the products of these, of as many tokens as are compared at once."""
+_SCORE_BYTES = 12
+"""Of attention without a fused kernel, for each score: these, masked, and their softmax, in float32."""
+_DEVIATION_BYTES = 32 + 2
+"""For each hidden state that is compared: both in float32, four products, one of these in float64; and it itself."""
+
+
+def _head_memory(plan: Plan, work: Work) -> int:
+    """The output layer in its own dtype and in float32, what is read ahead of it, and logits."""
+    model = plan.model
+    rows, outer = model.vocab_size, _outer_bytes(plan)
+    ahead = 0 if model.tied_embeddings else outer if "megatron" in plan.formats else min(outer, _PIECE_BYTES)
+    head = (DTYPE_BYTES[model.dtype] * model.padded_vocab_size + 4 * rows) * model.hidden_size
+    tokens = min(max(1, _LOGITS // rows), work.length - 1)
+    return head + ahead + (_LOGIT_BYTES * tokens * rows if work.compares else 0)
+
+
+_LOGIT_BYTES = 7 * 4
+"""For each token and word: logits of both streams, their logarithms, and three steps of the divergence."""
 
 
 def warnings(plan: Plan) -> list[str]:

@@ -225,7 +225,8 @@ def _work(plan: Plan, options: Options) -> forecast.Work:
     streams = data.eval_size + calibrating + data.eval_size + calibrating * (recipe.calibration.propagate == "quantized")
     stored = streams * length * plan.model.hidden_size * DTYPE_BYTES[plan.model.dtype]
     kept, filed = (stored, 0) if stored <= _memory(options) else (0, stored)
-    return forecast.Work(kept, filed, options.batch_size * length, data.eval_size > 0)
+    together = min(options.batch_size, max(data.eval_size, calibrating))
+    return forecast.Work(kept, filed, together * length, length, data.eval_size > 0)
 
 
 def _memory(options: Options) -> int:

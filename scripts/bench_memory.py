@@ -30,16 +30,16 @@ MODELS = {
 }
 """Name -> options of random_llama.py."""
 WEIGHTS = ["--eval-size", "0"]
+BOTH = ["--format", "hf,megatron"]
 MODES = {
     "weights, hf": WEIGHTS,
-    "weights, hf + megatron": [*WEIGHTS, "--format", "hf,megatron"],
-    "activations, hf": [],
-    "activations, hf + megatron": ["--format", "hf,megatron"],
-    "activations, hf, 1 sequence at once": ["--calib-batch-size", "1"],
-    "activations, hf, 2 x 2048 tokens": ["--calib-seq-length", "2048", "--eval-size", "2"],
-    "static scales, hf": ["--recipe", "fp8", "--calib-size", "16"],
-    "static scales and cache, hf + megatron": [
-        *("--recipe", "fp8", "--calib-size", "16", "--kv-cache", "fp8", "--format", "hf,megatron"),
+    "weights, hf + megatron": [*WEIGHTS, *BOTH],
+    "activations of 1 x 512 tokens, hf": ["--eval-size", "1"],
+    "activations of 8 x 512 tokens, hf": [],
+    "activations of 8 x 512 tokens, hf + megatron": BOTH,
+    "activations of 2 x 2048 tokens, hf": ["--calib-seq-length", "2048", "--eval-size", "2"],
+    "static scales and cache of 8 x 512 tokens, hf + megatron": [
+        *("--recipe", "fp8", "--calib-size", "8", "--eval-size", "1", "--kv-cache", "fp8", *BOTH),
     ],
 }
 """Name -> options of `mptq quantize`, over those that all runs have."""
@@ -76,7 +76,7 @@ def main() -> None:
     """Run everything and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="directory with 6 GB of room")
-    parser.add_argument("--only", default="", help="models and modes that have this in their name")
+    parser.add_argument("--only", nargs="+", default=[""], help="models and modes that have any of these in their names")
     parser.add_argument("--inputs", type=Path, nargs=2, metavar=("TOKENIZER", "CKPT"), help="a model that is there")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints")
     options = parser.parse_args()
@@ -91,7 +91,7 @@ def main() -> None:
     models = [options.inputs[1].name] if options.inputs else list(MODELS)
     ratios = []
     for model in models:
-        chosen = [mode for mode in MODES if options.only in f"{model} {mode}"]
+        chosen = [mode for mode in MODES if any(only in f"{model} {mode}" for only in options.only)]
         if not chosen:
             continue
         checkpoint = options.inputs[1] if options.inputs else make(work, model)

@@ -241,9 +241,44 @@ def test_unknown_format(aligned):
 
 
 def test_predicted_memory_does_not_depend_on_the_number_of_layers():
-    few, many = (plan_source(source(4096, 11008, 32, 32, 128, layers=n), BLOCK, ("hf",)) for n in (2, 80))
+    few, many = (plan_source(source(8192, 28672, 64, 8, 128, layers=n), BLOCK, ("hf",)) for n in (2, 80))
     assert forecast.peak_memory(few) == forecast.peak_memory(many)
-    assert 1.4e9 < forecast.peak_memory(few) < 1.5e9  # 0.75 GB of imports, and 8 bytes for each of 90 million elements
+    qkv, proj, fc1, fc2 = 8192 * 10240, 8192**2, 8192 * 57344, 8192 * 28672
+    # fc1 with fc2 and a norm read ahead; made of it one byte an element, and proj's being written.
+    assert forecast.peak_memory(few) == forecast.IMPORTS_BYTES + 2 * (fc1 + fc2 + 8192) + fc1 + proj
+    both = plan_source(source(8192, 28672, 64, 8, 128), BLOCK, ("hf", "megatron"))
+    outer = 2 * both.model.padded_vocab_size * 8192
+    # proj is the same in both outputs; the largest tensor outside the layers is written meanwhile.
+    with_layers = forecast.IMPORTS_BYTES + forecast.LAYER_BYTES
+    assert forecast.peak_memory(both) == with_layers + outer + 2 * (fc1 + fc2 + 8192) + 2 * fc1 + proj
+    assert qkv < fc1
+
+
+def test_small_models_take_what_is_imported_to_the_end():
+    small = source(256, 384, 4, 2, 128)
+    end = forecast.IMPORTS_BYTES + forecast.CONFIG_BYTES + forecast.END_BYTES
+    assert forecast.peak_memory(plan_source(small, BLOCK, ("hf",))) == end
+    end = forecast.IMPORTS_BYTES + forecast.LAYER_BYTES + forecast.END_BYTES
+    assert forecast.peak_memory(plan_source(small, BLOCK, ("hf", "megatron"))) == end
+
+
+def test_predicted_memory_with_activations():
+    """Of the parts in turn the largest: the output layer with logits, the rounding of a linear, a forward pass."""
+    imports = forecast.IMPORTS_BYTES + forecast.LAYER_BYTES
+    plan = plan_source(source(2048, 8192, 16, 16, 128, tied=False), BLOCK, ("hf",))
+    vocabulary, padded = plan.model.vocab_size, plan.model.padded_vocab_size
+    found = forecast.peak_memory(plan, forecast.Work(10**6, 0, 512, 512, compares=True))
+    layer, fc1 = 2 * (4 * 2048**2 + 3 * 2048 * 8192 + 2 * 2048), 2 * 2048 * 8192
+    head = (
+        2048 * (2 * padded + 4 * vocabulary)
+        + min(1 << 26, 2 * padded * 2048)
+        + 28 * vocabulary * min(511, (1 << 23) // vocabulary)
+    )
+    rounding = layer + (2 + 1 + 8) * fc1 + 2048**2
+    assert found == imports + 10**6 + max(head, rounding)
+    tokens = 16 * 512
+    found = forecast.peak_memory(plan, forecast.Work(0, 0, tokens, 512, compares=True))
+    assert found == imports + layer + 4 * fc1 + tokens * (6 * 2048 + 6 * 2048 + 4 * 16384)
 
 
 def test_mixtral_8x7b_in_blocks():
