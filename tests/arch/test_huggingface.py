@@ -17,7 +17,7 @@ from mptq.arch.config import model_config
 from mptq.arch.families import family_of
 from mptq.arch.features import REFUSED, obstacles
 from mptq.arch.hf_config import config_fields
-from mptq.arch.hf_fields import FAMILIES, Rope
+from mptq.arch.hf_fields import FAMILIES, Fields, Rope
 from mptq.arch.huggingface import from_fields, from_hf_config
 from mptq.arch.settings import Rung, merge
 from mptq.checkpoint.index import open_checkpoint
@@ -279,6 +279,10 @@ def test_problems_are_not_listed_without_end():
     said = refused(**{f"key{index}": 1 for index in range(1000)})
     assert said.endswith("; and 988 more")
     assert said.count("mptq does not understand") == 12
+
+
+def test_every_field_that_a_family_reads_is_typed_and_every_typed_one_is_read():
+    assert {key for family in FAMILIES.values() for key in family.keys.split()} == set(Fields.model_fields)
 
 
 def small(family):
