@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 def compare(outputs: list[Output], made: dict[str, Any], source: Source) -> tuple[int, list[str]]:
     """Compare `outputs`, whose manifest is `made`, with the checkpoint `source`: tensors compared, and failures.
 
-    Raises CheckpointError when that is another checkpoint than the manifest's. Memory: one linear of the source and of the
-    output, and its scales.
+    Raises CheckpointError when that is another checkpoint than the manifest's. Memory: one linear of the source (those that
+    share one scale together) and of the output, and its scales.
     """
     if source.checkpoint.fingerprint != made["source"]["metadata_sha256"]:
         raise CheckpointError(f"{source.checkpoint.directory} is not the checkpoint that this output was made from")
@@ -108,9 +108,14 @@ class _Comparison:
         for weight, scale, part in zip(specs[::each], specs[1::each], parts, strict=True):
             found = Fp8Weight(output.load(weight.name), output.load(scale.name))
             # One scale a tensor is shared by the group; blocks and rows are the projection's own.
-            group = source if scheme.scale == "tensor" else part
+            group = self._group(linear, layer, source) if scheme.scale == "tensor" else part
             failures += quantized_failures(weight.name, part, found, scheme, group)
         return failures
+
+    def _group(self, linear: Linear, layer: int, source: torch.Tensor) -> torch.Tensor:
+        """The rows of all linears that have one scale with `linear`, whose own are `source`."""
+        prefix, others = naming.megatron_layer(layer), [one for one in self.plan.sharing(layer, linear) if one != linear]
+        return torch.cat([source, *(self.source(f"{prefix}{one.megatron}.weight", one.shape) for one in others)])
 
     def _fused(self, output: Output, linear: Linear, layer: int, source: torch.Tensor) -> list[str]:
         inner = f"{naming.megatron_layer(layer)}{linear.megatron}.weight"
@@ -120,7 +125,8 @@ class _Comparison:
         if scheme is None:
             return _same(inner, data.view(source.dtype), source, inner)
         weight = Fp8Weight(data.view(torch.float8_e4m3fn), output.load(f"{owner}weight_quantizer._scale"))
-        return quantized_failures(inner, source, weight, scheme, source)
+        group = self._group(linear, layer, source) if scheme.scale == "tensor" else source
+        return quantized_failures(inner, source, weight, scheme, group)
 
 
 def _same(name: str, found: torch.Tensor, source: torch.Tensor, inner: str) -> list[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from mptq.arch import naming
+from mptq.arch import engines, naming
 from mptq.arch.documents import unread
 from mptq.arch.places import carried
 from mptq.checkpoint.contents import foreign_code
@@ -179,9 +181,11 @@ def warnings(plan: Plan) -> list[str]:
     return [
         *found,
         *_precision(plan),
+        *_ragged(plan),
         *_vocabulary(plan),
         *_differences(plan),
         *_serving(plan),
+        *_gateless(plan),
         *_left_out(plan),
         *_cache(plan),
         *_settings(plan),
@@ -259,13 +263,24 @@ def _precision(plan: Plan) -> list[str]:
     found: dict[str, dict[str, None]] = {}
     for layer, linear in plan.every_linear():
         wanted = plan.wanted[layer, linear.megatron]
-        if wanted is None or linear.fits(wanted.unit):
+        if wanted is None or plan.fits(layer, linear):
             continue
         kept = plan.scheme("hf", layer, linear)
         into = f"stay {plan.model.dtype}" if kept is None else "get one scale a row"
         names = found.setdefault(f"not multiples of {max(wanted.unit)}, so they {into} in the hf output", {})
         names |= dict.fromkeys(member.rpartition(".")[2] for member in linear.hf)
     return [f"{', '.join(names)}: {what} (engines read a ragged grid of scales wrongly)" for what, names in found.items()]
+
+
+def _ragged(plan: Plan) -> list[str]:
+    if "hf" not in plan.formats or plan.dialect != "deepseek-fp8":
+        return []
+    found = {
+        f"{linear.hf[-1].rpartition('.')[2]}: {linear.shape[0]} rows end in a part of a block, as in DeepSeek's own checkpoints"
+        for layer, linear in plan.every_linear()
+        if _in_blocks(plan, layer, linear) and not linear.fits((128, 128))
+    }
+    return [f"{what} (vLLM and SGLang read it; transformers cannot dequantize it)" for what in sorted(found)]
 
 
 def _vocabulary(plan: Plan) -> list[str]:
@@ -284,17 +299,38 @@ def _differences(plan: Plan) -> list[str]:
 
 
 def _serving(plan: Plan) -> list[str]:
-    """The largest TP of SERVING_TP whose shards are whole blocks, when that is not the last."""
+    """How far tensor parallelism goes with whole blocks on each rank, where the model itself can be served further."""
     if "hf" not in plan.formats:
         return []
-    quantized = {linear for layer, linear in plan.every_linear() if _in_blocks(plan, layer, linear)}
-    # Column-parallel linears are cut by rows of each member, row-parallel ones by columns.
-    cut = [rows for linear in quantized if not linear.fusion.plain for rows in linear.fusion.rows]
-    cut += [linear.in_features for linear in quantized if linear.fusion.plain]
-    possible = [1, *(tp for tp in SERVING_TP if all(size % (tp * 128) == 0 for size in cut))]
-    if possible[-1] == SERVING_TP[-1]:
+    quantized = dict.fromkeys(linear for layer, linear in plan.every_linear() if _in_blocks(plan, layer, linear))
+    notes = []
+    # Hundreds of experts have the same shapes: the first stands for all.
+    for owner, expert, remedy in (("", None, ""), ("the experts' ", 0, ": beyond, serve them with expert parallelism")):
+        last, cut = _whole(plan, [linear for linear in quantized if linear.expert == expert])
+        if cut:
+            names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for linear in cut for name in linear.hf))
+            limit = f"split evenly over tensor-parallel servers only up to TP={last}"
+            notes.append(f"blocks of 128 of {owner}{names} {limit}{remedy}")
+    return notes
+
+
+def _whole(plan: Plan, linears: Sequence[Linear]) -> tuple[int, list[Linear]]:
+    """The last of SERVING_TP with whole blocks of `linears` on each rank, and those that the next would cut."""
+    sizes = [1, *(tp for tp in SERVING_TP if engines.serves(plan.model, tp))]
+    for last, tp in pairwise(sizes):
+        cut = [linear for linear in linears if not engines.splits(plan.model, linear, tp, 128)]
+        if cut:
+            return last, cut
+    return sizes[-1], []
+
+
+def _gateless(plan: Plan) -> list[str]:
+    """A fault of vLLM 0.32: it asks for the scheme of a gate, by an empty name, of experts that have none."""
+    experts = plan.model.num_experts and not plan.model.gated
+    if "hf" not in plan.formats or plan.dialect != "compressed-tensors" or not experts:
         return []
-    return [f"blocks of 128 split evenly over tensor-parallel servers only up to TP={possible[-1]}"]
+    whole = len(plan.contents.groups) == 1 and all(plan.scheme("hf", *one) for one in plan.every_linear() if one[1].expert == 0)
+    return [] if whole else ["vLLM 0.32 refuses experts without a gate in compressed-tensors beside linears of another scheme"]
 
 
 def _in_blocks(plan: Plan, layer: int, linear: Linear) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,8 @@ class LayerWork:
         self.copies: dict[str, torch.Tensor] = {}
         self.live: TransformerLayer | None = None
         self.calibrated: Calibrated | None = None
+        self.waiting: dict[str, torch.Tensor] = {}
+        self.amax: torch.Tensor | None = None
         self.row: dict[str, Any] = {"layer": index}
         self.ranks = stream.ranks
         sizes = {place: math.prod(linear.shape) for place, linear in enumerate(stream.plan.linears(index))}
@@ -115,13 +117,33 @@ class LayerWork:
             self.row |= activations.compare(self.index, self.live, self.calibrated) or {}
         self.record.layers.append(self.row)
 
+    def _source(self, linear: Linear) -> torch.Tensor:
+        """The weight of `linear`. Linears that have one scale are taken together: its largest magnitude is of all of them."""
+        if linear.megatron not in self.waiting:
+            group = self.plan.sharing(self.index, linear)
+            self.waiting = {one.megatron: self._weight(one) for one in group}
+            self.amax = self._largest(group, self.waiting)
+        return self.waiting.pop(linear.megatron)
+
+    def _weight(self, linear: Linear) -> torch.Tensor:
+        if self.live is None:
+            return self.stream.take(self._inner(linear), linear.shape).to(self.stream.device, non_blocking=True)
+        # A copy: the live weight is overwritten by what the first format stores.
+        weight: torch.Tensor = self.live.get_parameter(f"{linear.module}.weight").clone()
+        return weight
+
+    def _largest(self, group: Sequence[Linear], sources: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """The largest magnitude of linears that share one scale, float32 []; None where scales are of blocks or rows."""
+        wanted = self.plan.wanted[self.index, group[0].megatron]
+        if wanted is None or wanted.scale != "tensor":
+            return None
+        with self.record.timed("quantize"):
+            return torch.stack([strips.amax_of(sources[one.megatron], self._inner(one)) for one in group]).amax()
+
     def linear(self, linear: Linear, place: int) -> LayerOutput:
         """Quantize one linear, of that place in the layer: what each format stores of it."""
         output, self.place = self._output(), place
-        if self.live is None:
-            source = self.stream.take(self._inner(linear), linear.shape).to(self.stream.device, non_blocking=True)
-        else:  # a copy: the live weight is overwritten by what the first format stores
-            source = self.live.get_parameter(f"{linear.module}.weight").clone()
+        source = self._source(linear)
         made = self._quantized(linear, source)
         if "megatron" in self.plan.formats:
             self._megatron(linear, source, output, made.get("megatron"))
@@ -131,16 +153,16 @@ class LayerWork:
 
     def _quantized(self, linear: Linear, source: torch.Tensor) -> dict[str, Quantized]:
         """What each format that quantizes the linear stores of it: the projections, or the fused matrix alone."""
-        inner, found = self._inner(linear), dict[str, Quantized]()
+        inner, amax, found = self._inner(linear), self.amax, dict[str, Quantized]()
         split, fused = (self.plan.scheme(form, self.index, linear) if form in self.plan.formats else None for form in _FORMATS)
         if split is not None:
             pieces = member_pieces(source, linear, split)
-            found["hf"] = self._shared(split, pieces, lambda: quantized_members(source, pieces, linear, split, inner))
+            found["hf"] = self._shared(split, pieces, lambda: quantized_members(pieces, linear, split, inner, amax))
         if fused is not None and split is not None and self.plan.same_numbers(self.index, linear):
             with self.record.timed("quantize"):
                 found["megatron"] = [fused_members(found["hf"], linear.fusion, fused)]
         elif fused is not None:
-            found["megatron"] = self._shared(fused, [[source]], lambda: [strips.quantize(source, fused, inner)])
+            found["megatron"] = self._shared(fused, [[source]], lambda: [strips.quantize(source, fused, inner, amax)])
         return found
 
     def _megatron(self, linear: Linear, source: torch.Tensor, output: LayerOutput, made: Quantized | None) -> None:

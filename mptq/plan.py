@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from mptq.arch import naming
+from mptq.arch import engines, naming
 from mptq.arch.config import ModelConfig, model_config
 from mptq.arch.documents import generation_fields
 from mptq.arch.families import family_of, nearest
@@ -23,7 +23,7 @@ from mptq.checkpoint.contents import require_weights
 from mptq.checkpoint.index import Checkpoint, open_checkpoint
 from mptq.errors import RecipeError, UnsupportedModelError
 from mptq.recipe import CARRIED, ROWS, Recipe, Scheme, load_recipe, recipe_names
-from mptq.schemes import schemes_by_linear
+from mptq.schemes import require_whole_groups, schemes_by_linear
 from mptq.types import TensorSpec
 from mptq.writers.dialects import DIALECTS, Contents
 
@@ -161,9 +161,23 @@ class Plan:
     def scheme(self, form: str, layer: int, linear: Linear) -> Scheme | None:
         """How an output holds a linear, or None for one that keeps its precision."""
         wanted = self.wanted[layer, linear.megatron]
-        if wanted is None or linear.fits(wanted.unit) or (form == "megatron" and wanted.scale == "block"):
+        if wanted is None or (form == "megatron" and wanted.scale == "block"):
+            return wanted
+        if self.fits(layer, linear) if form == "hf" else linear.fits(wanted.unit):
             return wanted
         return ROWS if self.recipe.misaligned == "per-channel" else None
+
+    def fits(self, layer: int, linear: Linear) -> bool:
+        """Whether engines read the recipe's scheme of a linear, and of all that they fuse with it."""
+        wanted = self.wanted[layer, linear.megatron]
+        return wanted is None or engines.groups(self.model, layer)[linear.megatron].fits(wanted.unit)
+
+    def sharing(self, layer: int, linear: Linear) -> tuple[Linear, ...]:
+        """The linears that have one scale together, this one among them: fused ones, where a scale belongs to a tensor."""
+        wanted, group = self.wanted[layer, linear.megatron], engines.groups(self.model, layer)[linear.megatron]
+        if wanted is None or wanted.scale != "tensor" or not group.fused:
+            return (linear,)
+        return tuple(other for other in group.linears if self.wanted[layer, other.megatron] == wanted)
 
     def every_linear(self) -> Iterator[tuple[int, Linear]]:
         """The linears of all layers, with their layers."""
@@ -375,6 +389,7 @@ def check_schemes(plan: Plan) -> None:
     if "hf" not in plan.formats:
         return
     _require_family(plan)
+    require_whole_groups(plan.recipe, plan.model, plan.wanted)
     if not wanted:
         return
     if plan.recipe.misaligned == "error":
@@ -405,7 +420,7 @@ def _misaligned(plan: Plan) -> list[str]:
         found = [
             naming.hf_layer(plan.model, layer) + name
             for linear in plan.linears(layer)
-            if (wanted := plan.wanted[layer, linear.megatron]) is not None and not linear.fits(wanted.unit)
+            if not plan.fits(layer, linear)
             for name in linear.hf
         ]
         if found:

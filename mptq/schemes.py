@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
-from mptq.arch import naming
+from mptq.arch import engines, naming
 from mptq.arch.config import ModelConfig
+from mptq.arch.naming import Linear
 from mptq.errors import RecipeError
 from mptq.recipe import Override, Recipe, Scheme
 
@@ -14,7 +15,7 @@ from mptq.recipe import Override, Recipe, Scheme
 def schemes_by_linear(recipe: Recipe, config: ModelConfig) -> Mapping[tuple[int, str], Scheme | None]:
     """(layer, Megatron module) -> what the recipe says of the linear, None for one that keeps its precision.
 
-    Raises RecipeError for a pattern that matches no linear, and for patterns that tear apart projections which engines fuse.
+    Raises RecipeError for a pattern that matches no linear, and for patterns that tear apart the projections of one linear.
     """
     own = [(override, override.scheme) for override in recipe.overrides]
     unused = [override for override in recipe.overrides if not override.optional]
@@ -52,7 +53,28 @@ def _scheme(
                     unused.remove(override)
     if len(set(members.values())) > 1:
         raise RecipeError(
-            f"{recipe.name}: the overrides give {', '.join(members)} different schemes, and engines fuse them: let the "
-            "patterns match all of them or none"
+            f"{recipe.name}: the overrides give {', '.join(members)} different schemes, and they are one linear of "
+            f"Megatron's, which engines fuse again: use {fused!r}, which matches all of them"
         )
     return next(iter(members.values()))
+
+
+def require_whole_groups(recipe: Recipe, config: ModelConfig, found: Mapping[tuple[int, str], Scheme | None]) -> None:
+    """Raise RecipeError for patterns that give linears different schemes which engines hold in one module.
+
+    Those are linears of their own to Megatron, and its output can hold each as it likes.
+    """
+    if not recipe.overrides:
+        return
+    for layer in range(config.num_layers):
+        for group in dict.fromkeys(engines.groups(config, layer).values()):
+            torn: dict[Scheme | None, Linear] = {}
+            for linear in group.linears:
+                torn.setdefault(found[layer, linear.megatron], linear)
+            if len(torn) > 1:
+                prefix = naming.hf_layer(config, layer)
+                raise RecipeError(
+                    f"{recipe.name}: the overrides give {' and '.join(prefix + linear.hf[0] for linear in torn.values())} "
+                    "different schemes, and engines hold them in one module: let the patterns match all of it, as "
+                    f"{' and '.join(map(repr, group.patterns))} would, or none of it, or use --format megatron"
+                )

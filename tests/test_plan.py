@@ -12,6 +12,7 @@ from mptq.plan import Source, plan_source
 from mptq.recipe import load_recipe, recipe_from
 from mptq.types import TensorSpec
 from tests.arch.models import model
+from tests.planning import planned, whole
 
 BLOCK, TENSOR = load_recipe("fp8-blockwise"), load_recipe("fp8-per-tensor")
 
@@ -157,13 +158,113 @@ def test_overrides_by_pattern():
     ("patterns", "message"),
     [
         (["decoder.layer.0.*"], r"'decoder\.layer\.0\.\*' matches no linear of the 2 layers: patterns are of names such as"),
-        (["*.q_proj"], r"give .*q_proj, .*k_proj, .*v_proj different schemes, and engines fuse them"),
+        (
+            ["*.q_proj"],
+            r"give .*q_proj, .*k_proj, .*v_proj different schemes, .* use 'decoder\.layers\.0\.self_attention\.linear_qkv'",
+        ),
         (["*"], "every linear is ignored"),
     ],
 )
 def test_bad_patterns(patterns, message):
     with pytest.raises(RecipeError, match=message):
         plan_source(source(256, 384, 4, 2, 128), BLOCK.changed(patterns), ("hf",))
+
+
+EXPERTS = r"'\*mlp\.experts\*' would"
+LATENT = r"q_a_proj and .*kv_a_proj_with_mqa .*'\*\.self_attention\.linear_q_down_proj' and '\*\.self_attention\.linear_kv_down"
+
+
+@pytest.mark.parametrize(
+    ("family", "pattern", "message"),
+    [
+        ("Qwen3-MoE", "*experts.experts.0.*", r"experts\.0\.gate_proj and .*experts\.1\.gate_proj different .*" + EXPERTS),
+        ("Qwen3-MoE", "*linear_fc2", r"experts\.0\.down_proj different schemes.*" + EXPERTS),
+        ("Mixtral", "*.w2", r"layers\.0\.block_sparse_moe\.experts\.0\.w1 and .*w2 .*" + EXPERTS),
+        ("DeepSeek-V3", "*layers.1.*linear_fc1", r"layers\.1\.mlp\.experts.*" + EXPERTS),
+        ("DeepSeek-V3", "*kv_a_proj_with_mqa", LATENT),
+        ("DeepSeek-V3", "*linear_q_down_proj", LATENT),
+    ],
+)
+def test_modules_of_engines_are_not_torn_apart(family, pattern, message):
+    args = whole(family)
+    with pytest.raises(RecipeError, match=message):
+        planned(args, "fp8-blockwise", pattern)
+    with pytest.raises(RecipeError, match="or use --format megatron"):
+        planned(args, "fp8-blockwise", pattern, formats=("hf", "megatron"))
+    # Each is a linear of its own to Megatron.
+    plan = planned(args, "fp8-blockwise", pattern, formats=("megatron",))
+    assert 0 < sum(scheme is None for scheme in plan.deviating.values()) < len(list(plan.every_linear()))
+
+
+@pytest.mark.parametrize(
+    ("family", "patterns"),
+    [
+        ("Qwen3-MoE", ["*mlp.experts*"]),
+        ("DeepSeek-V3", ["*mlp.experts*"]),
+        ("DeepSeek-V3", ["*shared_experts*"]),
+        ("DeepSeek-V3", ["*shared_experts.linear_fc2"]),
+        ("DeepSeek-V3", ["*.self_attention.linear_q_down_proj", "*.self_attention.linear_kv_down_proj"]),
+        ("DeepSeek-V3", ["*_a_proj*"]),
+        ("DeepSeek-V2", ["*kv_a_proj_with_mqa"]),
+    ],
+)
+def test_the_patterns_that_are_named_are_taken(family, patterns):
+    plan = planned(whole(family), "fp8-per-channel", *patterns)
+    assert len(plan.excluded) > len(planned(whole(family), "fp8-per-channel").excluded)
+
+
+def test_a_compressed_query_goes_into_blocks_with_the_latent():
+    plan = planned(whole("DeepSeek-V3"), "fp8-blockwise", formats=("hf", "megatron"))
+    assert plan.excluded == ["lm_head", "model.layers.1.mlp.gate"]
+    assert plan.differing == []
+    prefix = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
+    shapes = {spec.name: spec.shape for spec in plan.specs("hf")}
+    assert (shapes[prefix], shapes[f"{prefix}_scale_inv"]) == ((576, 256), (5, 2))
+    note = "kv_a_proj_with_mqa: 576 rows end in a part of a block, as in DeepSeek's own checkpoints"
+    assert any(warning.startswith(note) for warning in forecast.warnings(plan))
+    fields = BLOCK.model_dump()
+    for misaligned in ("per-channel", "error"):
+        plan = planned(whole("DeepSeek-V3"), recipe_from(fields | {"misaligned": misaligned}, "x"))
+        assert (plan.dialect, plan.excluded) == ("deepseek-fp8", ["lm_head", "model.layers.1.mlp.gate"])
+
+
+def test_a_ragged_query_takes_the_latent_along():
+    args = whole("DeepSeek-V3") | {"q_lora_rank": 192}
+    plan = planned(args, "fp8-blockwise")
+    names = ("q_a_proj", "kv_a_proj_with_mqa", "q_b_proj")  # the columns of q_b are the rows of q_a
+    assert [name for name in plan.excluded if ".0." in name] == [f"model.layers.0.self_attn.{name}" for name in names]
+    rows = planned(args, recipe_from(BLOCK.model_dump() | {"misaligned": "per-channel"}, "x"))
+    (kept,) = [modules for scheme, modules in rows.contents.groups.items() if scheme.name == "row"]
+    assert [name for name in kept if ".0." in name] == [f"model.layers.0.self_attn.{name}" for name in names]
+
+
+def test_a_latent_without_a_compressed_query_keeps_its_precision():
+    plan = planned(whole("DeepSeek-V2"), "fp8-blockwise")
+    assert "model.layers.0.self_attn.kv_a_proj_with_mqa" in plan.excluded
+    assert "model.layers.0.self_attn.q_proj" not in plan.excluded
+
+
+def test_experts_of_which_a_part_does_not_fit_keep_their_precision_together():
+    # Of MX blocks of 32 columns, fc1 has 8 and fc2 one and a half.
+    plan = planned(whole("Qwen3-MoE") | {"moe_ffn_hidden_size": 48}, "mxfp8")
+    kept = [name for name in plan.excluded if ".experts." in name]
+    assert len(kept) == 2 * 8 * 3
+    assert any(warning.startswith("gate_proj, up_proj, down_proj: not multiples of 32") for warning in forecast.warnings(plan))
+
+
+def test_one_scale_a_tensor_is_of_what_engines_fuse():
+    plan = planned(whole("DeepSeek-V3"), "fp8", formats=("hf", "megatron"))
+    by_name = {linear.megatron: linear for linear in plan.linears(1)}
+    pair = tuple(by_name[f"self_attention.linear_{name}_down_proj"] for name in ("q", "kv"))
+    assert plan.sharing(1, pair[0]) == plan.sharing(1, pair[1]) == pair
+    # Not of the experts, which engines hold in one module with a scale for each.
+    expert = by_name["mlp.experts.experts.0.linear_fc1"]
+    assert plan.sharing(1, expert) == (expert,)
+    blocks = planned(whole("DeepSeek-V3"), "fp8-blockwise")
+    assert blocks.sharing(1, pair[0]) == pair[:1]
+    # Where Megatron's output alone is written, one of them may be ignored.
+    alone = planned(whole("DeepSeek-V3"), "fp8", "*linear_q_down_proj", formats=("megatron",))
+    assert alone.sharing(1, pair[1]) == pair[1:]
 
 
 def test_mixtures_that_no_engine_reads_are_refused_for_hf():

@@ -208,6 +208,13 @@ ZOO: dict[str, Row] = {
         "two: the same only where topk is twice group_topk",
     ),
     "deepseek-v3-yarn": Row(f"{DEEPSEEK_V3} {YARN}", "DeepseekV3ForCausalLM"),
+    "deepseek-v3-latents": Row(
+        f"{DEEPSEEK_V3} {YARN} --q-lora-rank 256 --kv-lora-rank 512 --qk-pos-emb-head-dim 64 --qk-head-dim 128 "
+        "--v-head-dim 128",
+        "DeepseekV3ForCausalLM",
+        "the latents of the real model, 512 + 64: 576 rows are no whole blocks of 128, and the only ones that engines' kernels "
+        "of latent attention are built for",
+    ),
     "gpt-oss": Row(
         f"{GQA} {MIXTURE} --num-layers 4 --normalization RMSNorm --untie-embeddings-and-output-weights --num-experts 4 "
         "--moe-router-topk 2 --quick-geglu --no-bias-gelu-fusion --glu-linear-offset 1 --activation-func-clamp-value 7 "

@@ -44,6 +44,9 @@ _LATENT = {
     "self_attention.kv_layernorm": "self_attn.kv_a_layernorm",
     "mlp.shared_experts": "mlp.shared_experts.gate_proj mlp.shared_experts.up_proj mlp.shared_experts.down_proj",
 }
+_QKV = {"qkv_proj": "q_proj k_proj v_proj"}
+_GATED = _QKV | {"gate_up_proj": "gate_proj up_proj"}
+"""What vLLM calls a fused linear -> the modules of Hugging Face that are in it, in the order of its rows."""
 PLAIN: dict[str, tuple[Any, ...]] = {
     "norm": ("RMSNorm",),
     "zero centred": (False,),
@@ -83,7 +86,8 @@ class Family:
     like, by Megatron's names, several for a fused one; `layer` is the prefix of a layer; `positions` are rows that its
     table of positions has before the first position. `approximates` are features that it computes otherwise: the values of them
     that are written nevertheless, and what differs. `config_class` and `architecture` are transformers' own, whose code has
-    the epsilon of the norms of latents as a constant, `latent_epsilon`.
+    the epsilon of the norms of latents as a constant, `latent_epsilon`. `fused` are the linears that engines fuse, where all
+    modules of one are there: vLLM's `packed_modules_mapping` (engines.py; tests/vllm_models.json has what vLLM says).
     """
 
     name: str
@@ -95,6 +99,7 @@ class Family:
     layer: str = "model.layers.{}."
     positions: int = 0
     latent_epsilon: float | None = None
+    fused: Mapping[str, str] = field(default_factory=lambda: _GATED)
 
     def modules(self, megatron: str) -> tuple[str, ...]:
         """The Hugging Face modules of a module that Megatron calls so."""
@@ -137,6 +142,10 @@ _DEEPSEEK: dict[str, tuple[Any, ...]] = {
     "experts": ("every layer", "all but the first layers"),
     "shared": ("yes",),
     "router scale": _EITHER,
+}
+_FUSED_LATENT = {
+    "gate_up_proj": "gate_proj up_proj",
+    "fused_qkv_a_proj": "q_a_proj kv_a_proj_with_mqa",
 }
 _MAMBA = {
     "norm": "norm",
@@ -261,6 +270,7 @@ FAMILIES = (
         },
         _LATENT,
         latent_epsilon=1e-6,
+        fused=_FUSED_LATENT,
     ),
     Family(
         "DeepSeek-V2",
@@ -283,6 +293,7 @@ FAMILIES = (
             )
         },
         latent_epsilon=1e-6,
+        fused=_FUSED_LATENT,
     ),
     Family(
         "Nemotron-H",

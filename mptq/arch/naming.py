@@ -68,8 +68,9 @@ class Linear:
         return block is not None and not self.fusion.aligned(block)
 
     def fits(self, unit: tuple[int, int]) -> bool:
-        """Whether every projection of the group is whole multiples of `unit` in rows and columns."""
-        return all(rows % unit[0] == 0 and columns % unit[1] == 0 for _, (rows, columns) in self.members)
+        """Whether every projection, and each of `parts`, is whole multiples of `unit` in rows and columns."""
+        rows = (*self.fusion.rows, *self.parts)
+        return all(count % unit[0] == 0 for count in rows) and self.in_features % unit[1] == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +151,7 @@ def names(config: ModelConfig) -> Family:
 
 def layer_linears(config: ModelConfig, layer: int) -> tuple[Linear, ...]:
     """The linears of one layer, in the order of the forward pass."""
-    return _linears(config, config.kinds[layer])
+    return linears_of(config, config.kinds[layer])
 
 
 def layer_copies(config: ModelConfig, layer: int) -> tuple[Copy, ...]:
@@ -162,13 +163,14 @@ def layer_copies(config: ModelConfig, layer: int) -> tuple[Copy, ...]:
 
 
 @lru_cache(maxsize=16)
-def _linears(config: ModelConfig, kind: Kind) -> tuple[Linear, ...]:
+def linears_of(config: ModelConfig, kind: Kind) -> tuple[Linear, ...]:
+    """The linears of a layer of this kind, in the order of the forward pass."""
     return (*_MIXERS[kind.mixer](config), *_FFNS[kind.ffn](config))
 
 
 @lru_cache(maxsize=16)
 def _copies(config: ModelConfig, kind: Kind) -> tuple[Copy, ...]:
-    biases = (_bias(linear) for linear in _linears(config, kind) if linear.bias)
+    biases = (_bias(linear) for linear in linears_of(config, kind) if linear.bias)
     return (*_layer_norms(config, kind), *_OTHERS[kind.mixer](config), *_OTHERS[kind.ffn](config), *biases)
 
 
@@ -190,10 +192,11 @@ def _latent(config: ModelConfig) -> Iterator[Linear]:
     sizes, heads, hidden = config.latent, config.num_attention_heads, config.hidden_size
     assert sizes is not None
     queries = heads * (sizes.qk_dim + sizes.rotary_dim)
-    shapes = {"q_down_proj": (sizes.q_rank, hidden), "q_up_proj": (queries, sizes.q_rank)}
-    shapes = shapes if sizes.q_rank else {"q_proj": (queries, hidden)}
+    shapes = {"q_down_proj": (sizes.q_rank, hidden)} if sizes.q_rank else {"q_proj": (queries, hidden)}
+    shapes["kv_down_proj"] = (sizes.kv_rank + sizes.rotary_dim, hidden)
+    if sizes.q_rank:
+        shapes["q_up_proj"] = (queries, sizes.q_rank)
     shapes |= {
-        "kv_down_proj": (sizes.kv_rank + sizes.rotary_dim, hidden),
         "kv_up_proj": (heads * (sizes.qk_dim + sizes.v_dim), sizes.kv_rank),
         "proj": (hidden, heads * sizes.v_dim),
     }

@@ -28,14 +28,14 @@ def member_pieces(source: torch.Tensor, linear: Linear, scheme: Scheme) -> list[
 
 
 def quantized_members(
-    source: torch.Tensor, pieces: Sequence[Sequence[torch.Tensor]], linear: Linear, scheme: Scheme, name: str
+    pieces: Sequence[Sequence[torch.Tensor]], linear: Linear, scheme: Scheme, name: str, amax: torch.Tensor | None = None
 ) -> list[tuple[Fp8Weight, WeightError]]:
-    """The projections of `linear`, whose fused matrix is `source` and their own rows `pieces`: quantized, and their error.
+    """The projections of `linear`, whose own rows are `pieces`: quantized, and their error.
 
-    Blocks and rows belong to the projections; one scale a tensor to the fused matrix, because engines fuse it again. Raises
-    CheckpointError naming `name` for a weight that is not finite.
+    Blocks and rows belong to the projections; one scale a tensor to all that engines fuse, whose largest magnitude is `amax`,
+    float32 []. Raises CheckpointError naming `name` for a weight that is not finite.
     """
-    amax = strips.amax_of(source, name) if scheme.scale == "tensor" else None
+    assert (amax is not None) == (scheme.scale == "tensor"), "one scale a tensor is that of a fused group"
     named = zip(pieces, linear.members, strict=True)
     return [strips.quantize(rows, scheme, f"{name} ({member})", amax) for rows, (member, _) in named]
 

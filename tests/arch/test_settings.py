@@ -1,6 +1,5 @@
 """The ladder: which source counts, what disagrees, and what follows from what is not said."""
 
-import json
 from types import SimpleNamespace
 
 import pytest

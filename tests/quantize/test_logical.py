@@ -31,7 +31,8 @@ def test_the_fused_matrix_from_its_members(groups, widths, columns, kind, strip,
     linear = SimpleNamespace(fusion=fusion, members=[(str(member), None) for member in range(len(widths))])
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(strips._STRIP, "cpu", strip)  # so that members are copied, and not
-        members = quantized_members(source, member_pieces(source, linear, scheme), linear, scheme, "w")
+        amax = source.abs().amax() if kind == "tensor" else None
+        members = quantized_members(member_pieces(source, linear, scheme), linear, scheme, "w", amax)
     found, error = fused_members(members, fusion, scheme)
     whole, measured = strips.quantize(source, scheme, "w")
     assert torch.equal(found.data.view(torch.uint8), whole.data.view(torch.uint8))
