@@ -132,7 +132,7 @@ def test_no_output(tmp_path):
     with pytest.raises(OutputError, match="is damaged"):
         verify(tmp_path)
     (tmp_path / "manifest.json").write_text('{"schema": 99}')
-    with pytest.raises(OutputError, match="is not of schema 2"):
+    with pytest.raises(OutputError, match="is not of schema 3"):
         verify(tmp_path)
     (tmp_path / "manifest.json").write_text('{"schema": 3, "recipe": {}}')
     with pytest.raises(OutputError, match="recipe.name: Field required"):
