@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from mptq.arch import engines, naming
 from mptq.arch.documents import unread
+from mptq.arch.families import family_of
 from mptq.arch.places import carried
 from mptq.checkpoint.contents import foreign_code
 from mptq.types import DTYPE_BYTES, TensorSpec
@@ -22,8 +23,10 @@ IMPORTS_BYTES = 690_000_000
 """Resident memory of a process that reads and quantizes: torch, and the compiled loops (scripts/bench_memory.py)."""
 LAYER_BYTES = 440_000_000
 """What megatron-core's layer, ModelOpt and, with it, transformers add."""
-CONFIG_BYTES = 200_000_000
+CONFIG_BYTES = 30_000_000
 """What transformers adds where it is first needed for the configs of the output."""
+_MORE_CONFIG_BYTES = {"LlamaConfig": 170_000_000}
+"""What some of its config classes import beside (transformers 5.23: this one all that generation and images need)."""
 END_BYTES = 180_000_000
 """What the report's plots add at the end, and the libraries as they are unloaded: pages of their files, in use once more."""
 _PIECE_BYTES = 1 << 26  # stream.PIECE_BYTES, which needs torch
@@ -76,7 +79,12 @@ def peak_memory(plan: Plan, work: Work | None = None) -> int:
         running = _outer_memory(plan, max(_window(_items(plan, layer)) for layer in kinds))
     else:
         running = work.stored_bytes + max(_head_memory(plan, work), *(_live_memory(plan, layer, work) for layer in kinds))
-    return imports + max(running, CONFIG_BYTES * (not with_layers) + END_BYTES)
+    return imports + max(running, END_BYTES + (0 if with_layers else _config_memory(plan)))
+
+
+def _config_memory(plan: Plan) -> int:
+    family = family_of(plan.model)
+    return CONFIG_BYTES + (_MORE_CONFIG_BYTES.get(family.config_class, 0) if family else 0)
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,9 @@ def make(work: Path, name: str) -> Path:
 
 def predicted(command: list[str]) -> float:
     """GB, by a dry run."""
-    done = subprocess.run([*command, "--dry-run", "--json"], check=True, capture_output=True, text=True)
+    done = subprocess.run([*command, "--dry-run", "--json"], check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
     return float(json.loads(done.stdout)["predicted_peak_bytes"]) / 1e9
 
 
@@ -100,6 +102,7 @@ def main() -> None:
             command = [sys.executable, "-m", "mptq", "quantize", str(checkpoint), "-o", str(out), "--device", "cpu", "-q"]
             command += ["--tokenizer", str(options.inputs[0] if options.inputs else tokenizer)]
             command += [*(() if "--recipe" in MODES[mode] else ("--recipe", "fp8-blockwise")), *MODES[mode]]
+            shutil.rmtree(out, ignore_errors=True)  # of a run that was stopped
             expected = predicted(command)
             _, peak = measure(command, work / "log.txt")
             ratios.append(peak * 1.024 / expected)
