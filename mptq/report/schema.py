@@ -122,8 +122,10 @@ class Gate(Strict):
 class KvCache(Strict):
     """Static scales of a layer's FP8 KV cache."""
 
-    k_scale: float = Field(gt=0, description="key = FP8 code * k_scale")
-    v_scale: float = Field(gt=0, description="value = FP8 code * v_scale")
+    k_scale: float = Field(
+        gt=0, description="key = FP8 code * k_scale; of multi-latent attention the cached latent and shared key"
+    )
+    v_scale: float = Field(gt=0, description="value = FP8 code * v_scale; of multi-latent attention the same as k_scale")
 
 
 class Experts(Strict):
