@@ -19,7 +19,7 @@ from mptq.calibrate.activations import Activations, Batch, batches, chunks, flat
 from mptq.calibrate.fidelity import Deviation, NextTokens
 from mptq.errors import CheckpointError, OutputError
 from mptq.experts import Coverage, observed
-from mptq.quantize.fp8 import E4M3_MAX
+from mptq.quantize.fp8 import E4M3_MAX, floored
 from mptq.quantize.observers import Observers
 from mptq.ranks import Ranks
 from mptq.writers.disk import PieceFile
@@ -83,7 +83,7 @@ class Streams:
         self.sequences = [one for batch in self.held_out for one in batch.sequences]
         wide = sum(held_out) + sum(calibration)
         counts = (sum(held_out), wide) if self.propagates else (wide, sum(held_out))
-        dtype = getattr(torch, self.config.dtype)
+        self.compute_dtype = dtype = getattr(torch, self.config.dtype)
         self.bytes = sum(counts) * self.config.hidden_size * dtype.itemsize
         self.on_disk = self.bytes // ranks.size > options.memory
         folder = options.folder if self.on_disk else None
@@ -122,10 +122,9 @@ class Streams:
                 self.reference.write(batch, self._run(layer, self.reference, batch))
         coverage.join(self.options.ranks.gather(coverage.tokens))
         magnitudes = self._largest(observers.magnitudes(where))
-        # What is always zero has scale 1, as an all-zero block of a weight has.
-        amax = {name: torch.where(found == 0, E4M3_MAX, found) for name, found in magnitudes.items()}
+        amax = {name: floored(found) for name, found in magnitudes.items()}
         for name in of_cache:
-            amax[name] = _representable(amax[name])
+            amax[name] = _representable(amax[name], self.compute_dtype)
         modules = [linear.module for linear in static]
         experts = coverage.complete(amax, self.options.moe_min_tokens, modules)
         for name in modules:
@@ -243,9 +242,13 @@ class Streams:
         return left, right, self.ids[piece.start + 1 : piece.stop + 1].to(self.options.device)
 
 
-def _representable(amax: torch.Tensor) -> torch.Tensor:
-    """The least magnitude, no less than `amax`, whose scale (amax / 448) is a bfloat16: engines store the cache's scales so."""
-    scale = amax / E4M3_MAX
+def _representable(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The least magnitude, no less than `amax`, whose scale (amax / 448) is a bfloat16 and a normal number of `dtype`.
+
+    vLLM keeps the cache's scales in the model's dtype. Of a model in float16 they are so 2 ** -14 or more, which puts a cache
+    whose largest magnitude is under 448 times that off by at most 2 ** -24.
+    """
+    scale = (amax / E4M3_MAX).clamp(min=torch.finfo(dtype).tiny)
     rounded = scale.bfloat16()
     above = torch.nextafter(rounded, torch.tensor(math.inf, dtype=torch.bfloat16))
     return torch.where(rounded.float() >= scale, rounded, above).float() * E4M3_MAX

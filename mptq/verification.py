@@ -158,8 +158,10 @@ def check_names(output: Output, made: dict[str, Any]) -> Iterator[str]:
 
 
 def check_scales(output: Output, made: dict[str, Any]) -> Iterator[str]:
-    """Every FP8 weight has a scale of the shape that its scheme implies; these and calibrated ones are positive and finite."""
+    """Every FP8 weight has a scale of the shape that its scheme implies; these and calibrated ones are possible ones."""
     import torch
+
+    from mptq.quantize.fp8 import SCALE_FLOOR
 
     for inner, entry in made["tensors"].items():
         weights = [item for item in entry.get(output.form, []) if item["dtype"] == "float8_e4m3fn"]
@@ -169,15 +171,28 @@ def check_scales(output: Output, made: dict[str, Any]) -> Iterator[str]:
         for spec in _scales_of(output.form, inner, weights, scheme, made["dialect"]):
             if output.specs.get(spec.name) != spec:
                 yield f"{spec.name} of {inner} is not there as {spec.dtype} {list(spec.shape)}"
-                continue
-            scale = output.load(spec.name)
-            good = scale != _NOT_A_NUMBER if scheme.scale == "mx" else torch.isfinite(scale) & (scale > 0)
-            if not good.all():
-                yield f"{spec.name} has scales that are not positive and finite"
+            else:
+                yield from _check_values(output, spec.name, scheme)
     for item in _calibrated(output.form, made):
         value = output.load(item["name"]) if item["name"] in output.specs else torch.tensor(torch.nan)
-        if not (torch.isfinite(value) & (value > 0)).all():
-            yield f"{item['name']} is no positive and finite scale"
+        if not (torch.isfinite(value) & (value >= SCALE_FLOOR)).all():
+            yield f"{item['name']} is no finite scale of {SCALE_FLOOR:.2g} or more"
+
+
+def _check_values(output: Output, name: str, scheme: Scheme) -> Iterator[str]:
+    """The scales called `name` are finite, none is under the floor, and ModelOpt's magnitudes beside them are theirs."""
+    import torch
+
+    from mptq.quantize.fp8 import E4M3_MAX, SCALE_FLOOR, powers_of_two
+
+    stored = output.load(name)
+    scale = torch.where(stored == _NOT_A_NUMBER, torch.nan, powers_of_two(stored)) if scheme.scale == "mx" else stored
+    if not (torch.isfinite(scale) & (scale >= SCALE_FLOOR)).all():
+        yield f"{name} has scales that are not finite or less than {SCALE_FLOOR:.2g}"
+    amax = name.removesuffix("_scale") + "_amax"
+    given = output.form == "megatron" and amax in output.specs  # MX has none
+    if given and not torch.equal((output.load(amax) / E4M3_MAX).flatten(), stored.flatten()):
+        yield f"{amax} is not 448 times {name}: ModelOpt would restore other numbers by one than by the other"
 
 
 _NOT_A_NUMBER = 255

@@ -50,7 +50,8 @@ def convert(module, config):
         holder = torch.nn.ModuleDict({"module": module})
         mtq.quantize(holder, config)
         if (amax := getattr(getattr(module, "weight_quantizer", None), "_amax", None)) is not None:
-            amax.masked_fill_(amax / 448 == 0, 448)  # ModelOpt would divide 0 by 0
+            # ModelOpt would divide 0 by 0, and by what is next to it.
+            amax.copy_(torch.where(amax == 0, 448.0, amax.clamp(min=448 * 2.0**-39)))
         mtq.compress(holder)
 
 

@@ -6,6 +6,13 @@ from fractions import Fraction
 import torch
 
 
+def scale_of(amax: torch.Tensor) -> torch.Tensor:
+    """amax / 448, but 2 ** -39 for what is less, and 1 for 0."""
+    if amax == 0:
+        return torch.tensor(1.0)
+    return max(amax / 448, torch.tensor(2.0**-39))
+
+
 def block(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(bytes, scales) of a float32 matrix in 128x128 blocks: one block at a time."""
     rows, columns = weight.shape
@@ -14,8 +21,7 @@ def block(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     for i in range(0, rows, 128):
         for j in range(0, columns, 128):
             tile = weight[i : i + 128, j : j + 128]
-            scale = tile.abs().max() / 448
-            scale = scale if scale > 0 else torch.tensor(1.0)
+            scale = scale_of(tile.abs().max())
             scales[i // 128, j // 128] = scale
             data[i : i + 128, j : j + 128] = (tile / scale).to(torch.float8_e4m3fn)
     return data.view(torch.uint8), scales
@@ -30,7 +36,7 @@ def row(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def tensor(weight: torch.Tensor, amax: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """(bytes, scale) of a float32 matrix with one scale, of `amax` (a fused group's) or its own."""
     amax = weight.abs().max() if amax is None else amax
-    scale = amax / 448 if amax / 448 > 0 else torch.tensor(1.0)
+    scale = scale_of(amax)
     return (weight / scale).to(torch.float8_e4m3fn).view(torch.uint8), scale
 
 
@@ -44,7 +50,7 @@ def mx(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         for j in range(0, columns, 32):
             block = [Fraction(value) for value in values[i][j : j + 32]]
             amax = max(map(abs, block))
-            exponent = -127
+            exponent = -39
             while amax > 448 * Fraction(2) ** exponent:
                 exponent += 1
             exponent = exponent if amax else 0

@@ -49,7 +49,7 @@ ALLOWED = {
     }
     | STAGES,
     "inspection": SHARED | {"checkpoint", "forecast", "plan", "report", "writers"},
-    "verification": SHARED | {"checkpoint", "writers", "inspection", "comparison", "hashing", "plan"},
+    "verification": SHARED | {"checkpoint", "quantize", "writers", "inspection", "comparison", "hashing", "plan"},
     "comparison": SHARED | STAGES | {"plan", "report", "verification"},  # of verification: a type
     "cli": {
         "calibrate",

@@ -12,8 +12,9 @@ import mptq.arch.layer
 import mptq.pipeline
 from mptq.arch.forward import final_norm
 from mptq.plan import make_plan
-from mptq.quantize.fp8 import dequantize
+from mptq.quantize.fp8 import dequantize, floored
 from mptq.recipe import load_recipe
+from mptq.streams import _representable
 from mptq.types import Fp8Weight
 from tests.conftest import ROOT, run
 from tests.driving import (
@@ -131,6 +132,17 @@ def test_megatrons_numbers_alone(crossing, crossing_hf, tmp_path):
             weights |= {f"model.layers.{layer}.{member}.weight": value for member, value in members}
     expected = logits_of(transformers_model(crossing_hf, weights), IDS)
     assert distance(driven.streams.logits[1], expected) < 2e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("amax", [2.0**-40, 1e-9, 1e-3, 0.03, 5.8, 43.8, 448.0, 60000.0])
+def test_scales_of_the_cache_are_what_engines_store(amax, dtype):
+    """Exact in the dtype that vLLM keeps them in, and normal there; no less than amax / 448, and at most a bfloat16 above it."""
+    amax = floored(torch.tensor(amax))
+    scale = _representable(amax, dtype) / 448
+    assert scale == scale.bfloat16().float() == scale.to(dtype).float()
+    assert scale >= max(amax / 448, torch.finfo(dtype).tiny)
+    assert scale <= max(amax / 448 * (1 + 2**-7), torch.tensor(torch.finfo(dtype).tiny))
 
 
 @pytest.mark.slow

@@ -1,9 +1,11 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from mptq import verification
 from mptq.errors import CheckpointError, OutputError
 from mptq.verification import verify
 from mptq.writers.manifest import sha256
@@ -83,11 +85,11 @@ def test_copy_that_is_none(out, aligned):
     assert verify(out, aligned).failures == [message]
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e-23, float("nan"), float("inf")])
 def test_scales_that_cannot_be(out, value):
     name = "model.layers.1.self_attn.k_proj.weight_scale_inv"
     edit_hf(out, lambda tensors: tensors[name].fill_(value))
-    assert verify(out).failures == [f"{name} has scales that are not positive and finite"]
+    assert verify(out).failures == [f"{name} has scales that are not finite or less than 1.8e-12"]
 
 
 def test_names_and_shapes(out):
@@ -147,3 +149,17 @@ def test_forged_account(out, aligned):
     edit_hf(out, lambda tensors: tensors.pop(gone["hf"][0]["name"]))
     lines = verify(out, aligned).failures
     assert any("decoder.final_layernorm.weight" in line for line in lines)
+
+
+def test_a_magnitude_of_modelopts_that_is_not_of_its_scale(out, monkeypatch):
+    """ModelOpt takes either."""
+    name = "decoder.layers.1.mlp.linear_fc2.weight_quantizer._amax"
+    opened = verification._open
+
+    def changed(*arguments):
+        found = opened(*arguments)
+        return replace(found, load=lambda key: found.load(key) * (2 if key == name else 1))
+
+    monkeypatch.setattr(verification, "_open", changed)
+    scale = name.removesuffix("_amax") + "_scale"
+    assert [line.partition(":")[0] for line in verify(out).failures] == [f"{name} is not 448 times {scale}"]

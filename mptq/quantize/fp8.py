@@ -16,10 +16,24 @@ from mptq.recipe import Scheme
 from mptq.types import Fp8Weight
 
 E4M3_MAX = 448.0
+SCALE_FLOOR = 2.0**-39
+"""The least scale of anything that is not all zeros: 1.8e-12.
+
+Kernels divide by scales, by their products and by their ratios, and one takes less than 1e-12 for a block that was pruned
+and clears it (the SM90 mixture of experts of SGLang's DeepGEMM). With this one, reciprocals, products and ratios of two are
+normal numbers of float32; it is exact in bfloat16 and E8M0, and so is the least value that it scales, 2 ** -48. It costs only
+blocks whose largest magnitude is under 448 * 2 ** -39 (8.1e-10) anything: their values are off by at most 2 ** -49 (1.8e-15)
+or 2 ** -4 of themselves, whichever is more. Nothing that float16 holds but zero (2 ** -24 and more) comes to it.
+"""
 LARGEST_CODE = 0x7E
 """The bits of 448, without the sign."""
 STRIP_ROWS = 128
 """Rows handled at once, a multiple of every block: small enough for temporaries to stay in cache, however tall the matrix."""
+
+
+def floored(amax: torch.Tensor) -> torch.Tensor:
+    """The magnitudes that scales are made for, float32: no less than 448 * SCALE_FLOOR, and 448 (scale 1) for zeros alone."""
+    return torch.where(amax == 0, E4M3_MAX, amax.clamp(min=E4M3_MAX * SCALE_FLOOR))
 
 
 def strips(weight: Fp8Weight, scheme: Scheme) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
@@ -55,7 +69,7 @@ def dequantize(weight: Fp8Weight, scheme: Scheme, out: torch.Tensor | None = Non
 
 
 def reference_scale(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """The scale that `weight` [out, in] must have: float32 amax / 448 of each block or row, or of all, 1 where that is 0.
+    """The scale that `weight` [out, in] must have: float32 `floored` amax / 448 of each block or row, or of all.
 
     For MX the E8M0 byte of the smallest power of two that is no less.
     """
@@ -72,8 +86,7 @@ def reference_scale(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
             columns = torch.nn.functional.pad(strip, (0, -strip.shape[1] % 128)).unflatten(1, (-1, 128))
             rows.append(torch.linalg.vector_norm(columns, math.inf, dim=(0, 2)))
         amax = torch.stack(rows)
-    scale = amax / E4M3_MAX
-    return torch.where(scale == 0, 1.0, scale)
+    return floored(amax) / E4M3_MAX
 
 
 def first_out_of_bound(source: torch.Tensor, weight: Fp8Weight, scheme: Scheme) -> tuple[int, int] | None:

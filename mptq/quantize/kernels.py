@@ -34,7 +34,7 @@ _DROPPED = np.int32(20)
 _HALF = np.int32((1 << 19) - 1)
 _KEPT = np.int32(-1 << 20)
 _LARGEST_BITS = np.float32(448).view(np.int32)
-"""More than that, by the rounding of a scale that is a subnormal number, saturates."""
+"""More than that saturates: what is beyond the magnitude that a scale is for."""
 _UNSIGNED, _ZERO, _LARGEST = np.uint8(0x7F), np.uint8(0), np.uint8(0x7E)
 
 

@@ -10,6 +10,8 @@ import torch
 
 BLOCK = 32
 _BIAS = 127
+_FLOOR = -39
+"""fp8.SCALE_FLOOR's exponent."""
 
 
 def scales(weight: torch.Tensor) -> torch.Tensor:
@@ -18,11 +20,12 @@ def scales(weight: torch.Tensor) -> torch.Tensor:
 
 
 def scale(amax: torch.Tensor) -> torch.Tensor:
-    """The E8M0 byte for each magnitude `amax`, float32: that of the smallest 2 ** (byte - 127) >= amax / 448.
+    """The E8M0 byte for each magnitude `amax`, float32: that of the smallest 2 ** (byte - 127) >= amax / 448, from 2 ** -39 on.
 
-    Exact: amax = m * 2 ** e with m in [0.5, 1), and 448 = 0.875 * 2 ** 9. A block of zeros has scale 1.
+    Exact: amax = m * 2 ** e with m in [0.5, 1), and 448 = 0.875 * 2 ** 9. A block of zeros has scale 1. Why there is a floor
+    is at fp8.SCALE_FLOOR; E8M0's own, 2 ** -127, is no normal float32, and 0 to who makes one by shifting the byte.
     """
     mantissa, exponent = torch.frexp(amax)
     exponent = exponent - 9 + (mantissa > 0.875).int()
-    exponent = torch.where(amax == 0, 0, exponent.clamp(-_BIAS, _BIAS))
+    exponent = torch.where(amax == 0, 0, exponent.clamp(_FLOOR, _BIAS))
     return (exponent + _BIAS).to(torch.uint8)

@@ -16,7 +16,7 @@ with quiet_imports():
     from modelopt.torch.quantization.nn import TensorQuantizer
 
 from mptq.errors import CheckpointError
-from mptq.quantize.fp8 import E4M3_MAX
+from mptq.quantize.fp8 import floored
 from mptq.recipe import Calibration
 
 Visit = Callable[[str, torch.Tensor], torch.Tensor]
@@ -104,7 +104,7 @@ class Observers:
     def quantizing(self, layer: torch.nn.Module, amax: Mapping[str, torch.Tensor]) -> Iterator[None]:
         """Of what passes through `layer`, what `amax` names is rounded to E4M3 with the scales amax / 448, as in an engine."""
         for name, value in amax.items():
-            self.quantizers[name].amax = value.clamp(min=torch.finfo(torch.float32).tiny * E4M3_MAX)
+            self.quantizers[name].amax = floored(value)
         with _hooked(layer, amax, lambda name, states: self.quantizers[name](states)):
             yield
 

@@ -21,7 +21,7 @@ import torch
 from mptq.arch.fusion import Fusion
 from mptq.errors import CheckpointError
 from mptq.quantize import mx
-from mptq.quantize.fp8 import E4M3_MAX, STRIP_ROWS, powers_of_two
+from mptq.quantize.fp8 import E4M3_MAX, STRIP_ROWS, floored, powers_of_two
 from mptq.quantize.sums import Sums
 from mptq.recipe import Scheme
 from mptq.types import Fp8Weight, WeightError
@@ -97,9 +97,9 @@ def unfilled(pieces: Sequence[torch.Tensor], scheme: Scheme) -> Fp8Weight:
 
 
 def _store(amax: torch.Tensor, made: Fp8Weight, at: Any) -> torch.Tensor:
-    """Store magnitudes and their scales, amax / 448, and 1 for all zeros (or what is so small that its scale would be 0)."""
+    """Store magnitudes, `floored`, and their scales, amax / 448: ModelOpt finds the one that belongs to the other."""
     assert made.amax is not None
-    made.amax[at] = torch.where(amax / E4M3_MAX == 0, E4M3_MAX, amax)
+    made.amax[at] = floored(amax)
     made.scale[at] = made.amax[at] / E4M3_MAX
     return made.scale[at]
 

@@ -7,6 +7,7 @@ from modelopt.torch.quantization.plugins.megatron import quant_module_get_extra_
 from modelopt.torch.quantization.qtensor import FP8QTensor
 
 from mptq.quantize import strips
+from mptq.quantize.fp8 import dequantize
 from mptq.quantize.modelopt import _ordered, kept_state, linear_state, modelopt_state, quant_config
 from mptq.recipe import Scheme
 from tests.compressing import compress
@@ -30,6 +31,11 @@ def weights(draw):
     return weight
 
 
+def in_range(weight):
+    """Without all-zero blocks, where ModelOpt divides 0 by 0, and those of next to nothing, where it has no floor."""
+    return weight * 2.0**40 + (weight == 0)
+
+
 def converted(weight, scheme):
     """A linear that ModelOpt quantized and compressed."""
     linear = torch.nn.Linear(*reversed(weight.shape), bias=False, device="meta")
@@ -40,12 +46,27 @@ def converted(weight, scheme):
 @settings(max_examples=40)
 @given(weights(), st.sampled_from([BLOCK, TENSOR, ROW]))
 def test_equals_what_modelopt_makes_of_a_linear(weight, scheme):
-    weight = weight + (weight == 0) * 2.0**-100  # without all-zero blocks, where ModelOpt divides 0 by 0
+    weight = in_range(weight)
     theirs = converted(weight, scheme)
     ours, _ = strips.quantize(weight, scheme, "w")
     assert torch.equal(ours.data.view(torch.uint8), theirs.weight.data.view(torch.uint8))
     assert torch.equal(ours.scale.flatten(), theirs.weight_quantizer._scale.flatten())
     assert torch.equal(ours.amax.flatten(), theirs.weight_quantizer._amax.flatten())
+
+
+@settings(max_examples=25)
+@given(weights(), st.integers(-130, -20), st.sampled_from([BLOCK, TENSOR, ROW]))
+def test_modelopt_finds_the_scale_from_the_magnitude(weight, exponent, scheme):
+    """Whichever of the two it takes: of next to nothing too, it gives the same scale, bytes and dequantized numbers."""
+    weight = weight * 2.0**exponent
+    theirs = converted(weight, scheme)  # compressed by the magnitudes that are ours (tests/compressing.py)
+    ours, _ = strips.quantize(weight, scheme, "w")
+    assert torch.equal(ours.amax.flatten(), theirs.weight_quantizer._amax.flatten())
+    assert torch.equal(ours.scale.flatten(), theirs.weight_quantizer._scale.flatten())
+    assert torch.equal(ours.scale, ours.amax / 448)
+    assert torch.equal(ours.data.view(torch.uint8), theirs.weight.data.view(torch.uint8))
+    theirs.weight_quantizer._scale.copy_((ours.amax / 448).view_as(theirs.weight_quantizer._scale))
+    assert torch.equal(dequantize(ours, scheme), theirs.weight_quantizer(theirs.weight).float())
 
 
 @settings(max_examples=40)
@@ -71,7 +92,7 @@ def test_state_of_a_linear_that_is_left_alone():
 @settings(max_examples=30)
 @given(weights())
 def test_equals_modelopts_fp8_tensor_on_float32(weight):
-    weight = weight + (weight == 0) * 2.0**-100  # without all-zero blocks, where ModelOpt divides 0 by 0
+    weight = in_range(weight)
     for scheme, arguments in ((BLOCK, {"block_sizes": {-1: 128, -2: 128}}), (TENSOR, {}), (ROW, {"axis": 0})):
         theirs, scale = FP8QTensor.quantize(weight, **arguments)
         ours, _ = strips.quantize(weight, scheme, "w")

@@ -36,7 +36,15 @@ def test_equals_a_reference_in_exact_fractions(weight):
 
 
 def test_no_element_saturates_at_the_edge_of_an_exponent():
-    for amax, byte in ((448.0, 127), (448.0001, 128), (896.0, 128), (2.0**-133, 0), (3.4e38, 247), (1e-45, 0)):
+    for amax, byte in (
+        (448.0, 127),
+        (448.0001, 128),
+        (896.0, 128),
+        (2.0**-133, 88),
+        (3.4e38, 247),
+        (1e-45, 88),
+        (448 * 2.0**-38.5, 89),
+    ):
         weight = torch.full((1, 32), amax)
         assert mx.scales(weight).item() == byte, amax
         assert (quantize(weight).data.float().abs() <= 448).all()

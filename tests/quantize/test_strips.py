@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mptq.arch.fusion import Fusion
 from mptq.errors import CheckpointError
 from mptq.quantize import kernels, operators, strips
-from mptq.quantize.fp8 import dequantize
+from mptq.quantize.fp8 import dequantize, first_out_of_bound, powers_of_two, reference_scale
 from mptq.recipe import Scheme
 from tests import reference
 from tests.quantize.test_modelopt import weights
@@ -111,6 +111,42 @@ def test_one_scale_of_a_group():
     found, _ = strips.quantize(weight, SCHEMES["tensor"], "w", amax)
     assert found.scale == amax / 448
     assert torch.equal(found.data.view(torch.uint8), (weight / found.scale).to(torch.float8_e4m3fn).view(torch.uint8))
+
+
+@settings(max_examples=60)
+@given(weights(), st.integers(-130, -10), st.sampled_from(list(SCHEMES)), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_next_to_nothing_keeps_scales_that_kernels_can_divide_by(weight, exponent, kind, dtype):
+    """Bit for bit the reference, and what the floor is for (fp8.SCALE_FLOOR): no value is off by more than 2^-49 and E4M3."""
+    weight = weight[: 64 if kind == "mx" else 400, : 32 * -(-weight.shape[1] // 32)]
+    weight = torch.nn.functional.pad(weight, (0, -weight.shape[1] % 32)).mul(2.0**exponent).to(dtype)
+    found, error = strips.quantize(weight, SCHEMES[kind], "w")
+    if kind == "mx" and weight.numel() > 4096:  # the reference goes element by element
+        weight = weight[: 4096 // weight.shape[1] or 1]
+        found, error = strips.quantize(weight, SCHEMES[kind], "w")
+    assert same(found, *(reference.mx if kind == "mx" else REFERENCES[kind])(weight.float()))
+    scale = powers_of_two(found.scale) if kind == "mx" else found.scale
+    assert error.scale_min == float(scale.min()) >= 2.0**-39
+    for kernels_see in (scale, 1 / scale, scale * scale, scale.min() / scale.max(), scale * 2.0**-9, scale.bfloat16().float()):
+        assert (kernels_see >= torch.finfo(torch.float32).tiny).all()
+        assert kernels_see.isfinite().all()
+    values, whole = weight.double(), dequantize(found, SCHEMES[kind]).double()
+    if float(weight.abs().max()) < 448 * 2.0**-39:
+        assert ((whole - values).abs() <= torch.maximum(values.abs() * 2.0**-4, torch.tensor(2.0**-49)) * (1 + 2**-20)).all()
+    assert first_out_of_bound(weight, found, SCHEMES[kind]) is None
+    assert torch.equal(reference_scale(weight, SCHEMES[kind]), found.scale)
+
+
+@pytest.mark.parametrize("kind", SCHEMES)
+def test_the_floor_begins_where_it_says(kind):
+    """448 * 2^-39 has the scale 2^-39 anyway, the number above it its own, and those below, down to the least of all, that one."""
+    least, floor = torch.tensor(448 * 2.0**-39), 2.0**-39
+    above, below = (torch.nextafter(least, torch.tensor(other)) for other in (1.0, 0.0))
+    for amax, scale in ((least, floor), (above, 2 * floor if kind == "mx" else float(above / 448)), (below, floor)):
+        found, _ = strips.quantize(amax.expand(128, 128).contiguous(), SCHEMES[kind], "w")
+        assert ((powers_of_two(found.scale) if kind == "mx" else found.scale) == scale).all()
+    found, _ = strips.quantize(torch.full((128, 128), 2.0**-149), SCHEMES[kind], "w")
+    assert ((powers_of_two(found.scale) if kind == "mx" else found.scale) == floor).all()
+    assert (found.data.float() == 0).all()
 
 
 @pytest.mark.parametrize("kind", REFERENCES)
