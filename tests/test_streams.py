@@ -137,7 +137,7 @@ def test_megatrons_numbers_alone(crossing, crossing_hf, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("amax", [2.0**-40, 1e-9, 1e-3, 0.03, 5.8, 43.8, 448.0, 60000.0])
 def test_scales_of_the_cache_are_what_engines_store(amax, dtype):
-    """Exact in the dtype that vLLM keeps them in, and normal there; no less than amax / 448, and at most a bfloat16 above it."""
+    """Exact and normal in the dtype that vLLM keeps them in, no less than amax / 448, and at most a bfloat16 above it."""
     amax = floored(torch.tensor(amax))
     scale = _representable(amax, dtype) / 448
     assert scale == scale.bfloat16().float() == scale.to(dtype).float()

@@ -138,7 +138,7 @@ def test_next_to_nothing_keeps_scales_that_kernels_can_divide_by(weight, exponen
 
 @pytest.mark.parametrize("kind", SCHEMES)
 def test_the_floor_begins_where_it_says(kind):
-    """448 * 2^-39 has the scale 2^-39 anyway, the number above it its own, and those below, down to the least of all, that one."""
+    """448 * 2^-39 has the scale 2^-39 anyway, the number above it its own, and all below it 2^-39 too."""
     least, floor = torch.tensor(448 * 2.0**-39), 2.0**-39
     above, below = (torch.nextafter(least, torch.tensor(other)) for other in (1.0, 0.0))
     for amax, scale in ((least, floor), (above, 2 * floor if kind == "mx" else float(above / 448)), (below, floor)):
