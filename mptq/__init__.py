@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
     from mptq.inspection import inspect as inspect
-    from mptq.options import Options as Options
-    from mptq.pipeline import run as run
-    from mptq.plan import make_plan as make_plan
-    from mptq.recipe import load_recipe as load_recipe
-    from mptq.verification import verify as verify
+    from mptq.pipeline.options import Options as Options
+    from mptq.pipeline.run import run as run
+    from mptq.plan.plan import make_plan as make_plan
+    from mptq.recipes.recipe import load_recipe as load_recipe
+    from mptq.verification.structure import verify as verify
 
 __all__ = ["Options", "inspect", "load_recipe", "make_plan", "run", "verify"]
 
 _HOMES = {
-    "Options": "mptq.options",
+    "Options": "mptq.pipeline.options",
     "inspect": "mptq.inspection",
-    "load_recipe": "mptq.recipe",
-    "make_plan": "mptq.plan",
-    "run": "mptq.pipeline",
-    "verify": "mptq.verification",
+    "load_recipe": "mptq.recipes.recipe",
+    "make_plan": "mptq.plan.plan",
+    "run": "mptq.pipeline.run",
+    "verify": "mptq.verification.structure",
 }
 
 

@@ -18,8 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mptq.recipe import recipe_names
-from mptq.units import size, uncertain
+from mptq.recipes.recipe import recipe_names
+from mptq.report.formatting import size, uncertain
 
 VARIANTS = [[name, *cache] for name in recipe_names() for cache in ([], ["--kv-cache", "fp8"])]
 

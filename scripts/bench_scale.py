@@ -30,11 +30,11 @@ from bench_quantize import make_inputs, measure
 
 from mptq.checkpoint.index import open_checkpoint, read_blob
 from mptq.checkpoint.reader import Reader
+from mptq.formats.megatron.writer import MegatronWriter
 from mptq.types import LayerOutput
-from mptq.writers.megatron import MegatronWriter
 
 LAYERS = "decoder.layers."
-IMPORTS = "import mptq.pipeline, mptq.stream, mptq.writers.hf, safetensors, transformers; transformers.LlamaConfig()"
+IMPORTS = "import mptq.pipeline.run, mptq.pipeline.layer_stream, mptq.formats.hf.writer, safetensors, transformers; transformers.LlamaConfig()"
 """What a run without activations imports."""
 EXPERT = 512
 """Width of an expert's hidden state: whole blocks of 128, as those of models for FP8 are."""

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from modelopt.torch.quantization.qtensor import FP8QTensor
 
-from mptq.quantize import strips
-from mptq.recipe import Scheme
+from mptq.quantize import quantizer
+from mptq.recipes.recipe import Scheme
 
 ARGUMENTS: dict[str, dict[str, Any]] = {"block": {"block_sizes": {-1: 128, -2: 128}}, "row": {"axis": 0}, "tensor": {}}
 """Kind of scale -> how ModelOpt calls it."""
@@ -53,10 +53,10 @@ def main() -> None:
     print("| BF16 source, GB a second | strips, with the error | ModelOpt | ratio |\n|---|---|---|---|")
     for name in ARGUMENTS:
         scheme = Scheme(name)
-        ours, (data, scale) = strips.quantize(weight, scheme, "weight")[0], by_modelopt(weight, name)
+        ours, (data, scale) = quantizer.quantize(weight, scheme, "weight")[0], by_modelopt(weight, name)
         assert torch.equal(ours.data.view(torch.uint8), data)
         assert torch.equal(ours.scale.flatten(), scale.flatten())
-        contenders = [partial(strips.quantize, weight, scheme, "weight"), partial(by_modelopt, weight, name)]
+        contenders = [partial(quantizer.quantize, weight, scheme, "weight"), partial(by_modelopt, weight, name)]
         times = [[seconds(work) for work in contenders] for _ in range(options.runs)]
         one, other = (weight.nbytes / 1e9 / statistics.median(column) for column in zip(*times, strict=True))
         print(f"| {name} | {one:.2f} | {other:.2f} | {one / other:.1f} |", flush=True)

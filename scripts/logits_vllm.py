@@ -1,6 +1,6 @@
-"""How far the probabilities of vLLM (CPU build, float32) are from megatron-core's, of models of tests/zoo.py.
+"""How far the probabilities of vLLM (CPU build, float32) are from megatron-core's, of models of tests/support/zoo.py.
 
-    python -m tests.build_zoo qwen3 mixtral --out ZOO
+    python -m tests.support.build_zoo qwen3 mixtral --out ZOO
     mptq quantize --recipe none ZOO/qwen3/ckpt -o OUT/qwen3
     python scripts/logits_vllm.py OUT/qwen3 ZOO/qwen3/logits.pt        # in the environment that check_vllm.sh makes
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.zoo import Builder
+from tests.support.zoo import Builder
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts"
@@ -143,7 +143,7 @@ def tokens(tmp_path_factory) -> Path:
     """Megatron's indexed dataset of random ids, for models of 500 words: data without a tokenizer."""
     import numpy as np
 
-    from tests.calibrate.conftest import write_indexed
+    from tests.unit.calibration.conftest import write_indexed
 
     draw = np.random.default_rng(0)
     documents = [[draw.integers(0, 500, draw.integers(20, 60)).tolist()] for _ in range(40)]
@@ -154,7 +154,7 @@ def tokens(tmp_path_factory) -> Path:
 def options(tokens):
     """How the tests run: few and short sequences."""
     from mptq import Options
-    from mptq.calibrate.data import DataOptions
+    from mptq.calibration.tokens import DataOptions
 
     data = DataOptions((str(tokens),), calib_size=6, eval_size=3, seq_length=32)
     return Options(device="cpu", data=data, batch_size=4)
@@ -163,7 +163,7 @@ def options(tokens):
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory) -> Path:
     """A tokenizer of fewer than 500 words, with a generation config beside it."""
-    from tests.calibrate.conftest import make_tokenizer
+    from tests.unit.calibration.conftest import make_tokenizer
 
     folder = make_tokenizer(tmp_path_factory.mktemp("tokenizer") / "words")
     (folder / "generation_config.json").write_text("{}")
@@ -174,7 +174,7 @@ def tokenizer(tmp_path_factory) -> Path:
 def quantized(aligned, crossing, options, tmp_path_factory) -> dict[tuple[str, str], Path]:
     """Outputs in both formats, by model and recipe; of the crossing model with scales for an FP8 cache."""
     from mptq import make_plan, run
-    from mptq.recipe import load_recipe
+    from mptq.recipes.recipe import load_recipe
 
     made = {}
     for name, checkpoint in (("aligned", aligned), ("crossing", crossing)):
@@ -227,7 +227,7 @@ def smollm2_checkpoints(smollm2, tmp_path_factory) -> dict[int, Path]:
 
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory) -> Builder:
-    """`zoo(name)` is the folder of a tiny model of tests/zoo.py, built by megatron-core: its checkpoint and its logits."""
+    """`zoo(name)` is the folder of a tiny model of tests/support/zoo.py, built by megatron-core: its checkpoint and its logits."""
     return Builder(tmp_path_factory.mktemp("zoo"), run)
 
 

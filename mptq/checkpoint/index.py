@@ -19,16 +19,16 @@ from operator import add, attrgetter, gt
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mptq.checkpoint.layout import Location, locate
+from mptq.checkpoint.locate import Location, locate
 from mptq.checkpoint.metadata import Chunk, Tensor, read_entries
 from mptq.checkpoint.pickles import Inert, foreign, gc_paused
-from mptq.checkpoint.records import Record, load_torch_file, open_record
 from mptq.checkpoint.sources import run_config
+from mptq.checkpoint.torch_zip import StorageRecord, load_torch_file, open_record
 from mptq.errors import CheckpointError
 from mptq.hashing import sha256
 from mptq.types import TensorSpec
 
-__all__ = ["Checkpoint", "Chunk", "Record", "Tensor", "open_checkpoint", "read_blob"]
+__all__ = ["Checkpoint", "Chunk", "StorageRecord", "Tensor", "open_checkpoint", "read_blob"]
 _METADATA = 4 << 30  # bytes of the largest metadata file: a trillion parameters take 100 MB
 _END = 4096  # bytes, more than the list of a zip that torch writes of a tensor
 _DEPTH, _VALUES = 100, 1_000_000  # of the training arguments, which are about 800 in 4 levels
@@ -46,7 +46,7 @@ class Checkpoint:
 
     location: Location
     tensors: Mapping[str, Tensor]
-    blobs: Mapping[str, Record]
+    blobs: Mapping[str, StorageRecord]
     args: Mapping[str, Any]
     args_source: str
     fingerprint: str
@@ -87,9 +87,9 @@ def open_checkpoint(path: Path, iteration: int | None = None) -> Checkpoint:
     return Checkpoint(location, tensors, blobs, args, args_source, fingerprint, config, config_source, foreign(names))
 
 
-def _check_records(directory: Path, records: Iterable[Record]) -> None:
+def _check_records(directory: Path, records: Iterable[StorageRecord]) -> None:
     """Every record lies within its file and overlaps no other, and no file lies outside the checkpoint."""
-    files: defaultdict[str, list[Record]] = defaultdict(list)
+    files: defaultdict[str, list[StorageRecord]] = defaultdict(list)
     for record in records:
         files[record.file].append(record)
     for name, places in sorted(files.items()):
@@ -125,7 +125,7 @@ def _shard_size(directory: Path, name: str) -> int:
     return found.st_size
 
 
-def read_blob(directory: Path, record: Record) -> bytes:
+def read_blob(directory: Path, record: StorageRecord) -> bytes:
     """The bytes of a byte item, one `torch.save` file; raises CheckpointError when they are not what was written."""
     file = directory / record.file
     with open_record(file, f"{file} at byte {record.offset}", record.offset, record.length) as archive:
@@ -149,7 +149,7 @@ def ends_of_shards(checkpoint: Checkpoint, names: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _args(directory: Path, blobs: Mapping[str, Record], names: set[str]) -> tuple[dict[str, Any], str]:
+def _args(directory: Path, blobs: Mapping[str, StorageRecord], names: set[str]) -> tuple[dict[str, Any], str]:
     """The training run's arguments: in the item `common_state` (megatron-core 0.17 on) or in `common.pt` (before)."""
     common = directory / "common.pt"
     item = next((name for name in blobs if name.partition("/")[0] == "common_state"), None)

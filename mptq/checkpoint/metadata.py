@@ -18,9 +18,9 @@ from operator import attrgetter, gt
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from mptq.checkpoint.cover import covers
+from mptq.checkpoint.chunk_cover import covers
 from mptq.checkpoint.pickles import Inert, load_pickle
-from mptq.checkpoint.records import Record
+from mptq.checkpoint.torch_zip import StorageRecord
 from mptq.errors import CheckpointError
 from mptq.types import DTYPE_BYTES, TensorSpec
 
@@ -40,7 +40,7 @@ class Chunk(NamedTuple):
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    record: Record
+    record: StorageRecord
 
 
 class Tensor(NamedTuple):
@@ -49,7 +49,7 @@ class Tensor(NamedTuple):
     spec: TensorSpec
     offsets: Sequence[tuple[int, ...]] = ()
     sizes: Sequence[tuple[int, ...]] = ()
-    records: Sequence[Record] = ()
+    records: Sequence[StorageRecord] = ()
 
     @property
     def chunks(self) -> tuple[Chunk, ...]:
@@ -102,7 +102,7 @@ _KNOWN = {
 }
 
 
-def read_entries(file: Path, names: set[str] | None = None) -> tuple[dict[str, Tensor], dict[str, Record]]:
+def read_entries(file: Path, names: set[str] | None = None) -> tuple[dict[str, Tensor], dict[str, StorageRecord]]:
     """The tensors and the byte items of a metadata file.
 
     Every tensor's chunks cover it exactly, and no chunk has more bytes than its record. Raises CheckpointError otherwise. The
@@ -169,10 +169,10 @@ def _without_plans(raw: bytes, where: str, names: set[str] | None) -> Inert | No
     return found if whole else None
 
 
-def _entries(metadata: Inert) -> tuple[dict[str, Tensor], dict[str, Record]]:
+def _entries(metadata: Inert) -> tuple[dict[str, Tensor], dict[str, StorageRecord]]:
     records, items = _records(metadata.state["storage_data"])
     tensors: dict[str, Tensor] = {}
-    blobs: dict[str, Record] = {}
+    blobs: dict[str, StorageRecord] = {}
     grids: _Grids = {}
     for name, entry in metadata.state["state_dict_metadata"].items():
         if entry.global_name.endswith(".BytesStorageMetadata"):
@@ -183,15 +183,15 @@ def _entries(metadata: Inert) -> tuple[dict[str, Tensor], dict[str, Record]]:
     return tensors, blobs
 
 
-def _records(storage: dict[_Index, _Info]) -> tuple[_Places, dict[str, Record]]:
+def _records(storage: dict[_Index, _Info]) -> tuple[_Places, dict[str, StorageRecord]]:
     """The records of chunks by name and offset, and those of byte items by name."""
     names = list(map(attrgetter("fqn"), storage))
     offsets = list(map(attrgetter("offset"), storage))
     if not set(map(type, names)) <= {str} or not _are_integers(filter(None, offsets)):
         raise TypeError("an index of something else than a name and a tuple of integers")
-    found: defaultdict[str, dict[tuple[int, ...], Record]] = defaultdict(dict)
-    items: dict[str, Record] = {}
-    places = _as(Record, map(attrgetter("place"), storage.values()))
+    found: defaultdict[str, dict[tuple[int, ...], StorageRecord]] = defaultdict(dict)
+    items: dict[str, StorageRecord] = {}
+    places = _as(StorageRecord, map(attrgetter("place"), storage.values()))
     for name, offset, record in zip(names, offsets, places, strict=True):
         if offset is None:
             items[name] = record
@@ -210,12 +210,12 @@ def _are_integers(sizes: Iterable[tuple[int, ...]]) -> bool:
     return set(map(type, chain.from_iterable(sizes))) <= {int}
 
 
-_Places = dict[str, dict[tuple[int, ...], Record]]
+_Places = dict[str, dict[tuple[int, ...], StorageRecord]]
 _Boxes = list[tuple[int, ...]]
 _Grids = dict[tuple[int, ...], tuple[_Boxes, _Boxes, set[tuple[int, ...]]]]
 
 
-def _tensor(name: str, state: dict[str, Any], records: dict[tuple[int, ...], Record], grids: _Grids) -> Tensor:
+def _tensor(name: str, state: dict[str, Any], records: dict[tuple[int, ...], StorageRecord], grids: _Grids) -> Tensor:
     """One tensor; `grids` are the offsets and sizes of chunks, by shape, that were found to be good in others.
 
     With them are the different sizes, of which there is mostly one.

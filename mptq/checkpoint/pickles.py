@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NoReturn, Self
 
-from mptq.checkpoint.opcodes import OpcodeError, check
+from mptq.checkpoint.pickle_opcodes import OpcodeError, check
 from mptq.errors import CheckpointError
 
 _LARGE = 1 << 20  # bytes of a pickle of which so much is made that the garbage collector would notice

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from mptq.checkpoint.records import open_record
-from mptq.checkpoint.stored import Stored, Stream, stored_tensor
+from mptq.checkpoint.stored_tensor import Stored, Stream, stored_tensor
+from mptq.checkpoint.torch_zip import open_record
 from mptq.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from mptq.arch.places import Part
-    from mptq.checkpoint.index import Checkpoint, Chunk, Record
+    from mptq.checkpoint.index import Checkpoint, Chunk, StorageRecord
+    from mptq.model.checkpoint_keys import TensorSlice
 
 _BLOCK = 4 << 20  # bytes that are cast or scattered at once
 
@@ -31,7 +31,7 @@ class Reader:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self._stacks: dict[tuple[str, int], _Stack] = {}
-        self._checked: dict[Record, Stored] = {}
+        self._checked: dict[StorageRecord, Stored] = {}
 
     def read(self, name: str, out: torch.Tensor, index: tuple[int, ...] = (), first: int = 0) -> torch.Tensor:
         """Fill `out` with tensor `name`, or with `name[index]` of a stack of layers (or experts); casts to the dtype of `out`.
@@ -56,7 +56,7 @@ class Reader:
                 raise CheckpointError(f"{name} in {file} cannot be read: {error.strerror or error}") from error
         return out
 
-    def read_parts(self, parts: Sequence[Part], out: torch.Tensor, first: int = 0) -> torch.Tensor:
+    def read_parts(self, parts: Sequence[TensorSlice], out: torch.Tensor, first: int = 0) -> torch.Tensor:
         """Fill `out` with `parts`, one above the other by rows, from row `first` on."""
         row = -first
         for part in parts:

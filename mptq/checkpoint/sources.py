@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from mptq.checkpoint.layout import Location
+from mptq.checkpoint.locate import Location
 from mptq.errors import CheckpointError
 
 _LARGEST = 16 << 20  # bytes; run configs have 50 kB

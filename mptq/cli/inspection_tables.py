@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mptq.cli import tables
-from mptq.units import number, size
+from mptq.report.formatting import number, size
 
 WIDEST = 400
 """Characters of a line: names of tensors are long, and none is cut."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mptq.paths import require_local
+from mptq.files import require_local
 
 _PANEL = "Checkpoint"
 

@@ -11,10 +11,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mptq.cli import console
 from mptq.cli.tables import tensor_line
-from mptq.units import size
+from mptq.report.formatting import size
 
 if TYPE_CHECKING:
-    from mptq import record
+    from mptq.report import run_log
 
 _IMPORTING = 2
 """Steps that still import: torch's and ModelOpt's lazy parts."""
@@ -77,7 +77,7 @@ class Freezing:
     It is the command's to say that nothing of the process goes away before its end; a host of the library may think otherwise.
     """
 
-    def __init__(self, progress: record.Progress) -> None:
+    def __init__(self, progress: run_log.Progress) -> None:
         self.doing, self.bytes, self.tensor = progress.doing, progress.bytes, progress.tensor
         self._stage, self._steps = progress.stage, 0
 

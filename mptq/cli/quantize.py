@@ -17,8 +17,8 @@ from mptq.cli.progress import Freezing, LiveProgress
 from mptq.errors import GateError
 
 if TYPE_CHECKING:
-    from mptq.options import Options
-    from mptq.plan import Plan
+    from mptq.pipeline.options import Options
+    from mptq.plan.plan import Plan
 
 
 def parse_size(text: str) -> int:
@@ -136,12 +136,13 @@ def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print a line for every tensor.")] = False,
 ) -> None:
     """Quantize a Megatron checkpoint to FP8 and write a model that engines load."""
-    from mptq import pipeline, report
-    from mptq.calibrate.data import DataOptions
-    from mptq.options import Options
-    from mptq.plan import SourceOptions, make_plan
-    from mptq.ranks import is_first
-    from mptq.recipe import load_recipe
+    from mptq import report
+    from mptq.calibration.tokens import DataOptions
+    from mptq.distributed import is_first
+    from mptq.pipeline import run
+    from mptq.pipeline.options import Options
+    from mptq.plan.plan import SourceOptions, make_plan
+    from mptq.recipes.recipe import load_recipe
 
     terminated = _terminated()
     data = DataOptions(
@@ -164,7 +165,7 @@ def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
         batch_size=calib_batch_size,
         activation_memory=None if activation_memory is None else parse_size(activation_memory),
         moe_min_tokens=moe_min_tokens,
-        gates=report.Gates(max_kl, parse_percent(max_ppl_increase)),
+        gates=report.QualityLimits(max_kl, parse_percent(max_ppl_increase)),
     )
     chosen = SourceOptions(iteration, tuple(config or ()), hf_config, tokenizer)
     plan = make_plan(
@@ -173,9 +174,9 @@ def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
         tuple(form.strip() for form in formats.split(",")),
         chosen,
     )
-    out = output or pipeline.default_output(plan, checkpoint)
+    out = output or run.default_output(plan, checkpoint)
     if dry_run and is_first():
-        checked = pipeline.check(plan, out.resolve(), settings)
+        checked = run.check(plan, out.resolve(), settings)
         document = report.describe(plan, checked.work) | {"warnings": checked.notes, "output": str(out)}
         _show_plan(document, as_json, quiet)
     if dry_run:
@@ -202,12 +203,12 @@ def _show_plan(document: dict[str, Any], as_json: bool, quiet: bool) -> None:
 
 
 def _run(plan: Plan, out: Path, options: Options, live: LiveProgress | None) -> dict[str, Any]:
-    from mptq import pipeline
-    from mptq.record import Silent
+    from mptq.pipeline import run
+    from mptq.report.run_log import Silent
 
     try:
         with live or nullcontext(Silent()) as progress:
-            return pipeline.run(plan, out, options, Freezing(progress))
+            return run.run(plan, out, options, Freezing(progress))
     except KeyboardInterrupt as error:
         kept = hasattr(error, "__notes__")
         raise typer.Exit(console.fail(error, "interrupted" if kept else "interrupted: nothing was written", 130)) from error

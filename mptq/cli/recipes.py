@@ -14,7 +14,7 @@ def recipes(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the recipes, or show one."""
-    from mptq.recipe import load_recipe, recipe_names
+    from mptq.recipes.recipe import load_recipe, recipe_names
 
     if name is not None:
         recipe = load_recipe(name)

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from mptq.units import number, size, uncertain
+from mptq.report.formatting import number, size, uncertain
 
 _FORM = {"hf": "HF", "megatron": "Megatron"}
 

@@ -14,8 +14,8 @@ from mptq.checkpoint.pickles import gc_paused
 from mptq.inspection.huggingface import describe_huggingface, read_headers
 from mptq.inspection.megatron import describe_megatron
 from mptq.inspection.quantized import output_facts
-from mptq.plan import SourceOptions
-from mptq.writers import manifest
+from mptq.output import manifest
+from mptq.plan.plan import SourceOptions
 
 __all__ = ["SCHEMA", "inspect", "read_headers"]
 SCHEMA = 2

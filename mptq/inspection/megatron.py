@@ -6,9 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mptq.arch.config import ModelConfig, model_config
-from mptq.arch.ladder import settings_of
-from mptq.arch.places import dropped, locate
 from mptq.checkpoint.contents import foreign_code, obstacle
 from mptq.checkpoint.index import Checkpoint
 from mptq.errors import CheckpointError, MptqError, UnsupportedModelError
@@ -16,7 +13,10 @@ from mptq.inspection.predictions import predictions
 from mptq.inspection.quantized import scales
 from mptq.inspection.settings import architecture, settings_document, words
 from mptq.inspection.tree import tree
-from mptq.plan import Source, SourceOptions
+from mptq.model.checkpoint_keys import dropped, locate
+from mptq.model.config import ModelConfig, model_config
+from mptq.model.settings.resolve import resolve
+from mptq.plan.plan import Source, SourceOptions
 from mptq.types import TensorSpec
 
 _PARALLEL = {
@@ -50,7 +50,7 @@ def describe_megatron(checkpoint: Checkpoint, options: SourceOptions | None = No
         "not_read": _not_read(checkpoint, left_out),
         "recipes": [],
     }
-    settings = settings_of(checkpoint, options.config, options.hf_config)
+    settings = resolve(checkpoint, options.config, options.hf_config)
     document |= settings_document(settings)
     unfit = obstacle(checkpoint)
     try:

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from mptq import forecast
-from mptq.arch.naming import megatron_layer
 from mptq.errors import RecipeError, UnsupportedModelError
-from mptq.plan import FORMATS, Source, plan_source
-from mptq.recipe import Recipe, load_recipe, recipe_names
+from mptq.model.tensors import megatron_layer
+from mptq.plan import estimates
+from mptq.plan.plan import FORMATS, Source, plan_source
+from mptq.recipes.recipe import Recipe, load_recipe, recipe_names
 
 
 class Representatives:
@@ -45,7 +45,7 @@ class Representatives:
             prefix, layer, _ = inner.partition("decoder.layers.")
             count = self.counts[int(inner.split(".")[2])] if layer and not prefix else 1
             total += count * sum(spec.nbytes for spec in specs)
-        return total, forecast.peak_memory(plan)
+        return total, estimates.peak_memory(plan)
 
 
 def _signatures(source: Source) -> Iterator[Any]:

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from mptq.output import manifest
 from mptq.types import TensorSpec
-from mptq.writers import manifest
 
 _WEIGHT = (".weight_quantizer._scale", ".weight_scale_inv", ".weight_scale")
 _SIMULATED = ".weight_quantizer._amax"

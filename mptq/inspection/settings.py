@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from mptq.arch.config import ModelConfig
-from mptq.arch.families import family_of, nearest
-from mptq.arch.features import DEFAULTS, WORDS
-from mptq.arch.settings import Settings
+from mptq.model.architectures.families import family_of, nearest
+from mptq.model.config import ModelConfig
+from mptq.model.features import DEFAULTS, WORDS
+from mptq.model.settings.settings import Settings
 
 DEFAULTED = "megatron-core's default"
 _FEATURES = {

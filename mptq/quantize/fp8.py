@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from mptq.quantize import mx
-from mptq.recipe import Scheme
+from mptq.recipes.recipe import Scheme
 from mptq.types import Fp8Weight
 
 E4M3_MAX = 448.0

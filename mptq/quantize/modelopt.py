@@ -1,6 +1,6 @@
 """NVIDIA ModelOpt's side of a quantized linear: the quantizers and the state that its restore expects. The only importer of it.
 
-The numbers are those of strips.py, which are ModelOpt's own bit for bit (tests/quantize/test_strips.py); what ModelOpt makes of
+The numbers are those of strips.py, which are ModelOpt's own bit for bit (tests/unit/quantize/test_quantizer.py); what ModelOpt makes of
 them is what `mtq.quantize` and `mtq.compress` leave in a module, read from a small module that went through both.
 """
 
@@ -27,7 +27,7 @@ with quiet_imports():
     from modelopt.torch.quantization.qtensor.base_qtensor import QTensorWrapper
     from modelopt.torch.utils.serialization import safe_save
 
-from mptq.recipe import Scheme
+from mptq.recipes.recipe import Scheme
 from mptq.types import Fp8Weight
 
 

@@ -3,8 +3,8 @@
 from mptq.report.document import (
     NAME,
     SCHEMA,
-    Gates,
     Measured,
+    QualityLimits,
     build,
     describe,
     layer_rows,
@@ -21,8 +21,8 @@ from mptq.report.document import (
 __all__ = [
     "NAME",
     "SCHEMA",
-    "Gates",
     "Measured",
+    "QualityLimits",
     "build",
     "describe",
     "layer_rows",

@@ -12,15 +12,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mptq import forecast
-from mptq.arch import naming
 from mptq.errors import OptionError
-from mptq.writers.manifest import read_document, write_document
+from mptq.model import tensors
+from mptq.output.manifest import read_document, write_document
+from mptq.plan import estimates
 
 if TYPE_CHECKING:
-    from mptq.plan import Plan
-    from mptq.recipe import Scheme
-    from mptq.record import Record
+    from mptq.plan.plan import Plan
+    from mptq.recipes.recipe import Scheme
+    from mptq.report.run_log import RunLog
     from mptq.types import TensorSpec, WeightError
 
 NAME = "report.json"
@@ -63,7 +63,7 @@ def relative_error(rows: Iterable[Mapping[str, Any]]) -> float | None:
 _MEASURED = ("hidden_relative_error", "hidden_cosine", "kv_cache", "experts")
 
 
-def layer_rows(record: Record, layers: int) -> list[dict[str, Any]]:
+def layer_rows(record: RunLog, layers: int) -> list[dict[str, Any]]:
     """Each layer's weight error by format, and what the activations said of it."""
     measured = {row["layer"]: row for row in record.layers}
     by_layer: dict[int, dict[str, list[Mapping[str, Any]]]] = {layer: {} for layer in range(layers)}
@@ -78,7 +78,7 @@ def layer_rows(record: Record, layers: int) -> list[dict[str, Any]]:
     ]
 
 
-def describe(plan: Plan, work: forecast.Work | None = None) -> dict[str, Any]:
+def describe(plan: Plan, work: estimates.ActivationBudget | None = None) -> dict[str, Any]:
     """The plan as plain data: what `--dry-run` prints, and the first part of the report."""
     checkpoint = plan.source.checkpoint
     return {
@@ -93,19 +93,19 @@ def describe(plan: Plan, work: forecast.Work | None = None) -> dict[str, Any]:
         "model": plan.model.document,
         "formats": list(plan.formats),
         "bytes": {"in": plan.bytes_in} | {form: plan.bytes_out(form) for form in plan.formats},
-        "components": forecast.components(plan),
-        "actions": forecast.actions(plan),
-        "schemes": {form: forecast.schemes(plan, form) for form in plan.formats},
+        "components": estimates.components(plan),
+        "actions": estimates.actions(plan),
+        "schemes": {form: estimates.schemes(plan, form) for form in plan.formats},
         "excluded": plan.excluded if "hf" in plan.formats else [],
         "differing": plan.differing if len(plan.formats) > 1 else [],
         "dropped": plan.dropped,
-        "predicted_peak_bytes": forecast.peak_memory(plan, work),
-        "warnings": forecast.warnings(plan),
+        "predicted_peak_bytes": estimates.peak_memory(plan, work),
+        "warnings": estimates.warnings(plan),
     }
 
 
 @dataclass(frozen=True)
-class Gates:
+class QualityLimits:
     """Limits that the fidelity must keep: mean KL in nats, and the rise of perplexity in percent."""
 
     max_kl: float | None = None
@@ -141,13 +141,13 @@ class Gates:
 class Measured:
     """What a run did beside its plan: its record, its warnings, what the data says of itself, and what that came to."""
 
-    record: Record
+    record: RunLog
     notes: list[str]
     calibration: dict[str, Any] | None
-    work: forecast.Work | None
+    work: estimates.ActivationBudget | None
 
 
-def build(plan: Plan, measured: Measured, gates: Gates) -> dict[str, Any]:
+def build(plan: Plan, measured: Measured, gates: QualityLimits) -> dict[str, Any]:
     """The whole report of a run."""
     record = measured.record
     seconds = {stage: round(spent, 3) for stage, spent in record.seconds.items()}
@@ -167,7 +167,7 @@ def build(plan: Plan, measured: Measured, gates: Gates) -> dict[str, Any]:
     }
 
 
-def _speed(record: Record, stage: str) -> int | None:
+def _speed(record: RunLog, stage: str) -> int | None:
     """Bytes a second of a stage; None where it had nothing to do, as in a run that found everything written."""
     count, seconds = record.bytes.get(stage, 0), record.seconds.get(stage, 0.0)
     return round(count / seconds) if count and seconds else None
@@ -210,16 +210,16 @@ def tensor_account(plan: Plan) -> dict[str, dict[str, Any]]:
         } | {form: spec_rows(specs) for form, specs in outputs.items()}
         return account[inner]
 
-    before, after = naming.outer_copies(plan.model)
+    before, after = tensors.outer_copies(plan.model)
     for copy in (*before, *after, *plan.carried):
         add(copy.megatron, {form: plan.copy_specs(form, copy) for form in plan.formats})
     by_form = {"hf": plan.hf_linear_specs, "megatron": plan.megatron_linear_specs}
     for layer in plan.layers:
         for copy in plan.copies(layer):
-            inner = naming.megatron_layer(layer) + copy.megatron
+            inner = tensors.megatron_layer(layer) + copy.megatron
             add(inner, {form: plan.copy_specs(form, copy, layer) for form in plan.formats})
         for linear in plan.linears(layer):
-            inner = f"{naming.megatron_layer(layer)}{linear.megatron}.weight"
+            inner = f"{tensors.megatron_layer(layer)}{linear.megatron}.weight"
             entry = add(inner, {form: by_form[form](layer, linear) for form in plan.formats})
             found = {form: plan.scheme(form, layer, linear) for form in plan.formats}
             entry["scheme"] = {form: scheme.name for form, scheme in found.items() if scheme is not None}

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mptq.report import svg, views
+from mptq.report.formatting import duration, percent, size
 from mptq.report.svg import SERIES, Plot
-from mptq.units import duration, percent, size
 
 FORMS = {"hf": "Hugging Face", "megatron": "Megatron"}
 _SIZE = (560, 300)

@@ -16,9 +16,9 @@ import yaml
 from mptq.errors import OutputError
 from mptq.report import figures, heatmaps, svg, tables
 from mptq.report.figures import FORMS
+from mptq.report.formatting import change, duration, number, percent, size, uncertain
 from mptq.report.svg import Plot
 from mptq.report.tables import Table
-from mptq.units import change, duration, number, percent, size, uncertain
 
 NAME = "report.html"
 _COLUMNS = 4

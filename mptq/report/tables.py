@@ -9,7 +9,7 @@ from typing import Any
 
 from mptq.report import views
 from mptq.report.figures import FORMS
-from mptq.units import number, percent, size
+from mptq.report.formatting import number, percent, size
 
 SHOWN = 200
 """Rows of the table of tensors: the worst of what may be 150 000."""

@@ -1,0 +1,1 @@
+"""Kinds of calibration data, one file a kind."""

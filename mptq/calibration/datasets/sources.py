@@ -1,0 +1,125 @@
+"""The kinds of dataset, and which of them a name stands for. A new kind is a row of KINDS and a reader."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mptq.calibration.datasets import default, files, huggingface, megatron_indexed
+from mptq.errors import DataError
+from mptq.files import remote_url
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mptq.calibration.datasets.documents import Document
+    from mptq.calibration.tokens import DataOptions
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a dataset of this kind is told from its name, and read: documents in an order drawn from the random bits."""
+
+    name: str
+    recognise: Callable[[str], object]
+    read: Callable[[str, DataOptions, np.random.PCG64], Iterator[Document]]
+    tokenized: bool = False
+
+
+def _file_of(*suffixes: str) -> Callable[[str], bool]:
+    return lambda name: Path(name).suffix.lower() in suffixes and Path(name).is_file()
+
+
+KINDS = (
+    Kind("megatron", megatron_indexed.is_indexed, megatron_indexed.read_indexed, tokenized=True),
+    Kind("json-lines", _file_of(".jsonl", ".json"), files.read_json_lines),
+    Kind("parquet", _file_of(".parquet"), files.read_parquet),
+    Kind("text", files.text_files, files.read_text),
+    Kind("saved", huggingface.is_saved, huggingface.read_saved),
+    Kind("directory", huggingface.is_directory, huggingface.read_streamed),
+    Kind("hub", huggingface.is_hub_name, huggingface.read_streamed),
+)
+"""The first that recognises a name reads it."""
+
+DEFAULT = {"python-reference": (default.read_reference, 1.0), "python-library": (default.read_library, 2.0)}
+"""What is read when nothing is named, and its weight: the two together hold some 700 sequences of 512 tokens."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset that was asked for: `path` is a path or the name on the hub."""
+
+    path: str
+    kind: Kind
+    weight: float
+
+    @property
+    def name(self) -> str:
+        """What reports call it: the last part of a path, so that they are the same on every machine."""
+        return self.path if self.kind.name in ("hub", "default") else Path(self.path).resolve().name
+
+    @property
+    def place(self) -> Path:
+        """What tells whether two are the same."""
+        return (
+            Path(self.path) if self.kind.name in ("hub", "default") else Path(megatron_indexed.prefix_of(self.path)).resolve()
+        )
+
+
+def find_sources(datasets: tuple[str, ...]) -> list[Source]:
+    """The datasets named, or the default one; raises DataError with all that is wrong with the names, in one line."""
+    if not datasets:
+        return [Source(name, Kind("default", lambda _: False, read), weight) for name, (read, weight) in DEFAULT.items()]
+    found: list[Source] = []
+    problems: list[str] = []
+    for given in datasets:
+        try:
+            source = _find(given)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        twins = [other for other in found if _overlap(source.place, other.place)]
+        problems += [f"{given!r} and {other.path!r} overlap: give one of them, with a weight" for other in twins]
+        found.append(source)
+    if problems:
+        raise DataError("; ".join(problems))
+    return found
+
+
+def _overlap(one: Path, other: Path) -> bool:
+    return one == other or one in other.parents or other in one.parents
+
+
+def _find(given: str) -> Source:
+    path, weight = _split_weight(given)
+    if not (weight > 0 and math.isfinite(weight)):
+        raise DataError(f"dataset {given!r}: the weight must be a positive number")
+    for kind in KINDS:
+        if path and kind.recognise(path):
+            return Source(path, kind, weight)
+    raise DataError(_unknown(path))
+
+
+def _split_weight(given: str) -> tuple[str, float]:
+    """NAME and WEIGHT of "NAME:WEIGHT"; what exists as a path, or ends with no number, has the weight 1."""
+    path, colon, weight = given.rpartition(":")
+    if not colon or Path(given).exists() or megatron_indexed.is_indexed(given):
+        return given, 1.0
+    try:
+        return path, float(weight)
+    except ValueError:
+        return given, 1.0
+
+
+def _unknown(path: str) -> str:
+    """Why no kind recognises it."""
+    if remote_url(path):
+        return f"dataset {path!r}: remote paths are not read: mount or copy it"
+    if path.endswith((".bin", ".idx")) and Path(path).exists():
+        return f"dataset {path!r}: a Megatron indexed dataset needs both {megatron_indexed.prefix_of(path)}.bin and .idx"
+    if Path(path).is_file():
+        return f"dataset {path!r} is no UTF-8 text, JSON Lines (.jsonl), Parquet or Megatron indexed dataset"
+    return f"dataset {path!r} does not exist: name a file, a directory, the prefix of .bin and .idx, or org/name of the hub"

@@ -1,0 +1,254 @@
+"""The two streams of activations, reference and quantized, that go through the layers side by side with the weights."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mptq.calibration.expert_coverage import Coverage, observed
+from mptq.calibration.fidelity import Deviation, NextTokens
+from mptq.calibration.hidden_states import Activations, Batch, batches, chunks, flat
+from mptq.distributed import Ranks
+from mptq.errors import CheckpointError, OutputError
+from mptq.layers.forward import embed, final_norm, logits, run_layer, weigh_output
+from mptq.model.tensors import megatron_layer
+from mptq.output.disk import PieceFile
+from mptq.quantize.activation_quantizers import Observers
+from mptq.quantize.fp8 import E4M3_MAX, floored
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    from mptq.calibration.tokens import TokenData
+    from mptq.model.tensors import LinearSpec
+    from mptq.plan.plan import Plan
+
+LOGITS = 2**23
+"""Logits of a stream computed at once: 32 MB in float32."""
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """Where and in what pieces the activations are computed; `folder` holds what is over `memory` bytes of a rank."""
+
+    device: torch.device
+    batch_size: int
+    memory: int
+    folder: Path
+    moe_min_tokens: int = 0
+    ranks: Ranks = field(default_factory=Ranks)
+
+
+@dataclass
+class Calibrated:
+    """What the calibration of a layer found: float32 [] magnitudes of the inputs of linears, by module, and of the cache.
+
+    `rounded` are those that the quantized stream rounds by; the others only belong to an output that it does not follow.
+    """
+
+    observers: Observers
+    amax: dict[str, torch.Tensor]
+    rounded: Sequence[str]
+    experts: dict[str, Any] | None = None
+
+
+class HiddenStatePair:
+    """Hidden states of the held-out and calibration sequences by both streams, before the layer that comes next.
+
+    Held-out tokens come first. The quantized stream holds those, and the calibration tokens only where they calibrate
+    (`propagate: quantized`). Of several ranks, each has every n-th batch: of calibration tokens the same batches as one
+    would have, so that scales are the same to the bit; of held-out tokens smaller ones where there are too few to share.
+    Memory: tokens * hidden * 2 bytes for each stream, of the rank's own, up to a budget; then they are in files.
+    """
+
+    def __init__(self, plan: Plan, tokens: TokenData, options: StreamOptions) -> None:
+        self.plan, self.options = plan, options
+        self.config = plan.model
+        self.propagates = plan.recipe.calibration.propagate == "quantized"
+        self.ids = flat([*tokens.held_out, *tokens.calibration])
+        held_out, calibration = ([len(sequence) for sequence in part] for part in (tokens.held_out, tokens.calibration))
+        ranks = options.ranks
+        self.measures, self.calibrates = bool(held_out), bool(calibration)
+        together = max(1, min(options.batch_size, len(held_out) // ranks.size))
+        self.held_out = batches(held_out, together)[ranks.rank :: ranks.size]
+        self.calibration = batches(calibration, options.batch_size, sum(held_out))[ranks.rank :: ranks.size]
+        self.sequences = [one for batch in self.held_out for one in batch.sequences]
+        wide = sum(held_out) + sum(calibration)
+        counts = (sum(held_out), wide) if self.propagates else (wide, sum(held_out))
+        self.compute_dtype = dtype = getattr(torch, self.config.dtype)
+        self.bytes = sum(counts) * self.config.hidden_size * dtype.itemsize
+        self.on_disk = self.bytes // ranks.size > options.memory
+        folder = options.folder if self.on_disk else None
+        self.reference, self.quantized = (
+            Activations(count, self.config.hidden_size, dtype, folder, f"{name}-{ranks.rank}")
+            for count, name in zip(counts, ("reference", "quantized"), strict=True)
+        )
+
+    def embed(self, tables: Sequence[torch.Tensor]) -> None:
+        """Start both streams from the embeddings of words [vocabulary, hidden] and, where there is one, of positions."""
+        for stream in (self.reference, self.quantized):
+            for batch in [*self.held_out, *self.calibration]:
+                if batch.tokens.stop <= len(stream.states):
+                    ids = self.ids[batch.tokens].view(batch.count, batch.length)
+                    stream.write(batch, embed(ids.to(tables[0].device), tables))
+
+    def calibrate(self, index: int, layer: TransformerLayer, static: Sequence[LinearSpec]) -> Calibrated:
+        """Run the reference stream through `layer`, which has its own weights, and find the scales of its activations.
+
+        `static` are the linears whose inputs have one. Raises CheckpointError for activations that are not finite, and for a
+        linear that no token came to and that no other stands in for.
+        """
+        linears, where = self.plan.linears(index), megatron_layer(index).rstrip(".")
+        seen = observed(linears, static)
+        for expert in {linear.module.rpartition(".")[0] for linear in seen if linear.expert is not None}:
+            weigh_output(layer.get_submodule(expert))
+        cached = {form: self.plan.cached(form, index) for form in self.plan.formats}
+        of_cache = tuple(dict.fromkeys(chain.from_iterable(cached.values())))
+        observers = Observers((linear.module for linear in seen), of_cache, self.plan.recipe.calibration)
+        coverage = Coverage(linears)
+        with observers.collecting(layer), coverage.counting(layer):
+            self._collect(layer)
+        # Without calibration data, the held-out tokens are those that the report counts.
+        with nullcontext() if self.calibrates else coverage.counting(layer):
+            for batch in self.held_out:
+                self.reference.write(batch, self._run(layer, self.reference, batch))
+        coverage.join(self.options.ranks.gather(coverage.tokens))
+        magnitudes = self._largest(observers.magnitudes(where))
+        amax = {name: floored(found) for name, found in magnitudes.items()}
+        for name in of_cache:
+            amax[name] = _representable(amax[name], self.compute_dtype)
+        modules = [linear.module for linear in static]
+        experts = coverage.complete(amax, self.options.moe_min_tokens, modules)
+        for name in modules:
+            if name not in amax:
+                raise CheckpointError(f"{where}.{name}: no token of the calibration data came to it: give more data")
+        # The quantized stream is what the first of the formats stores.
+        return Calibrated(observers, amax, tuple(dict.fromkeys((*modules, *cached[self.plan.formats[0]]))), experts)
+
+    def _largest(self, magnitudes: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+        """The largest of all ranks, without what nothing passed on any."""
+        nothing = torch.tensor(-1.0, device=self.options.device)
+        found = [nothing if one is None else one for one in magnitudes.values()]
+        together = self.options.ranks.largest(torch.stack(found) if found else nothing[None][:0])
+        return {name: one for name, one in zip(magnitudes, together, strict=True) if one >= 0}
+
+    def _collect(self, layer: TransformerLayer) -> None:
+        """Run the calibration sequences through a layer with its own weights."""
+        source = self.quantized if self.propagates else self.reference
+        for batch in self.calibration:
+            out = self._run(layer, source, batch)
+            if not self.propagates:  # else the quantized layer hands on
+                source.write(batch, out)
+
+    def compare(self, index: int, layer: TransformerLayer, calibrated: Calibrated) -> dict[str, float] | None:
+        """Run the quantized stream through `layer`, which has its quantized weights now; how far it is from the reference.
+
+        None without held-out tokens. Raises CheckpointError for activations that are not finite.
+        """
+        deviation = Deviation()
+        with calibrated.observers.quantizing(layer, {name: calibrated.amax[name] for name in calibrated.rounded}):
+            for batch in [*self.held_out, *(self.calibration if self.propagates else ())]:
+                out = self._run(layer, self.quantized, batch)
+                self.quantized.write(batch, out)
+                if batch.tokens.stop <= len(self.reference.states):
+                    deviation.add(self.reference.read(batch, out.device), out)
+        deviation.batches = [*chain.from_iterable(self.options.ranks.gather(deviation.batches))]
+        if not deviation.finite:
+            raise CheckpointError(f"layer {index}: the held-out data leads to activations that are not finite")
+        if not self.measures:
+            return None
+        return {"hidden_relative_error": deviation.relative_error, "hidden_cosine": deviation.cosine}
+
+    def finish(self, norm: Sequence[torch.Tensor], head: torch.Tensor) -> dict[str, Any] | None:
+        """Compare the distributions of the next token on the held-out sequences; None without any.
+
+        `norm` [hidden] are the final norm's weight and, where it has one, bias; `head` [vocabulary and its padding, hidden] is
+        the output layer's weight. Raises CheckpointError for distributions that are not finite, or that hold the held-out
+        tokens for impossible.
+        """
+        norm = [weight.to(self.options.device) for weight in norm]
+        head = head[: self.config.vocab_size].to(self.options.device).float()
+        found = NextTokens()
+        for sequence in self.sequences:
+            predicting = slice(sequence.start, sequence.tokens.stop - 1)
+            pieces = chunks(predicting, max(1, LOGITS // self.config.vocab_size))
+            found.add(self._piece(piece, norm, head) for piece in pieces)
+        self.close()
+        if not self.measures:
+            return None
+        mine, found = found, NextTokens()
+        found.join(self.options.ranks.gather(mine))
+        if not found.finite:
+            raise CheckpointError("output layer: the held-out data leads to probabilities whose logarithms are not finite")
+        return found.document
+
+    def save(self, path: Path) -> None:
+        """Write the rank's part of both streams to its place in a file, for a run that goes on from here."""
+        # Made by whichever rank comes first, and emptied by none: the others may have written.
+        with PieceFile(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), "wb") as file:
+            file.truncate(self.bytes)
+            for place, states in self._bytes():
+                file.seek(place)
+                left = states
+                while left:
+                    left = left[file.write(left) or 0 :]
+
+    def load(self, path: Path) -> None:
+        """Go on from what `save` wrote, on however many ranks; raises OutputError for a file of another size."""
+        if path.stat().st_size != self.bytes:
+            raise OutputError(f"{path} is not what the run wrote: pass --overwrite instead of --resume to begin again")
+        with path.open("rb", buffering=0) as file:
+            for place, states in self._bytes():
+                file.seek(place)
+                left = states
+                while left:
+                    left = left[file.readinto(left) or 0 :]
+
+    def _bytes(self) -> Iterator[tuple[int, memoryview]]:
+        """The bytes of each of the rank's batches in both streams, and their place among those of all."""
+        start = 0
+        for states in (self.reference.states, self.quantized.states):
+            width = states.shape[1] * states.itemsize
+            for batch in [*self.held_out, *self.calibration]:
+                if batch.tokens.stop <= len(states):
+                    rows = states[batch.tokens].view(-1).view(torch.uint8)
+                    yield start + batch.start * width, memoryview(rows.numpy())
+            start += states.nbytes
+
+    def close(self) -> None:
+        """Give memory and files back."""
+        self.reference.close()
+        self.quantized.close()
+
+    def _run(self, layer: TransformerLayer, stream: Activations, batch: Batch) -> torch.Tensor:
+        return run_layer(layer, self.config, stream.read(batch, self.options.device))
+
+    def _piece(
+        self, piece: slice, norm: Sequence[torch.Tensor], head: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Float32 logits of both streams at some tokens, and the tokens that follow them."""
+        left, right = (
+            logits(final_norm(stream.states[piece].to(self.options.device), norm, self.config), head)
+            for stream in (self.reference, self.quantized)
+        )
+        return left, right, self.ids[piece.start + 1 : piece.stop + 1].to(self.options.device)
+
+
+def _representable(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The least magnitude, no less than `amax`, whose scale (amax / 448) is a bfloat16 and a normal number of `dtype`.
+
+    vLLM keeps the cache's scales in the model's dtype. Of a model in float16 they are so 2 ** -14 or more, which puts a cache
+    whose largest magnitude is under 448 times that off by at most 2 ** -24.
+    """
+    scale = (amax / E4M3_MAX).clamp(min=torch.finfo(dtype).tiny)
+    rounded = scale.bfloat16()
+    above = torch.nextafter(rounded, torch.tensor(math.inf, dtype=torch.bfloat16))
+    return torch.where(rounded.float() >= scale, rounded, above).float() * E4M3_MAX

@@ -1,0 +1,160 @@
+"""Calibration data: token sequences out of datasets, and an account of what exactly was used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mptq.calibration.datasets.sources import Source, find_sources
+from mptq.calibration.tokenizer import encode, load_tokenizer, tokenizer_directory
+from mptq.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mptq.calibration.datasets.corpus import Supply
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What is calibrated on.
+
+    `datasets` are "NAME" or "NAME:WEIGHT"; none: text and code that Python carries. `calib_size` and `eval_size` count
+    sequences of `seq_length` tokens: to calibrate on, and held out. `packed` sets documents end to end into full
+    sequences; else a document is a sequence, cut at `seq_length` and never padded. `trust_remote_code` lets a
+    tokenizer run the Python code in its directory; no dataset ever runs code.
+    """
+
+    datasets: tuple[str, ...] = ()
+    calib_size: int = 64
+    eval_size: int = 8
+    seq_length: int = 512
+    packed: bool = True
+    seed: int = 0
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """Token ids, int64 [length] a sequence, and the `account` of them for reports (plain values, no paths)."""
+
+    calibration: tuple[np.ndarray, ...]
+    held_out: tuple[np.ndarray, ...]
+    account: dict[str, Any]
+
+
+LEAST = {"calib_size": 1, "eval_size": 0, "seq_length": 2, "seed": 0}
+"""The least value of each number of the options."""
+
+
+def needs_tokenizer(options: DataOptions) -> bool:
+    """Whether any dataset is not tokenized yet; raises DataError for a name that stands for no dataset."""
+    return any(not source.kind.tokenized for source in find_sources(options.datasets))
+
+
+def check_datasets(options: DataOptions) -> None:
+    """Raise DataError with everything that is wrong in one line, as far as it shows without reading the datasets."""
+    problems = [
+        f"{name} must be at least {least}, not {getattr(options, name)}"
+        for name, least in LEAST.items()
+        if getattr(options, name) < least
+    ]
+    try:
+        find_sources(options.datasets)
+    except DataError as error:
+        problems.append(str(error))
+    if problems:
+        raise DataError("; ".join(problems))
+
+
+def load_tokens(options: DataOptions, tokenizer: Path | str | None, vocab_size: int, calibrate: bool) -> TokenData:
+    """Sequences held out and, when `calibrate`, sequences to calibrate on; reads no more documents than they take.
+
+    `tokenizer` is the directory of the model's tokenizer, or a file in it; token ids are below `vocab_size`. The
+    documents of each dataset are shuffled by the seed, and the held-out sequences are made of the first: they do not
+    depend on `calib_size` or `calibrate`. The rest of a document held out, and copies of it, are not calibrated on; a
+    dataset of one document is split between its sequences. Sequences are shared out between datasets by their weights.
+    Packed documents end with the tokenizer's EOS if it has one (chats and tokenized datasets are taken as they are), and
+    begin with BOS only where the tokenizer adds it by itself (mptq/calibration/tokenizer.py).
+
+    Raises DataError for what check_datasets finds, a missing or unreadable tokenizer or dataset, a row without a
+    document, token ids beyond the vocabulary, and too little data.
+    """
+    check_datasets(options)
+    from mptq.calibration.datasets.corpus import describe, interleave, shares
+
+    sources = find_sources(options.datasets)
+    weights = [source.weight for source in sources]
+    supplies = _supplies(sources, options, tokenizer)
+    wanted = shares(options.eval_size, weights), shares(options.calib_size if calibrate else 0, weights)
+    held = [supply.take(count, hold_out=True) for supply, count in zip(supplies, wanted[0], strict=True)]
+    used = [supply.take(count, hold_out=False) for supply, count in zip(supplies, wanted[1], strict=True)]
+    rows = []
+    for index, source in enumerate(sources):
+        asked = wanted[0][index], wanted[1][index]
+        supply = supplies[index]
+        _check_enough(source, (len(held[index]), len(used[index])), asked, options, supply)
+        _check_vocabulary(source, held[index] + used[index], tokenizer, vocab_size)
+        about = {"name": source.name, "kind": source.kind.name, "weight": source.weight}
+        about |= {"documents": supply.documents, "empty": supply.empty, "copies": supply.copies}
+        rows.append(about | describe(held[index] + used[index]))
+    calibration, held_out = interleave(used), interleave(held)
+    account = {
+        "datasets": rows,
+        "default_data": not options.datasets,
+        "tokenizer": tokenizer_directory(tokenizer).name if tokenizer and needs_tokenizer(options) else None,
+        "seed": options.seed,
+        "packed": options.packed,
+        "seq_length": options.seq_length,
+        "calibration": describe(calibration),
+        "held_out": describe(held_out),
+    }
+    return TokenData(calibration, held_out, account)
+
+
+def _supplies(sources: Sequence[Source], options: DataOptions, tokenizer: Path | str | None) -> list[Supply]:
+    """The sequences of each dataset, of which nothing is read yet."""
+    from mptq.calibration.datasets.corpus import Supply
+
+    loaded = None
+    raw = [source.path for source in sources if not source.kind.tokenized]
+    if raw:
+        if tokenizer is None:
+            raise DataError(f"no tokenizer for dataset {raw[0]!r}: name the directory of the model's tokenizer")
+        loaded = load_tokenizer(tokenizer, options.trust_remote_code)
+    apart: set[bytes] = set()
+    return [Supply(_encoded(source, options, loaded), options.seq_length, options.packed, apart) for source in sources]
+
+
+def _encoded(source: Source, options: DataOptions, tokenizer: Any) -> Iterator[np.ndarray]:
+    """The documents of a dataset as token ids, int64 [n] each, in the order of the seed."""
+    import numpy as np
+
+    for document in source.kind.read(source.path, options, np.random.PCG64(options.seed)):
+        yield encode(document, tokenizer, options.packed)
+
+
+def _check_enough(source: Source, there: tuple[int, int], asked: tuple[int, int], options: DataOptions, supply: Supply) -> None:
+    if there != asked:
+        kind = f"of {options.seq_length} tokens" if options.packed else "(a document each)"
+        counts = {"empty documents": supply.empty, "copies of held-out documents": supply.copies}
+        left_out = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
+        raise DataError(
+            f"dataset {source.path!r} has {sum(there)} sequences {kind} to use{left_out and ', beside '}{left_out}, and "
+            f"{sum(asked)} are asked for "
+            f"({asked[0]} held out, {asked[1]} to calibrate): name more datasets, or ask for fewer or shorter sequences"
+        )
+
+
+def _check_vocabulary(source: Source, sequences: Sequence[np.ndarray], tokenizer: Path | str | None, vocab_size: int) -> None:
+    """Raise DataError for an id that the model has no embedding of."""
+    ends = [end for ids in sequences for end in (int(ids.min()), int(ids.max()))]
+    strange = next((end for end in ends if not 0 <= end < vocab_size), None)
+    if strange is None:
+        return
+    wrong = f"token id {strange}, and the model's vocabulary is of {vocab_size}"
+    if source.kind.tokenized:
+        raise DataError(f"dataset {source.path!r} holds {wrong}: it is another tokenizer's")
+    raise DataError(f"tokenizer {tokenizer} makes {wrong} (dataset {source.path!r}): it is another model's")

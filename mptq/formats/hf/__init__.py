@@ -1,0 +1,1 @@
+"""The Hugging Face format: safetensors, config.json, tokenizer."""

@@ -1,0 +1,138 @@
+"""How quantized weights are spelled in a Hugging Face checkpoint, so that engines load them. No torch.
+
+docs/formats.md has the details, and which engine reads which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from mptq.recipes.recipe import Scheme
+from mptq.types import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What an output holds: modules by scheme, those that keep their precision, and whether the KV cache has scales."""
+
+    groups: Mapping[Scheme, Sequence[str]]
+    excluded: Sequence[str]
+    kv_cache: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """Names of the tensors beside `weight`, their shapes, and the configs. A scalar is stored with `scalar` as its shape.
+
+    `kv` are the names, within a layer, of the scales of K and V.
+    """
+
+    scale_name: str
+    kv: tuple[str, str]
+    scalar: tuple[int, ...]
+    config: Callable[[Contents], dict[str, Any] | None]
+    files: Callable[[Contents], dict[str, Any]] = lambda _: {}
+
+    def scale(self, module: str, scheme: Scheme, rows: int, columns: int) -> TensorSpec:
+        """The scales of a weight [rows, columns]."""
+        shape = scheme.grid(rows, columns) or self.scalar
+        if scheme.scale == "tensor" and not scheme.static:
+            # Engines read one scale a row everywhere, and one a tensor not everywhere: it is repeated for every row.
+            shape = (rows, 1)
+        return TensorSpec(f"{module}.{self.scale_name}", scheme.scale_dtype, shape)
+
+    def input_scale(self, module: str) -> TensorSpec:
+        """The calibrated scale of a linear's input."""
+        return TensorSpec(f"{module}.input_scale", "float32", self.scalar)
+
+    def kv_scales(self, layer: str) -> tuple[TensorSpec, TensorSpec]:
+        """The scales of a layer's K and V; `layer` is the prefix of its names."""
+        key, value = (TensorSpec(layer + name, "float32", self.scalar) for name in self.kv)
+        return key, value
+
+
+def _deepseek(contents: Contents) -> dict[str, Any]:
+    config = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": list(contents.excluded),
+    }
+    return config | ({"kv_cache_quant_algo": "FP8"} if contents.kv_cache else {})
+
+
+_EIGHT_BITS = {"num_bits": 8, "type": "float", "symmetric": True}
+_SCHEMES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "block": (
+        {"strategy": "block", "block_structure": [128, 128], "dynamic": False},
+        {"strategy": "group", "group_size": 128, "dynamic": True},
+    ),
+    "row": ({"strategy": "channel", "dynamic": False}, {"strategy": "token", "dynamic": True}),
+    "tensor": ({"strategy": "channel", "dynamic": False}, {"strategy": "token", "dynamic": True}),
+    "tensor-static": ({"strategy": "tensor", "dynamic": False}, {"strategy": "tensor", "dynamic": False}),
+}
+"""Scheme -> weights and input activations in compressed-tensors' words."""
+
+
+def _compressed_tensors(contents: Contents) -> dict[str, Any]:
+    groups = {}
+    for number, (scheme, modules) in enumerate(contents.groups.items()):
+        weights, inputs = _SCHEMES[scheme.name]
+        groups[f"group_{number}"] = {
+            # A class matches every linear, so several groups name their modules.
+            "targets": ["Linear"] if len(contents.groups) == 1 else list(modules),
+            "weights": _EIGHT_BITS | weights,
+            "input_activations": _EIGHT_BITS | inputs,
+            "output_activations": None,
+        }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "ignore": list(contents.excluded),
+        "kv_cache_scheme": _EIGHT_BITS | {"strategy": "tensor", "dynamic": False} if contents.kv_cache else None,
+        "config_groups": groups,
+    }
+
+
+_ALGORITHMS = {"tensor-static": "FP8", "mx": "MXFP8"}
+_GROUP_SIZES = {"mx": {"group_size": 32}}
+
+
+def _modelopt(contents: Contents) -> dict[str, Any]:
+    (scheme,) = contents.groups
+    eight_bits = {"num_bits": 8, "type": "float", "dynamic": False} | _GROUP_SIZES.get(scheme.name, {})
+    inputs = eight_bits | {"dynamic": not scheme.static}
+    config = {
+        "quant_method": "modelopt",
+        "quant_algo": _ALGORITHMS[scheme.name],
+        "ignore": list(contents.excluded),
+        "producer": {"name": "modelopt", "version": version("nvidia-modelopt")},
+        "config_groups": {"group_0": {"weights": eight_bits, "input_activations": inputs, "targets": ["Linear"]}},
+    } | _GROUP_SIZES.get(scheme.name, {})
+    return config | ({"kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": False}} if contents.kv_cache else {})
+
+
+def _modelopt_files(contents: Contents) -> dict[str, Any]:
+    """TensorRT-LLM prefers this file to config.json; the two say the same."""
+    (scheme,) = contents.groups
+    quantization = {
+        "quant_algo": _ALGORITHMS[scheme.name],
+        "kv_cache_quant_algo": "FP8" if contents.kv_cache else None,
+        "exclude_modules": list(contents.excluded),
+    } | _GROUP_SIZES.get(scheme.name, {})
+    producer = {"name": "modelopt", "version": version("nvidia-modelopt")}
+    return {"hf_quant_config.json": {"producer": producer, "quantization": quantization}}
+
+
+_OF_PROJECTIONS = ("self_attn.k_proj.k_scale", "self_attn.v_proj.v_scale")
+DIALECTS = {
+    "deepseek-fp8": Dialect("weight_scale_inv", _OF_PROJECTIONS, (), _deepseek),
+    "compressed-tensors": Dialect("weight_scale", ("self_attn.k_scale", "self_attn.v_scale"), (1,), _compressed_tensors),
+    "modelopt": Dialect("weight_scale", _OF_PROJECTIONS, (), _modelopt, _modelopt_files),
+    "plain": Dialect("", ("", ""), (), lambda _: None),
+}

@@ -1,0 +1,157 @@
+"""The Hugging Face form: safetensors shards, their index, config.json with the quantization config, the tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mptq.formats.hf.safetensors_stream import ShardFile, assign_shards
+from mptq.model.architectures.config_json import config_fields
+from mptq.model.architectures.families import family_of
+from mptq.types import LayerOutput, TensorSpec
+
+if TYPE_CHECKING:
+    from mptq.formats.hf.quantization_config import Contents, Dialect
+    from mptq.model.config import ModelConfig
+    from mptq.model.generation import Generation
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+"""What transformers' tokenizers save; copied as they are."""
+
+
+class HfWriter:
+    """Writes the tensors of `specs`, which come layer by layer, in files of at most `max_shard_bytes`.
+
+    Memory: the tensors of one call to `write`; a shard is opened with its first tensor and closed with its last. `done` are
+    the tensors that an earlier run has written. Where several processes write, each its own tensors, `prepare` makes the
+    files before.
+    """
+
+    format = "hf"
+
+    def __init__(
+        self, directory: Path, specs: Sequence[TensorSpec], max_shard_bytes: int, done: Collection[str] = frozenset()
+    ) -> None:
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        shards = assign_shards(specs, max_shard_bytes)
+        self.total_bytes = sum(spec.nbytes for spec in specs)
+        names = ["model.safetensors"]
+        if len(shards) > 1:
+            names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        self._shards = dict(zip(names, shards, strict=True))
+        self._file_of = {spec.name: name for name, shard in self._shards.items() for spec in shard}
+        self._open: dict[str, ShardFile] = {}
+        self._done = done
+        self._begun = {name for name, shard in self._shards.items() if any(spec.name in done for spec in shard)}
+
+    def prepare(self) -> None:
+        """Make every file that is not there."""
+        for name in self._shards:
+            if name not in self._begun:
+                ShardFile(self.directory / name, self._shards[name]).close()
+
+    def prepared(self) -> None:
+        """Every file is there: none is to be made."""
+        self._begun = set(self._shards)
+
+    @property
+    def complete(self) -> list[Path]:
+        """The files that an earlier run has completed."""
+        return [self.directory / name for name, shard in self._shards.items() if all(spec.name in self._done for spec in shard)]
+
+    def write(self, output: LayerOutput) -> list[Path]:
+        """Write tensors; return the files that are complete now. The last of a unit's waits until they are on the disk."""
+        done = []
+        for tensor_name, tensor in output.tensors[self.format].items():
+            name = self._file_of[tensor_name]
+            if name not in self._open:
+                self._open[name] = ShardFile(self.directory / name, self._shards[name], self._done, name in self._begun)
+            self._open[name].write(tensor_name, tensor, output.first)
+            if self._open[name].complete:
+                file = self._open.pop(name)
+                file.sync()
+                file.close()
+                done.append(self.directory / name)
+        if output.last:
+            for file in self._open.values():
+                file.sync()
+        return done
+
+    def account(self) -> None:
+        """Nothing that the journal must know of the unit: the plan says where everything is."""
+
+    def join(self, _accounts: Mapping[int, None]) -> None:
+        """All units are written, by whatever process."""
+        self.abort()
+
+    def finish(self, configs: Mapping[str, dict[str, Any]], tokenizer: Path | None) -> list[Path]:
+        """Write the index, the tokenizer's files and the `configs`, by file name; return all files."""
+        assert not self._open, f"{sorted(self._open)} are incomplete"
+        written = [self.directory / name for name in self._shards]
+        written += copy_tokenizer(tokenizer, self.directory) if tokenizer else []
+        if len(self._shards) > 1:
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": self._file_of}
+            written.append(_write_json(self.directory / "model.safetensors.index.json", index))
+        return written + [_write_json(self.directory / name, config) for name, config in configs.items()]
+
+    def abort(self) -> None:
+        """Close what is open; the directory is the caller's to remove."""
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+
+def hf_configs(model: ModelConfig, dialect: Dialect, contents: Contents, generation: Generation) -> dict[str, dict[str, Any]]:
+    """config.json of the output, made by transformers' own config class, and the other configs, by name.
+
+    There is a generation_config.json where something is known of generation.
+    """
+    import transformers
+
+    family = family_of(model)
+    assert family is not None, "planned without a Hugging Face architecture"
+    given = config_fields(model, family) | dict(generation.ids)
+    # The older names of the rotary embedding are for other readers: transformers would take them for changes.
+    older = {name: given.pop(name) for name in _OLDER if name in given}
+    config = getattr(transformers, family.config_class)(**given)
+    fields: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    fields |= older | {"torch_dtype": model.dtype}
+    quantization = dialect.config(contents)
+    if quantization is not None:
+        fields["quantization_config"] = quantization
+    told = {"generation_config.json": dict(generation.fields)} if generation.fields else {}
+    return {"config.json": fields} | told | dialect.files(contents)
+
+
+_OLDER = ("rope_theta", "rope_scaling", "partial_rotary_factor")
+"""What transformers before 5, and engines, read in the place of `rope_parameters`."""
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The tokenizer files in a directory."""
+    return [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
+
+
+def copy_tokenizer(source: Path, target: Path) -> list[Path]:
+    """Copy the tokenizer's files; return the copies."""
+    return [Path(shutil.copyfile(file, target / file.name)) for file in tokenizer_files(source)]
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> Path:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    return path

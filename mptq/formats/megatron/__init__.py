@@ -1,0 +1,1 @@
+"""The Megatron format: torch_dist with ModelOpt's state."""

@@ -1,0 +1,165 @@
+"""The Megatron form: torch_dist with one key per layer and ModelOpt's state, which megatron-core + ModelOpt restores.
+
+Keys and shapes are those of a model that ModelOpt quantized and compressed and megatron-core saved (one key per layer and
+expert, gated fc1 split into `weight_w` and `weight_v`, quantizer tensors, `_extra_state/shard_0_1`). A file a layer, in which
+each tensor is a whole `torch.save` file and each byte item just its bytes (torch/distributed/checkpoint/filesystem.py).
+"""
+
+from __future__ import annotations
+
+import copyreg
+import io
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from mptq.output.disk import PieceFile, begin_sync
+from mptq.types import LayerOutput
+
+
+class _MetadataPickler(pickle.Pickler):
+    """Leaves out the strides that torch 2.15 added to TensorProperties: torch 2.14 and earlier cannot read them."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if type(value) is not TensorProperties:
+            return NotImplemented
+        return copyreg.__newobj__, (TensorProperties,), value.__getstate__()[:5]  # type: ignore[attr-defined]
+
+
+Account = dict[str, list[Any]]
+"""Name in a unit's file -> offset, length, and of a tensor (no byte item) its dtype and shape."""
+
+
+class MegatronWriter:
+    """Writes `iter_*` under `directory`, a checkpoint root, a file for each unit. Memory: a tensor that is a part of another.
+
+    `accounts` are those of the units that an earlier run has written, by number.
+    """
+
+    format = "megatron"
+
+    def __init__(self, directory: Path, iteration: int | None, accounts: Mapping[int, Account] = MappingProxyType({})) -> None:
+        self.root = directory
+        self.tracker = str(iteration) if iteration is not None else "release"
+        self.directory = directory / (f"iter_{iteration:07d}" if iteration is not None else "release")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._accounts = dict(accounts)
+        self._open: io.BufferedWriter | None = None
+        self._account: Account = {}
+
+    @property
+    def complete(self) -> list[Path]:
+        """The files that an earlier run has completed."""
+        return [self._file(unit) for unit in self._accounts]
+
+    def _file(self, unit: int) -> Path:
+        return self.directory / f"__{unit}_0.distcp"
+
+    def write(self, output: LayerOutput) -> list[Path]:
+        """Write tensors and byte items; the last of a unit's waits until they are on the disk, and its file is returned."""
+        file = self._file(output.index)
+        if self._open is None:
+            self._open, self._account = io.BufferedWriter(PieceFile(file, "wb")), {}
+        for name, blob in output.blobs.items():
+            self._account[name] = [self._open.tell(), self._open.write(blob)]
+        for name, tensor in output.tensors[self.format].items():
+            start = self._open.tell()
+            _save(tensor, self._open)
+            about = [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+            self._account[name] = [start, self._open.tell() - start, *about]
+            begin_sync(self._open.fileno(), start, self._open.tell() - start)
+        if not output.last:
+            return []
+        self._accounts[output.index] = self._account
+        self._open.flush()
+        os.fsync(self._open.fileno())
+        self.abort()
+        return [file]
+
+    def account(self) -> Account:
+        """What the journal must know of the unit that was written last."""
+        return self._account
+
+    def prepare(self) -> None:
+        """Nothing: each unit has a file of its own."""
+
+    def prepared(self) -> None:
+        """As `prepare`."""
+
+    def join(self, accounts: Mapping[int, Account]) -> None:
+        """All units are written, by whatever process."""
+        self._accounts = dict(accounts)
+
+    def _metadata(self) -> Metadata:
+        """The metadata of all units: made of the accounts alone, it is the same however often the run was stopped."""
+        entries: dict[str, Any] = {}
+        places: dict[MetadataIndex, _StorageInfo] = {}
+        for unit in sorted(self._accounts):
+            for name, (offset, length, *about) in self._accounts[unit].items():
+                start = None
+                if about:
+                    size = torch.Size(about[1])
+                    start = torch.Size([0] * len(size))
+                    properties = TensorProperties(dtype=getattr(torch, about[0]))
+                    entries[name] = TensorStorageMetadata(properties, size, [ChunkStorageMetadata(start, size)])
+                else:
+                    entries[name] = BytesStorageMetadata()
+                places[MetadataIndex(name, start)] = _StorageInfo(self._file(unit).name, offset, length)
+        return Metadata(state_dict_metadata=entries, storage_data=places)
+
+    def finish(self, modelopt_state: bytes, common: bytes | None) -> list[Path]:
+        """Write the metadata, ModelOpt's state and the training run's arguments (`common.pt` as it was); return all files."""
+        # Not by torch's FileSystemWriter, which adds the path and a random id: the same input must give the same bytes.
+        with (self.directory / ".metadata").open("wb") as file:
+            _MetadataPickler(file).dump(self._metadata())
+        config = json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
+        nested = self.directory / "modelopt_state"
+        nested.mkdir(exist_ok=True)
+        files = {
+            nested / "common.pt": modelopt_state,
+            nested / "metadata.json": config.encode(),
+            self.directory / "metadata.json": config.encode(),
+            self.root / "latest_checkpointed_iteration.txt": self.tracker.encode(),
+        }
+        if common is not None:
+            files[self.directory / "common.pt"] = common
+        for path, content in files.items():
+            path.write_bytes(content)
+        return [*self.complete, self.directory / ".metadata", *files]
+
+    def abort(self) -> None:
+        """Close what is open, as it is: to write the rest of it would fail once more on a disk that is full."""
+        if self._open is not None:
+            self._open.raw.close()
+            self._open = None
+
+
+def _save(tensor: torch.Tensor, file: io.BufferedWriter) -> None:
+    """`torch.save` of the tensor; raises OSError where the file cannot be written."""
+    try:
+        torch.save(_alone(tensor), file)
+    except RuntimeError as error:
+        # torch ends its archive where a write has failed too, and raises that this is not possible either.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with a storage that has nothing else: torch.save writes the whole of it."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor

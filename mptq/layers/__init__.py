@@ -1,0 +1,1 @@
+"""The modules that run: megatron-core's transformer layer without Transformer Engine."""

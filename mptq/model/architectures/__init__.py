@@ -1,0 +1,1 @@
+"""The architectures of Hugging Face that mptq writes."""

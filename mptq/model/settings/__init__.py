@@ -1,0 +1,1 @@
+"""Where the architecture is known from, in megatron-core's words."""

@@ -1,0 +1,1 @@
+"""The output directory: complete or absent, resumable, with a manifest."""

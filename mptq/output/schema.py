@@ -1,0 +1,121 @@
+"""The typed schema of manifest.json: what is read again must be what was written, down to the last field. No torch."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from mptq.formats.hf.quantization_config import DIALECTS
+from mptq.types import DTYPE_BYTES
+
+Count = Annotated[int, Field(ge=0)]
+Form = Literal["hf", "megatron"]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+def _within(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
+        raise ValueError("a file outside of the output")
+    return name
+
+
+def _known(dtype: str) -> str:
+    if dtype not in DTYPE_BYTES:
+        raise ValueError("a dtype that mptq does not know")
+    return dtype
+
+
+class Part(BaseModel):
+    """A part of the manifest: no conversions."""
+
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Item(Part):
+    """A tensor of an output."""
+
+    name: str
+    dtype: Annotated[str, AfterValidator(_known)]
+    shape: list[Count]
+
+
+class Place(Part):
+    """Where a tensor of the source was: its key, and its place in a stack."""
+
+    key: str
+    index: list[Count] = []
+
+
+class Entry(Part):
+    """What became of a tensor of the source."""
+
+    places: list[Place] = Field(alias="from")
+    hf: list[Item] = []
+    megatron: list[Item] = []
+    scheme: dict[Form, str] = {}
+
+    @model_validator(mode="after")
+    def _matrices_have_schemes(self) -> Self:
+        for form, items in (("hf", self.hf), ("megatron", self.megatron)):
+            quantized = [item for item in items if item.dtype == "float8_e4m3fn"]
+            if quantized and form not in self.scheme:
+                raise ValueError(f"its {form} output is in FP8, by no scheme")
+            if any(len(item.shape) != 2 for item in quantized):
+                raise ValueError("a tensor in FP8 that is no matrix")
+        return self
+
+
+class File(Part):
+    """A file of the output."""
+
+    size: Count = Field(alias="bytes")
+    sha256: Sha256
+
+
+class Source(Part):
+    """The checkpoint that the output was made from."""
+
+    iteration: int | None
+    metadata_sha256: Sha256
+
+
+class Recipe(Part):
+    """The recipe, of which recipe.py checks the rest where it is used."""
+
+    name: str
+
+
+class Manifest(Part):
+    """The document."""
+
+    version: Literal[3] = Field(alias="schema")
+    mptq: str
+    recipe: Recipe
+    source: Source
+    options: dict[str, Any]
+    formats: list[Form] = Field(min_length=1, max_length=2)
+    dialect: str | None
+    tensors: dict[str, Entry]
+    kv_cache: dict[Form, list[Item]]
+    dropped: dict[str, str]
+    files: dict[Annotated[str, AfterValidator(_within)], File]
+
+    @model_validator(mode="after")
+    def _dialect_is_known(self) -> Self:
+        if "hf" in self.formats and self.dialect not in DIALECTS:
+            raise ValueError(f"the dialect {self.dialect!r} is none of {', '.join(DIALECTS)}")
+        return self
+
+
+def problems(model: type[BaseModel], document: Any) -> list[str]:
+    """What is wrong with a JSON document by its schema, as `place: what is wrong`; empty for nothing."""
+    from pydantic import ValidationError
+
+    try:
+        model.model_validate(document)
+    except ValidationError as error:
+        return [f"{'.'.join(map(str, item['loc'])) or 'the whole'}: {item['msg']}" for item in error.errors()]
+    return []

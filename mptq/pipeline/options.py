@@ -1,0 +1,162 @@
+"""How to run, and of which kind each option of `mptq quantize` is: what a run with `--resume` compares. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mptq import report
+from mptq.calibration.tokens import DataOptions
+from mptq.checkpoint.index import ends_of_shards
+from mptq.formats.hf.writer import tokenizer_files
+from mptq.hashing import sha256
+
+if TYPE_CHECKING:
+    from mptq.model.generation import Generation
+    from mptq.plan.plan import Plan
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run, as against what to do to the model (the recipe). `device` is auto, cpu, cuda or cuda:N.
+
+    `data` are the sequences that calibrate and on which fidelity is measured, `batch_size` of them at once; their hidden
+    states take up to `activation_memory` bytes (None: a quarter of what is free) before they go to a file. An expert that
+    saw fewer than `moe_min_tokens` gets its static scales from its layer. With `resume`, a run that was stopped goes on;
+    `stop` is asked between layers whether this one shall.
+    """
+
+    tokenizer: Path | None = None
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    overwrite: bool = False
+    device: str = "auto"
+    data: DataOptions = field(default_factory=DataOptions)
+    batch_size: int = 8
+    activation_memory: int | None = None
+    moe_min_tokens: int = 16
+    gates: report.QualityLimits = field(default_factory=report.QualityLimits)
+    resume: bool = False
+    stop: Callable[[], bool] = bool
+
+
+LIMIT = "limit"
+"""A limit on the report's figures: checked at every run, on a complete output too."""
+RUN = "run"
+"""How it runs, where it goes or what is printed: the output is the same."""
+
+KINDS: Mapping[str, str] = {
+    "CKPT": "checkpoint",
+    "--iteration": "checkpoint",
+    "--config": "model",
+    "--hf-config": "model",
+    "--recipe": "recipe",
+    "--ignore": "recipe",
+    "--kv-cache": "recipe",
+    "--format": "format",
+    "--tokenizer": "tokenizer",
+    "--max-shard-size": "max_shard_size",
+    "--device": "device",
+    "--calib-dataset": "calib_dataset",
+    "--calib-size": "calib_size",
+    "--calib-seq-length": "calib_seq_length",
+    "--calib-batch-size": "calib_batch_size",
+    "--calib-packing": "calib_packing",
+    "--eval-size": "eval_size",
+    "--seed": "seed",
+    "--moe-min-tokens": "moe_min_tokens",
+    "--max-kl": LIMIT,
+    "--max-ppl-increase": LIMIT,
+    "--output": RUN,
+    "--activation-memory": RUN,
+    "--trust-remote-code": RUN,  # what it changes shows in the tokens
+    "--overwrite": RUN,
+    "--resume": RUN,
+    "--dry-run": RUN,
+    "--json": RUN,
+    "--quiet": RUN,
+    "--verbose": RUN,
+}
+"""Every option of `mptq quantize` -> LIMIT, RUN, or the key of `decisive` in which it shows, for what changes the output."""
+
+_CONTENTS = {
+    "shards": "content of the shards",
+    "tokens": "content of the data",
+    "tensors": "plan of the tensors",
+    "generation": "generation config",
+}
+"""Keys of `decisive` that are named only where no option differs: they follow from the options and from files."""
+_RUNS = {"versions": "set of package versions", "schema": "version of the journal"}
+"""What the journal of an unfinished output has beside `decisive`."""
+
+
+def decisive(
+    plan: Plan, options: Options, device: str, tokenizer: Path | None, generation: Generation, data: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What the output depends on, as plain data: what must be the same for `--resume` to go on, or to leave it as it is.
+
+    `device` is the device's type, `tokenizer` the directory that is copied into the output, `generation` the ids of its
+    configs, and `data` the account of the token sequences, None for a run without activations. Values that do not matter to
+    the output are left out or None.
+    """
+    checkpoint, made = plan.source.checkpoint, report.manifest(plan, {}, {})
+    keys = {part.key for parts in plan.source.places.values() for part in parts}
+    for_hf = "hf" in plan.formats
+    found = {
+        "checkpoint": made["source"],
+        "shards": {"sha256": ends_of_shards(checkpoint, keys)},
+        "model": _digest(made["model"]),
+        "recipe": {"sha256": plan.recipe.fingerprint},
+        "format": list(plan.formats),
+        "tensors": _digest([made["tensors"], made["kv_cache"], made["dialect"]]),
+        "tokenizer": _tokenizer(tokenizer) if for_hf and tokenizer is not None else None,
+        "generation": _digest(dict(generation.fields)) if for_hf else None,
+        "max_shard_size": options.max_shard_bytes if for_hf else None,
+        "device": device,
+        "eval_size": 0 if data is None else data["held_out"]["sequences"],
+    }
+    if data is None:
+        return found
+    return found | {
+        "calib_dataset": [f"{row['name']}:{row['weight']:g}" for row in data["datasets"]],
+        "calib_size": data["calibration"]["sequences"],
+        "calib_seq_length": data["seq_length"],
+        "calib_batch_size": options.batch_size,
+        "calib_packing": data["packed"],
+        "seed": data["seed"],
+        "moe_min_tokens": options.moe_min_tokens,
+        "tokens": _digest([data["calibration"]["sha256"], data["held_out"]["sha256"]]),
+    }
+
+
+def differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """The options in which two results of `decisive` differ, as the user writes them, with both values where they are short."""
+    keys = [*wanted, *(key for key in made if key not in wanted)]
+    differing = [key for key in keys if key in made and key in wanted and made[key] != wanted[key]]
+    chosen = [key for key in differing if key not in _CONTENTS] or differing
+    chosen = chosen or [key for key in keys if (key in made) != (key in wanted)]
+    return [_words(key, made.get(key), wanted.get(key)) for key in chosen]
+
+
+def _words(key: str, made: Any, wanted: Any) -> str:
+    flags = [flag for flag, kind in KINDS.items() if kind == key]
+    words = " or ".join(flags) or (_CONTENTS | _RUNS).get(key, key)
+    shown = [",".join(value) if isinstance(value, list) else value for value in (made, wanted)]
+    if any(value is None or isinstance(value, dict) for value in shown):
+        return words
+    return f"{words} ({shown[0]}, now {shown[1]})"
+
+
+def _digest(content: Any) -> dict[str, str]:
+    return {"sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
+
+
+def _tokenizer(directory: Path) -> dict[str, str]:
+    """SHA-256 of what is copied of a tokenizer's directory."""
+    files = [*tokenizer_files(directory), directory / "generation_config.json"]
+    return _digest({file.name: sha256(file) for file in files if file.is_file()})

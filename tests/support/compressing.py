@@ -1,0 +1,93 @@
+"""ModelOpt's own conversion of mptq's layers, `mtq.quantize` and `mtq.compress` linear by linear: what the strips stand in for.
+
+It computes amax and scale in the dtype of the weight, hence float32.
+"""
+
+import contextlib
+import io
+import warnings
+
+import modelopt.torch.quantization as mtq
+import torch
+from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry, TensorQuantizer
+from modelopt.torch.quantization.nn.modules.quant_linear import _QuantLinear
+
+from mptq.checkpoint.prefetch import Item
+from mptq.layers.transformer_layer import CoreAttention, Linear, build_layer
+from mptq.pipeline.layer_quantizer import place
+from mptq.quantize import mx
+from mptq.quantize.modelopt import quant_config
+
+# ModelOpt matches subclasses only while they keep the forward of their base.
+QuantModuleRegistry.register({Linear: "mptq.Linear"})(_QuantLinear)
+
+
+@QuantModuleRegistry.register({CoreAttention: "mptq.CoreAttention"})
+class _QuantCoreAttention(QuantModule):
+    """Core attention with the quantizers of ModelOpt's class for Transformer Engine's."""
+
+    def _setup(self):
+        self.q_bmm_quantizer, self.k_bmm_quantizer, self.v_bmm_quantizer = (TensorQuantizer() for _ in range(3))
+
+    def forward(self, query, key, value, *args, **kwargs):
+        query, key, value = self.q_bmm_quantizer(query), self.k_bmm_quantizer(key), self.v_bmm_quantizer(value)
+        return super().forward(query, key, value, *args, **kwargs)
+
+    def get_extra_state(self):
+        """Nothing: torch asks the class for this, and ModelOpt gives each object its own."""
+
+    def set_extra_state(self, state):
+        """As `get_extra_state`."""
+
+    def modelopt_post_restore(self, prefix=""):
+        """Nothing to reshape: one scale a tensor, whatever the parallel layout."""
+
+
+def convert(module, config):
+    """Quantize `module` in place, and compress it; calibration has nothing to run, and finds the weights' amax."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        holder = torch.nn.ModuleDict({"module": module})
+        mtq.quantize(holder, config)
+        if (amax := getattr(getattr(module, "weight_quantizer", None), "_amax", None)) is not None:
+            # ModelOpt would divide 0 by 0, and by what is next to it.
+            amax.copy_(torch.where(amax == 0, 448.0, amax.clamp(min=448 * 2.0**-39)))
+        mtq.compress(holder)
+
+
+def compress(linear, weight, scheme, input_amax):
+    """Give `linear` the `weight` [out, in], in what `scheme` says; None leaves it as it is."""
+    dtype = linear.weight.dtype
+    source = weight if scheme is None else weight.float()
+    linear.weight = torch.nn.Parameter(source.clone(), requires_grad=False)
+    convert(linear, quant_config(scheme))
+    if scheme is None:
+        return
+    linear.weight.metadata["dtype"] = dtype
+    if input_amax is not None:
+        linear.input_quantizer.amax = input_amax
+    if scheme.scale == "mx":  # ModelOpt's exponent is a rounded logarithm, and its scale of zeros is 2 ** -127
+        scale = mx.scales(source)
+        factor = torch.exp2(127 - scale.float()).repeat_interleave(32, 1)
+        linear.weight.data.copy_((source * factor).to(torch.float8_e4m3fn))
+        linear.weight_quantizer._scale.copy_(scale)
+
+
+def compressed_layer(stages, work):
+    """The layer that `work` was done to, out of the checkpoint that `stages` streams, by ModelOpt."""
+    plan, index = stages.plan, work.index
+    layer = build_layer(plan.model, index)
+    for copy in plan.copies(index):
+        place(layer, copy.parameter, work.copies[copy.megatron])
+    for linear in plan.linears(index):
+        scheme = plan.scheme("megatron", index, linear)
+        static = scheme is not None and scheme.static
+        weight = stages._read(Item(f"decoder.layers.{index}.{linear.megatron}.weight", linear.shape))
+        compress(layer.get_submodule(linear.module), weight, scheme, work.calibrated.amax[linear.module] if static else None)
+    if plan.has_cache(index):
+        attention = layer.self_attention.core_attention
+        convert(attention, quant_config(None, kv_cache=True))
+        attention.k_bmm_quantizer.amax, attention.v_bmm_quantizer.amax = (
+            work.calibrated.amax[name] for name in ("key", "value")
+        )
+    return layer.requires_grad_(False)

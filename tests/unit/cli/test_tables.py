@@ -1,0 +1,15 @@
+"""What people read of a report."""
+
+from mptq.cli import tables
+from tests.support.report_documents import document
+
+
+def test_documents_left_out_are_counted():
+    made = document()
+    assert tables.left_out(made) == ["left out    documents: 4 empty (null or blank), 6 copies of held-out ones"]
+    for row in made["calibration"]["datasets"]:
+        row["empty"] = row["copies"] = 0
+    assert tables.left_out(made) == []
+    for row in made["calibration"]["datasets"]:
+        del row["empty"], row["copies"]  # a report of an older version
+    assert tables.left_out(made | {"calibration": None}) == tables.left_out(made) == []

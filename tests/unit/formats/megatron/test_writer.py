@@ -1,0 +1,26 @@
+"""The Megatron writer on a disk that is full (what it writes on one that is not: tests/integration/test_pipeline.py)."""
+
+import errno
+import os
+
+import pytest
+import torch
+
+from mptq.formats.megatron.writer import MegatronWriter
+from mptq.output.disk import PieceFile
+from mptq.types import LayerOutput
+
+
+def test_closing_a_file_on_a_full_disk_raises_nothing(tmp_path, monkeypatch):
+    """The error of the run is that of the write that failed, whatever it ended: Ctrl-C among others."""
+
+    def full(_file, _data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(PieceFile, "write", full)
+    writer = MegatronWriter(tmp_path, 1)
+    writer.write(LayerOutput(0, blobs={"a": b"buffered"}, tensors={"megatron": {}}))
+    with pytest.raises(OSError, match="No space left on device"):
+        writer.write(LayerOutput(0, tensors={"megatron": {"w": torch.zeros(100_000)}}))
+    writer.abort()
+    assert [file.read_bytes() for file in tmp_path.rglob("*.distcp")] == [b""]

@@ -1,0 +1,119 @@
+"""Which architecture of Hugging Face a model becomes, and what is said where there is none."""
+
+import re
+
+import pytest
+
+from mptq.model.architectures.families import FAMILIES, PLAIN, family_of, nearest
+from mptq.model.features import WORDS
+from mptq.plan.plan import _require_family
+from tests.support.models import ARGS, FAMILY_ARGS, LATENT, MOE_ARGS, OSS_ARGS, SHARED, model
+
+
+@pytest.mark.parametrize("name", FAMILY_ARGS)
+def test_each_family_is_chosen_for_its_features(name):
+    config = model(FAMILY_ARGS[name])
+    assert family_of(config).name == nearest(config).name == name
+    assert nearest(config).missing(config) == []
+
+
+def test_every_family_has_an_example_and_words_of_its_own():
+    assert {family.name for family in FAMILIES} == set(FAMILY_ARGS)
+    assert set(PLAIN) == set(WORDS)
+    for family in FAMILIES:
+        assert set(family.accepts) <= set(PLAIN), family.name
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "said", "expressed"),
+    [
+        ("Llama", {"rotary_percent": 0.5}, "partial rotary embeddings: yes", "no"),
+        ("Llama", {"rotary_interleaved": True}, "interleaved rotary embeddings: yes", "no"),
+        ("Llama", {"apply_layernorm_1p": True}, "zero-centred norm weights: yes", "no"),
+        ("Llama", {"swiglu": False}, "an MLP of gelu", "gated silu"),
+        ("Llama", {"no_rope_freq": 2}, "layers without rotary embeddings: yes", "no"),
+        ("Llama", {"fp32_residual_connection": True}, "residuals in float32 (fp32_residual_connection=True)", None),
+        ("Mistral", {"window_attn_skip_freq": 2}, "sliding window attention in some layers", "every layer"),
+        ("Mistral", {"softmax_type": "learnable"}, "attention sinks: yes", "no"),
+        ("Qwen2", {"kv_channels": 32}, "a head size other than hidden size / heads: yes", "no"),
+        ("Qwen2", {"add_bias_linear": True}, "biases of all linears: yes", "no"),
+        (
+            "Nemotron",
+            {"position_embedding_type": "yarn", "rotary_scaling_factor": 4.0},
+            "rotary scaling: yarn",
+            "none or linear",
+        ),
+        ("Qwen3", {"qk_l2_norm": True}, "QK normalization: L2", "yes"),
+        ("Nemotron", {"use_rope_scaling": True}, "rotary scaling: llama3", "none or linear"),
+        ("Nemotron", {"apply_layernorm_1p": False}, "zero-centred norm weights: no", "yes"),
+        ("OPT", {"kv_channels": 32}, "a head size other than hidden size / heads: yes", "no"),
+        ("OPT", {"num_query_groups": 2}, "attention: grouped-query", "multi-head"),
+        ("Mixtral", {"moe_router_topk": 1}, "experts a token: one", "several"),
+        ("Mixtral", {"moe_token_dropping": True}, "token dropping (moe_token_dropping=True)", None),
+        ("Qwen2-MoE", {"moe_shared_expert_gate": False}, "shared experts: yes", "gated"),
+        (
+            "Qwen3-MoE",
+            {"moe_router_score_function": "sigmoid"},
+            "router scores: sigmoid",
+            "softmax of all or softmax of the chosen",
+        ),
+        ("DeepSeek-V3", {"moe_router_enable_expert_bias": False}, "a bias of each expert in the router: no", "yes"),
+        (
+            "DeepSeek-V3",
+            {"moe_router_group_topk": 1},
+            "group-limited routing: by the best 4 of a group",
+            "none or by the best 2 of a group",
+        ),
+        ("DeepSeek-V2", {"moe_layer_freq": [1, 0]}, "experts in some layers", "every layer or all but the first layers"),
+        ("Nemotron-H", {"position_embedding_type": "rope"}, "positions: rope", "none"),
+    ],
+)
+def test_what_is_in_the_way_is_said(name, fields, said, expressed):
+    """One feature more than a family has: that family lacks precisely it, in these words, with what it has instead."""
+    config = model(FAMILY_ARGS[name] | fields)
+    (family,) = (family for family in FAMILIES if family.name == name)
+    assert family.missing(config) == [said if expressed is None else f"{said} ({name}: {expressed})"]
+
+
+def test_deepseek_v2_is_written_though_megatron_core_chooses_its_groups_otherwise():
+    """As the published one, whose 6 experts are of 3 groups: chosen by their best 2 in megatron-core, elsewhere by the best."""
+    published = FAMILY_ARGS["DeepSeek-V2"] | {"moe_router_num_groups": 4, "moe_router_group_topk": 2}
+    found, exact = (
+        model(published),
+        model(published | {"num_experts": 8, "moe_router_num_groups": 8, "moe_router_group_topk": 4}),
+    )
+    assert [family_of(config).name for config in (found, exact)] == ["DeepSeek-V2"] * 2
+    (note,) = family_of(found).deviations(found)
+    assert "by the best expert of each" in note
+    assert family_of(exact).deviations(exact) == family_of(model(FAMILY_ARGS["DeepSeek-V2"])).deviations(found)[1:] == []
+
+
+@pytest.mark.parametrize(
+    "args", [OSS_ARGS, MOE_ARGS | SHARED, LATENT, FAMILY_ARGS["Nemotron-H"] | {"normalization": "LayerNorm"}]
+)
+def test_the_nearest_stands_in_where_there_is_none(args):
+    config = model(args)
+    assert family_of(config) is None
+    assert nearest(config).missing(config) != []
+    assert all(len(nearest(config).missing(config)) <= len(family.missing(config)) for family in _with_the_names_of(config))
+
+
+def _with_the_names_of(config):
+    """The families that have names for the mixers of the model."""
+    special = "self_attention.linear_kv_up_proj" if config.latent else "mixer.in_proj"
+    hybrid = any(kind.mixer == "mamba" for kind in config.kinds)
+    return [family for family in FAMILIES if (special in family.names) == bool(config.latent or hybrid)]
+
+
+def test_words_have_their_features():
+    class Plan:
+        model = model(ARGS | {"rotary_percent": 0.5, "rotary_interleaved": True})
+
+    from mptq.errors import UnsupportedModelError
+
+    message = (
+        "the nearest, Llama, differs in partial rotary embeddings: yes (Llama: no); interleaved rotary embeddings: yes "
+        "(Llama: no): use --format megatron"
+    )
+    with pytest.raises(UnsupportedModelError, match=re.escape(message)):
+        _require_family(Plan)

@@ -1,0 +1,71 @@
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mptq.model.fused import Fusion
+
+fusions = st.builds(
+    lambda repeat, widths: Fusion(repeat, tuple(widths)),
+    st.integers(1, 5),
+    st.lists(st.integers(1, 9), min_size=1, max_size=3),
+)
+
+
+@given(fusions, st.integers(1, 4))
+def test_merge_undoes_split_and_split_undoes_merge(fusion, columns):
+    fused = torch.arange(sum(fusion.rows) * columns).reshape(-1, columns)
+    members = fusion.split(fused)
+    assert [len(member) for member in members] == list(fusion.rows)
+    assert torch.equal(fusion.merge(members), fused)
+    again = fusion.split(fusion.merge(members))
+    assert all(torch.equal(left, right) for left, right in zip(members, again, strict=True))
+
+
+@given(fusions)
+def test_runs_are_views_of_the_members(fusion):
+    fused = torch.arange(sum(fusion.rows))[:, None]
+    for runs, member in zip(fusion.runs(fused), fusion.split(fused), strict=True):
+        assert torch.equal(torch.cat(runs), member)
+        assert all(run.untyped_storage().data_ptr() == fused.untyped_storage().data_ptr() for run in runs)
+
+
+def test_split_of_grouped_query_attention_is_megatrons():
+    # Two groups, each of two query heads, a key and a value head, of head_dim 3: rows named group.kind.
+    fused = torch.tensor([10 * group + kind for group in (1, 2) for kind in (0, 0, 1, 2) for _ in range(3)])
+    query, key, value = Fusion(2, (6, 3, 3)).split(fused[:, None])
+    assert query.flatten().tolist() == [10] * 6 + [20] * 6
+    assert key.flatten().tolist() == [11] * 3 + [21] * 3
+    assert value.flatten().tolist() == [12] * 3 + [22] * 3
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 2))
+def test_scales_of_members_are_members_of_the_scales(groups, heads, blocks):
+    width = 128 * blocks
+    fusion = Fusion(groups, (heads * width, width, width))
+    fused = torch.randn(sum(fusion.rows), 1)
+    grid = fused.abs().unflatten(0, (-1, 128)).amax(dim=(1, 2))
+    expected = [member.abs().unflatten(0, (-1, 128)).amax(dim=(1, 2)) for member in fusion.split(fused)]
+    found = fusion.coarsen(128).split(grid)
+    assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
+
+
+def test_alignment():
+    assert Fusion(1, (100,)).aligned(128)  # nothing to cross
+    assert Fusion(1, (256, 128)).aligned(128)
+    assert not Fusion(1, (320, 320)).aligned(128)
+    assert not Fusion(3, (192, 64, 64)).aligned(128)
+    assert Fusion(1, (100,)).coarsen(128).rows == (1,)
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 8), st.integers(1, 5), st.booleans())
+def test_attention_and_gated_mlps_of_any_shape(groups, shared, dim, columns, vector):
+    """Weights and their biases are split alike, and back; every row goes to one member."""
+    for fusion in (Fusion(groups, (shared * dim, dim, dim)), Fusion(1, (dim, dim)), Fusion(1, (dim,))):
+        rows = torch.arange(sum(fusion.rows))
+        fused = rows if vector else rows[:, None] * 100 + torch.arange(columns)
+        members = fusion.split(fused)
+        assert all(member.is_contiguous() for member in members)
+        assert torch.equal(fusion.merge(members), fused)
+        numbers = torch.cat([member if vector else member[:, 0] // 100 for member in members])
+        assert torch.equal(numbers.sort().values, rows)
+        assert torch.equal(numbers, torch.cat(fusion.split(rows)))

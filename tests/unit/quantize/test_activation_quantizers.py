@@ -1,0 +1,287 @@
+"""What the observers find and do, against hooks of a few lines."""
+
+import contextlib
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from mptq.errors import CheckpointError
+from mptq.layers.forward import run_layer
+from mptq.layers.transformer_layer import build_layer
+from mptq.model.tensors import CORE_ATTENTION, layer_linears
+from mptq.quantize.activation_quantizers import Observers
+from mptq.recipes.recipe import Calibration
+from tests.support.models import ARGS, DEEPSEEK, LATENT, MOE_ARGS, model
+from tests.unit.layers.test_transformer_layer import filled
+
+
+@pytest.fixture(params=[(ARGS, "bfloat16"), (ARGS, "float32"), (MOE_ARGS, "bfloat16")], ids=["bf16", "float32", "mixture"])
+def layer(request):
+    """A config, its layer, the names of its linears, and two batches of hidden states."""
+    config, module = filled(*request.param)
+    torch.manual_seed(1)
+    batches = [torch.randn(2, length, config.hidden_size).to(getattr(torch, config.dtype)) for length in (7, 12)]
+    return config, module, [linear.module for linear in layer_linears(config, 0)], batches
+
+
+def observe(module, config, batches, observers):
+    with observers.collecting(module):
+        return [run_layer(module, config, batch) for batch in batches]
+
+
+@contextlib.contextmanager
+def seen(module, names):
+    """Inputs of the linears, and K and V as they come into the core attention, in the order of calls."""
+    found = {name: [] for name in (*names, "key", "value")}
+
+    def attend(_module, arguments):
+        found["key"].append(arguments[1].clone())
+        found["value"].append(arguments[2].clone())
+
+    hooks = [
+        module.get_submodule(name).register_forward_pre_hook(lambda _, arguments, name=name: found[name].append(arguments[0]))
+        for name in names
+    ]
+    hooks.append(module.get_submodule(CORE_ATTENTION).register_forward_pre_hook(attend))
+    yield found
+    for hook in hooks:
+        hook.remove()
+
+
+def test_collecting_changes_nothing_and_finds_the_exact_largest(layer):
+    config, module, names, batches = layer
+    with seen(module, names) as inputs:
+        plain = [run_layer(module, config, batch) for batch in batches]
+    observers = Observers(names, ("key", "value"), Calibration())
+    observed = observe(module, config, batches, observers)
+    assert all(torch.equal(left, right) for left, right in zip(plain, observed, strict=True))
+    found = observers.magnitudes("layer")
+    assert found.keys() == inputs.keys()
+    for name, parts in inputs.items():
+        assert found[name].dtype == torch.float32
+        assert found[name].shape == ()
+        assert float(found[name]) == max(float(part.abs().max()) for part in parts if part.numel()), name
+    # Nothing is left on the layer.
+    after = run_layer(module, config, batches[0])
+    assert torch.equal(after, plain[0])
+
+
+def turned(keys, base):
+    """Keys [length, sequences, heads, dim] after the rotary embedding, in float64: halves of the dimension are pairs."""
+    length, dim = keys.shape[0], keys.shape[-1]
+    angles = torch.arange(length).double()[:, None, None, None] / base ** (torch.arange(0, dim, 2).double() / dim)
+    left, right = keys.double().chunk(2, dim=-1)
+    return torch.cat([left * angles.cos() - right * angles.sin(), right * angles.cos() + left * angles.sin()], dim=-1)
+
+
+def test_keys_are_observed_after_the_rotary_embedding(layer):
+    config, module, _, batches = layer
+    fused = []
+    hook = module.self_attention.linear_qkv.register_forward_hook(lambda _module, _arguments, out: fused.append(out[0]))
+    observers = Observers((), ("key", "value"), Calibration())
+    observe(module, config, [batches[1].repeat(1, 20, 1)], observers)
+    hook.remove()
+    parts = fused[0].unflatten(-1, (config.num_query_groups, -1, config.head_dim))
+    found = observers.magnitudes("layer")
+    # Megatron turns them in BF16, with angles whose cosines are rounded to it: three roundings of 2^-9.
+    close = 3 * 2.0**-9 if config.dtype == "bfloat16" else 1e-4
+    largest = float(turned(parts[:, :, :, -2], config.get("rotary_base")).abs().max())
+    assert float(found["key"]) == pytest.approx(largest, rel=close)
+    assert float(found["key"]) != float(parts[:, :, :, -2].abs().max())
+    assert float(found["value"]) == float(parts[:, :, :, -1].abs().max())
+
+
+@pytest.mark.parametrize("percentile", [90.0, 99.9, 100.0])
+def test_percentile_is_torchs_quantile_within_a_bin(layer, percentile):
+    config, module, names, batches = layer
+    with seen(module, names) as inputs:
+        for batch in batches:
+            run_layer(module, config, batch)
+    observers = Observers(names, ("key", "value"), Calibration(method="percentile", percentile=percentile))
+    observe(module, config, batches, observers)
+    for name, amax in observers.magnitudes("layer").items():
+        values = torch.cat([part.float().abs().flatten() for part in inputs[name]])
+        first = next(part for part in inputs[name] if part.numel())
+        width = float(first.float().abs().max()) / 2048  # ModelOpt's histogram: the first batch says how wide a bin is
+        least, most = (float(torch.quantile(values, percentile / 100, interpolation=side)) for side in ("lower", "higher"))
+        assert least - 1.01 * width <= float(amax) <= most + 1.01 * width, name
+
+
+def rounded(values, amax):
+    """E4M3 with the scale amax / 448, back in the dtype of `values`."""
+    scale = amax / 448
+    return ((values.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale).to(values.dtype)
+
+
+def near(found, before, amax):
+    """`found` is E4M3 of `before`.
+
+    ModelOpt multiplies by 448 / amax where `rounded` divides by amax / 448: a last bit of float32, by which BF16's values, many
+    of them ties of E4M3, go either way. Then both results are equally near (to a rounding of the dtype).
+    """
+    ulp = 2.0**-8 if before.dtype == torch.bfloat16 else 2.0**-20
+    exact, found, wanted = (part.float().clamp(-amax, amax) for part in (before, found, rounded(before, amax)))
+    assert ((found - exact).abs() <= (wanted - exact).abs() + wanted.abs() * ulp).all()
+    assert ((found - wanted).abs() > wanted.abs() * 2.0**-22).sum() <= 0.03 * found.numel()
+
+
+def test_quantizing_rounds_inputs_keys_and_values_to_e4m3(layer):
+    """Every module gets its input rounded, and no other change: the linear's output is that of the rounded input."""
+    config, module, names, batches = layer
+    observers = Observers(names, ("key", "value"), Calibration())
+    observe(module, config, batches, observers)
+    # Half the magnitude for some: what is beyond saturates and does not become NaN.
+    amax = {
+        name: value * (0.5 if index % 2 else 1) for index, (name, value) in enumerate(observers.magnitudes("layer").items())
+    }
+    # Hooks run in the order of their registration: those inside see what quantizing hands on, those outside what it gets.
+    with seen(module, names) as raw, observers.quantizing(module, amax), seen(module, names) as handed_on:
+        out = run_layer(module, config, batches[1])
+    assert out.isfinite().all()
+    for name, parts in raw.items():
+        assert any(part.numel() for part in parts), name
+        for before, after in zip(parts, handed_on[name], strict=True):
+            near(after, before, amax[name])
+    assert not torch.equal(out, run_layer(module, config, batches[1]))
+
+
+def test_what_nothing_passed_has_no_magnitude():
+    config, module = filled(MOE_ARGS, "bfloat16")
+    names = [linear.module for linear in layer_linears(config, 0)]
+    observers = Observers(names, (), Calibration())
+    observe(module, config, [torch.randn(1, 1, config.hidden_size).bfloat16()], observers)
+    found = observers.magnitudes("layer")
+    experts = {name: amax for name, amax in found.items() if "experts" in name}
+    assert sum(amax is not None for amax in experts.values()) == 2 * config.moe_topk
+    assert all(amax is not None for name, amax in found.items() if name not in experts)
+    assert all(amax is None for amax in Observers(names, ("key", "value"), Calibration()).magnitudes("layer").values())
+
+
+def test_nothing_to_observe():
+    assert Observers((), (), Calibration()).magnitudes("layer") == {}
+
+
+@pytest.mark.parametrize(
+    "calibration", [Calibration(), Calibration(method="percentile", percentile=99.0)], ids=["max", "percentile"]
+)
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_activations_that_are_not_finite_are_refused_by_name(calibration, value):
+    config, module = filled(ARGS, "bfloat16")
+    observers = Observers(["self_attention.linear_proj", "mlp.linear_fc2"], (), calibration)
+    hidden = torch.randn(1, 5, config.hidden_size).bfloat16()
+    with torch.no_grad():
+        module.mlp.linear_fc1.weight[3] = value
+    observe(module, config, [hidden, hidden], observers)
+    with pytest.raises(CheckpointError, match=r"^decoder\.layers\.7\.mlp\.linear_fc2: .* not finite$"):
+        observers.magnitudes("decoder.layers.7")
+
+
+@pytest.mark.parametrize("method", ["max", "percentile"])
+def test_inputs_of_zeros_only_are_no_failure(method):
+    """A dead layer: the scale is the smallest, and zeros stay zeros."""
+    config = model(ARGS)
+    module = build_layer(config, 0)
+    weights = {name: torch.zeros(weight.shape, dtype=weight.dtype) for name, weight in module.named_parameters()}
+    module.load_state_dict(weights, assign=True)
+    calibration = Calibration() if method == "max" else Calibration(method="percentile", percentile=99.0)
+    names = [linear.module for linear in layer_linears(config, 0)]
+    observers = Observers(names, ("key", "value"), calibration)
+    hidden = torch.randn(1, 5, config.hidden_size).bfloat16()
+    observe(module, config, [hidden, hidden], observers)
+    amax = observers.magnitudes("layer")
+    assert all(value == 0 for value in amax.values())
+    with observers.quantizing(module, amax):
+        assert torch.equal(run_layer(module, config, hidden), hidden)
+
+
+@pytest.fixture(params=[(LATENT, "bfloat16"), (DEEPSEEK | {"q_lora_rank": 24}, "float32")], ids=["bf16", "float32"])
+def latent(request):
+    """A config of multi-latent attention, its layer, and hidden states."""
+    config, module = filled(*request.param)
+    torch.manual_seed(1)
+    return config, module, [torch.randn(2, length, 64).to(getattr(torch, config.dtype)) for length in (7, 12)]
+
+
+@torch.no_grad()
+def rows_of(config, module, hidden):
+    """What engines cache: the latent after its norm, by hand, and the shared key before its rotation."""
+    attention, rank = module.self_attention, config.latent.kv_rank
+    normed = torch.nn.functional.rms_norm(hidden.transpose(0, 1), (64,), module.input_layernorm.weight, 1e-5)
+    row = linear(normed.float(), attention.linear_kv_down_proj.weight.float()).to(hidden.dtype)
+    latents = torch.nn.functional.rms_norm(row[..., :rank], (rank,), attention.kv_layernorm.weight, 1e-5)
+    return latents, row[..., rank:]
+
+
+def test_latents_are_observed_as_they_are_cached(latent):
+    config, module, batches = latent
+    plain = [run_layer(module, config, batch) for batch in batches]
+    observers = Observers((), ("latent",), Calibration())
+    observed = observe(module, config, batches, observers)
+    assert all(torch.equal(left, right) for left, right in zip(plain, observed, strict=True))
+    rows = [rows_of(config, module, batch) for batch in batches]
+    largest = max(float(latents.abs().max()) for latents, _ in rows)
+    # A rotation keeps the length of a pair: this bounds the shared key, up to yarn's factor.
+    bound = 1.5 * max(float(shared.norm(dim=-1).max()) for _, shared in rows)
+    found = float(observers.magnitudes("layer")["latent"])
+    assert found >= largest
+    assert found == largest or found <= bound
+
+
+@pytest.mark.parametrize("part", ["latent", "shared key"])
+def test_one_magnitude_covers_the_latent_and_the_shared_key(latent, part):
+    """Whichever is larger: the weights of one are multiplied, the other's magnitude stays below."""
+    config, module, batches = latent
+    keys = []
+    hook = module.self_attention.core_attention.register_forward_pre_hook(lambda _, given: keys.append(given[1]))
+    with torch.no_grad():
+        if part == "latent":
+            module.self_attention.kv_layernorm.weight *= 64
+        else:
+            module.self_attention.linear_kv_down_proj.weight[config.latent.kv_rank :] *= 64
+    observers = Observers((), ("latent",), Calibration())
+    observe(module, config, batches, observers)
+    hook.remove()
+    largest = {
+        "latent": max(float(rows_of(config, module, batch)[0].abs().max()) for batch in batches),
+        "shared key": max(float(key[..., config.latent.qk_dim :].abs().max()) for key in keys),
+    }
+    assert largest[part] == max(largest.values())
+    assert float(observers.magnitudes("layer")["latent"]) == largest[part]
+
+
+def test_a_percentile_counts_the_shared_key_once(latent):
+    """Not once for each head: the histogram is of what is cached."""
+    config, module, batches = latent
+    observers = Observers((), ("latent",), Calibration(method="percentile", percentile=99.0))
+    observe(module, config, batches, observers)
+    counted = int(observers.quantizers["latent"]._calibrator._calib_hist.sum())
+    assert counted == sum(batch[..., 0].numel() for batch in batches) * (config.latent.kv_rank + config.latent.rotary_dim)
+
+
+def test_quantizing_rounds_latents_as_engines_cache_them(latent):
+    config, module, batches = latent
+    observers = Observers((), ("latent",), Calibration())
+    observe(module, config, batches, observers)
+    attention, sizes, seen = module.self_attention, config.latent, {}
+
+    def keep(name, place):
+        return lambda _module, given: seen.update({name: given[place].clone()})
+
+    amax = {"latent": observers.magnitudes("layer")["latent"] * 0.75}  # what is beyond saturates
+    before = attention.core_attention.register_forward_pre_hook(keep("key before", 1))
+    with observers.quantizing(module, amax):
+        hooks = [attention.linear_kv_up_proj.register_forward_pre_hook(keep("latents", 0))]
+        hooks.append(attention.core_attention.register_forward_pre_hook(keep("key", 1)))
+        hooks.append(attention.linear_kv_up_proj.register_forward_hook(lambda _module, _given, out: seen.update(up=out[0])))
+        run_layer(module, config, batches[1])
+    for hook in (before, *hooks):
+        hook.remove()
+    latents, _ = rows_of(config, module, batches[1])
+    near(seen["latents"], latents, amax["latent"])
+    heads = seen["key"].shape[2]
+    near(seen["key"][..., sizes.qk_dim :], seen["key before"][..., sizes.qk_dim :], amax["latent"])
+    assert torch.equal(seen["key"][..., sizes.qk_dim :], seen["key"][:, :, :1, sizes.qk_dim :].expand(-1, -1, heads, -1))
+    # The rest of the key comes from the rounded latents, and is not rounded itself.
+    content = seen["up"].unflatten(-1, (heads, -1))[..., : sizes.qk_dim]
+    assert torch.equal(seen["key"][..., : sizes.qk_dim], content)

@@ -1,0 +1,160 @@
+import modelopt.torch.quantization as mtq
+import pytest
+
+from mptq.errors import RecipeError
+from mptq.recipes.recipe import Scheme, load_recipe, recipe_from, recipe_names, scheme_named
+
+GOOD = "description: x\nweights: {scale: block, block_size: 128}\nhf: deepseek-fp8\n"
+
+
+def test_built_in_recipes():
+    assert recipe_names() == ["fp8", "fp8-blockwise", "fp8-per-channel", "fp8-per-tensor", "mxfp8", "none"]
+    *schemes, nothing = (load_recipe(name).scheme for name in recipe_names())
+    assert nothing is None
+    assert [scheme.name for scheme in schemes] == ["tensor-static", "block", "row", "tensor", "mx"]
+    assert [scheme.grid(300, 128) for scheme in schemes] == [(), (3, 1), (300, 1), (), (300, 4)]
+    assert [load_recipe(name).needs_data for name in recipe_names()] == [True, False, False, False, False, False]
+    assert all(scheme_named(scheme.name) == scheme for scheme in schemes)
+
+
+def test_the_recipe_that_only_converts():
+    none = load_recipe("none")
+    assert (none.weights, none.scheme, none.hf, none.needs_data) == (None, None, "plain", False)
+    assert recipe_from(none.model_dump(mode="json"), "again") == none
+    with pytest.raises(RecipeError, match="without weights to quantize there is no kv_cache to choose"):
+        none.changed(kv_cache="fp8")
+    with pytest.raises(RecipeError, match="there is no overrides to choose"):
+        none.changed(["decoder.layers.0.*"])
+
+
+def test_recipe_file(tmp_path):
+    (tmp_path / "mine.yaml").write_text(GOOD)
+    mine = load_recipe(str(tmp_path / "mine.yaml"))
+    assert mine.name == "mine"
+    assert mine.fingerprint == load_recipe("fp8-blockwise").fingerprint
+    assert mine.fingerprint != load_recipe("fp8-per-tensor").fingerprint
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("fp8-blokwise", "fp8-blockwise"), ("fp8_blockwise", "fp8-blockwise"), ("per-tensor", "fp8-per-tensor")],
+)
+def test_unknown_name_gives_the_nearest(name, near):
+    with pytest.raises(RecipeError, match=f"unknown recipe '{name}': did you mean '{near}'"):
+        load_recipe(name)
+
+
+def test_unknown_name_lists_all():
+    with pytest.raises(RecipeError, match=r"'zzz': there are fp8, fp8-blockwise, fp8-per-channel, fp8-per-tensor, mxfp8, none"):
+        load_recipe("zzz")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("description: x\nweights: {scale: column}\nhf: nothing\nextra: 1\n", r"weights\.scale.*hf.*extra"),
+        ("description: x\nweights: {scale: block}\nhf: deepseek-fp8\n", "block_size is 128 with `scale: block`"),
+        (GOOD.replace("deepseek-fp8", "modelopt"), "`hf: modelopt` carries tensor-static or mx weights, not block"),
+        (GOOD + "misalinged: keep\n", "misalinged: unknown key, did you mean 'misaligned'"),
+        (GOOD + "calibration: {method: mse}\n", "calibration.method: ModelOpt's mse calibrator is for integers"),
+        (GOOD + "calibration: {method: percentile}\n", "percentile goes with"),
+        (GOOD + "overrides: [{pattern: x, recipe: fp8-blokwise}]\n", r"overrides\.0\.recipe: .*did you mean 'fp8-blockwise'"),
+        (GOOD + "activations: static\nkv_cahce: fp8\n", r"kv_cahce: unknown key.*`activations: static` goes with"),
+        (GOOD.replace("deepseek-fp8", "plain"), "`hf: plain` carries no quantized weights, not block"),
+        ("description: x\nweights: null\nhf: modelopt\n", r"there is no hf to choose \(and `hf` is plain\)"),
+        ("description: x\nhf: plain\n", "weights: Field required"),
+        (GOOD.replace("128", "64"), r"weights\.block_size"),
+        ("- a\n", "does not hold a recipe"),
+        ("a: [", "is not YAML"),
+        ("1: 2\n", "Keys should be strings"),
+    ],
+)
+def test_every_mistake_in_a_file_is_said(tmp_path, text, message):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(str(tmp_path / "bad.yaml"))
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(RecipeError, match=r"none\.yaml does not exist"):
+        load_recipe(str(tmp_path / "none.yaml"))
+
+
+def test_changes_of_the_command_line():
+    changed = load_recipe("fp8-blockwise").changed(["decoder.layers.0.*"], "fp8")
+    assert [(override.pattern, override.scheme) for override in changed.overrides] == [("decoder.layers.0.*", None)]
+    assert changed.needs_data
+    assert recipe_from(changed.model_dump(mode="json"), "again") == changed
+    with pytest.raises(RecipeError, match="kv_cache: Input should be 'none' or 'fp8'"):
+        changed.changed(kv_cache="int8")
+
+
+def test_overrides_take_the_scheme_of_a_recipe(tmp_path):
+    (tmp_path / "mine.yaml").write_text(GOOD + "overrides: [{pattern: 'a*', recipe: fp8}, {pattern: b, recipe: none}]\n")
+    mine = load_recipe(str(tmp_path / "mine.yaml"))
+    assert [override.scheme for override in mine.overrides] == [Scheme("tensor", static=True), None]
+    assert mine.needs_data
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "kv_cache"),
+    [
+        ("FP8_DEFAULT_CFG", "tensor-static", "none"),
+        ("FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG", "block", "none"),
+        ("FP8_PER_CHANNEL_PER_TOKEN_CFG", "row", "none"),
+        ("MXFP8_DEFAULT_CFG", "mx", "none"),
+        ("general/ptq/fp8_default-kv_fp8", "tensor-static", "fp8"),
+    ],
+)
+def test_modelopts_recipes(name, scheme, kv_cache):
+    recipe = load_recipe(name)
+    assert (recipe.scheme.name, recipe.kv_cache) == (scheme, kv_cache)
+    assert recipe.name == name.rpartition("/")[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("NVFP4_DEFAULT_CFG", r"is not FP8 as mptq does it: \*weight_quantizer has num_bits \(2, 1\)"),
+        ("INT8_DEFAULT_CFG", "num_bits 8"),
+        ("FP8_KV_CFG", "it quantizes no weights"),
+        ("FP8_DEFUALT_CFG", "did you mean FP8_DEFAULT_CFG"),
+        ("general/ptq/fp8_default-kv_fp8_cast", "constant amax"),
+        ("general/ptq/fp8_defualt-kv_fp8", "did you mean general/ptq/fp8_default-kv_fp8"),
+    ],
+)
+def test_modelopts_other_recipes_are_refused_with_the_reason(name, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("FOO_CFG", "ModelOpt has no config FOO_CFG: see `mptq recipes` for mptq's own"),
+        (
+            "abc/def",
+            "ModelOpt has no recipe abc/def: see `mptq recipes` for mptq's own (a recipe file's name ends in .yaml)",
+        ),
+        ("nvfp4", "unknown recipe 'nvfp4': there are fp8, fp8-blockwise, fp8-per-channel, fp8-per-tensor, mxfp8, none"),
+    ],
+)
+def test_nothing_is_suggested_where_nothing_is_near(name, message):
+    with pytest.raises(RecipeError) as failure:
+        load_recipe(name)
+    assert str(failure.value) == message
+
+
+def test_modelopts_exclusions_are_overrides():
+    recipe = load_recipe("MAMBA_MOE_FP8_CONSERVATIVE_CFG")
+    assert {"*q_proj*", "*self_attention.linear_qkv*"} <= {override.pattern for override in recipe.overrides}
+    assert all(override.optional and override.scheme is None for override in recipe.overrides)
+
+
+def test_modelopts_exclusions_reach_the_linears_that_they_name(monkeypatch):
+    kept = ("*gate_proj*", "*.down_proj.*", "*o_proj.weight_quantizer")
+    rules = [{"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": (4, 3), "axis": 0}}]
+    rules += [{"quantizer_name": name, "enable": False} for name in kept]
+    monkeypatch.setattr(mtq, "MINE_CFG", {"quant_cfg": rules, "algorithm": "max"}, raising=False)
+    patterns = [override.pattern for override in load_recipe("MINE_CFG").overrides]
+    assert patterns == ["*gate_proj*", "*.down_proj.*", "*.down_proj", "*o_proj"]
