@@ -85,14 +85,14 @@ class WeightError:
 class LayerOutput:
     """What the writers get at once of a unit (a layer, or tensors outside the layers): tensors for each format.
 
-    `tensors` maps a format ("hf", "megatron") to output names and tensors in CPU memory. `blobs` are the byte items of
-    the Megatron form (ModelOpt's quantizer state of a linear), by name. `last` says that nothing of the unit follows.
+    `tensors` maps a format to output names and tensors in CPU memory, `blobs` to names and byte items (ModelOpt's quantizer
+    state of a linear). `last` says that nothing of the unit follows.
     `first` is the row that the tensors begin with, where they are rows of larger ones.
     """
 
     index: int
     tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
-    blobs: dict[str, bytes] = field(default_factory=dict)
+    blobs: dict[str, dict[str, bytes]] = field(default_factory=dict)
     last: bool = False
     first: int = 0
 
@@ -100,4 +100,4 @@ class LayerOutput:
     def nbytes(self) -> int:
         """Bytes of all tensors and byte items."""
         tensors = sum(tensor.nbytes for group in self.tensors.values() for tensor in group.values())
-        return tensors + sum(map(len, self.blobs.values()))
+        return tensors + sum(len(blob) for group in self.blobs.values() for blob in group.values())

@@ -34,7 +34,10 @@ from mptq.formats.megatron.writer import MegatronWriter
 from mptq.types import LayerOutput
 
 LAYERS = "decoder.layers."
-IMPORTS = "import mptq.pipeline.run, mptq.pipeline.layer_stream, mptq.formats.hf.writer, safetensors, transformers; transformers.LlamaConfig()"
+IMPORTS = (
+    "import mptq.pipeline.run, mptq.pipeline.layer_stream, mptq.formats.hf.writer, safetensors, transformers; "
+    "transformers.LlamaConfig()"
+)
 """What a run without activations imports."""
 EXPERT = 512
 """Width of an expert's hidden state: whole blocks of 128, as those of models for FP8 are."""
@@ -89,8 +92,8 @@ def size(tensors: Iterator[tuple[str, torch.Tensor]]) -> int:
 def write(writer: MegatronWriter, unit: int, tensors: Iterator[tuple[str, torch.Tensor]], blobs: dict[str, bytes]) -> None:
     """Write a unit tensor by tensor."""
     for name, tensor in tensors:
-        writer.write(LayerOutput(unit, {"megatron": {name: tensor}}))
-    writer.write(LayerOutput(unit, {"megatron": {}}, blobs, last=True))
+        writer.write(LayerOutput(unit, {"megatron": {name: tensor}}, {"megatron": {}}))
+    writer.write(LayerOutput(unit, {"megatron": {}}, {"megatron": blobs}, last=True))
 
 
 def make(origin: Path, path: Path, layers: int, experts: int) -> int:
@@ -110,8 +113,7 @@ def make(origin: Path, path: Path, layers: int, experts: int) -> int:
     for index in range(layers):
         write(writer, index, source.layer(index, experts), {})
     write(writer, layers, source.outer(), {"common_state/shard_0_1": blob.getvalue()})
-    writer.finish(b"", None)
-    shutil.rmtree(writer.directory / "modelopt_state")
+    writer.finish()
     return wanted
 
 

@@ -1,7 +1,7 @@
 """What vLLM makes of models that mptq writes: which linears it fuses, which it takes for quantized, and how it splits them.
 
-    python -m tests.support.engine_cases DIR                                        # with mptq: a config.json for each case
-    VLLM_ENV/bin/python scripts/record_vllm.py DIR tests/support/vllm_models.json   # in the environment of scripts/check_vllm.sh
+    python -m tests.support.engine_cases DIR   # with mptq: a config.json for each case
+    VLLM_ENV/bin/python scripts/record_vllm.py DIR tests/support/vllm_models.json   # that of check_vllm.sh
 
 Builds each model without memory for its weights, by vLLM's own classes and quantization configs. For more ranks than one it
 is told that its group is larger; nothing is sent. Of a case and each number of ranks: `packed`, the packed_modules_mapping;

@@ -227,7 +227,7 @@ def smollm2_checkpoints(smollm2, tmp_path_factory) -> dict[int, Path]:
 
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory) -> Builder:
-    """`zoo(name)` is the folder of a tiny model of tests/support/zoo.py, built by megatron-core: its checkpoint and its logits."""
+    """`zoo(name)` is the folder of a tiny model of tests/support/zoo.py, built by megatron-core: checkpoint and logits."""
     return Builder(tmp_path_factory.mktemp("zoo"), run)
 
 

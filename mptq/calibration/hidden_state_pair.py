@@ -110,7 +110,7 @@ class HiddenStatePair:
         seen = observed(linears, static)
         for expert in {linear.module.rpartition(".")[0] for linear in seen if linear.expert is not None}:
             weigh_output(layer.get_submodule(expert))
-        cached = {form: self.plan.cached(form, index) for form in self.plan.formats}
+        cached = {form: layout.cached(index) for form, layout in self.plan.layouts.items()}
         of_cache = tuple(dict.fromkeys(chain.from_iterable(cached.values())))
         observers = Observers((linear.module for linear in seen), of_cache, self.plan.recipe.calibration)
         coverage = Coverage(linears)

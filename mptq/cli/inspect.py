@@ -25,7 +25,7 @@ def inspect(
     """Show what a checkpoint or an output holds, from its metadata alone."""
     from mptq.inspection import SCHEMA
     from mptq.inspection import inspect as look
-    from mptq.plan.plan import SourceOptions
+    from mptq.model.source import SourceOptions
 
     models = look(path, SourceOptions(iteration, tuple(config or ()), hf_config))
     if as_json:

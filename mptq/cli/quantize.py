@@ -139,9 +139,10 @@ def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
     from mptq import report
     from mptq.calibration.tokens import DataOptions
     from mptq.distributed import is_first
-    from mptq.pipeline import run
+    from mptq.model.source import SourceOptions
+    from mptq.pipeline import preflight, run
     from mptq.pipeline.options import Options
-    from mptq.plan.plan import SourceOptions, make_plan
+    from mptq.plan.plan import make_plan
     from mptq.recipes.recipe import load_recipe
 
     terminated = _terminated()
@@ -176,7 +177,7 @@ def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
     )
     out = output or run.default_output(plan, checkpoint)
     if dry_run and is_first():
-        checked = run.check(plan, out.resolve(), settings)
+        checked = preflight.check(plan, out.resolve(), settings)
         document = report.describe(plan, checked.work) | {"warnings": checked.notes, "output": str(out)}
         _show_plan(document, as_json, quiet)
     if dry_run:

@@ -23,7 +23,7 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Re-read an output: hashes, names, shapes, scales, and every number against its source. Exit code 3 if it fails."""
-    from mptq.plan.plan import SourceOptions
+    from mptq.model.source import SourceOptions
     from mptq.verification.structure import verify as check
 
     found = check(output, against, SourceOptions(iteration, tuple(config or ()), hf_config))

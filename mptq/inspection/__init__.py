@@ -11,13 +11,14 @@ from typing import Any
 
 from mptq.checkpoint.index import open_checkpoint
 from mptq.checkpoint.pickles import gc_paused
-from mptq.inspection.huggingface import describe_huggingface, read_headers
+from mptq.formats import FORMATS
+from mptq.inspection.huggingface import describe_huggingface
 from mptq.inspection.megatron import describe_megatron
 from mptq.inspection.quantized import output_facts
+from mptq.model.source import SourceOptions
 from mptq.output import manifest
-from mptq.plan.plan import SourceOptions
 
-__all__ = ["SCHEMA", "inspect", "read_headers"]
+__all__ = ["SCHEMA", "inspect"]
 SCHEMA = 2
 
 
@@ -29,7 +30,7 @@ def inspect(path: Path, options: SourceOptions | None = None) -> list[dict[str, 
     """
     options = options or SourceOptions()
     path = path.resolve()
-    nested = [path / form for form in ("hf", "megatron") if (path / form).is_dir()]
+    nested = [path / form for form in FORMATS if (path / form).is_dir()]
     nested = nested if (path / manifest.NAME).is_file() else []
     with gc_paused():  # all that is made stays to the end
         return [_inspect_one(directory, path, options) for directory in nested or [path]]

@@ -16,7 +16,7 @@ from mptq.inspection.tree import tree
 from mptq.model.checkpoint_keys import dropped, locate
 from mptq.model.config import ModelConfig, model_config
 from mptq.model.settings.resolve import resolve
-from mptq.plan.plan import Source, SourceOptions
+from mptq.model.source import Source, SourceOptions
 from mptq.types import TensorSpec
 
 _PARALLEL = {

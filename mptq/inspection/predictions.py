@@ -7,9 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from mptq.errors import RecipeError, UnsupportedModelError
+from mptq.formats import FORMATS
+from mptq.model.source import Source
 from mptq.model.tensors import megatron_layer
 from mptq.plan import estimates
-from mptq.plan.plan import FORMATS, Source, plan_source
+from mptq.plan.plan import plan_source
 from mptq.recipes.recipe import Recipe, load_recipe, recipe_names
 
 
@@ -41,7 +43,7 @@ class Representatives:
         """
         plan = plan_source(self.source, recipe, (form,))
         total = 0
-        for inner, specs in plan.by_inner(form):
+        for inner, specs in plan.layouts[form].by_canonical_name():
             prefix, layer, _ = inner.partition("decoder.layers.")
             count = self.counts[int(inner.split(".")[2])] if layer and not prefix else 1
             total += count * sum(spec.nbytes for spec in specs)

@@ -130,17 +130,8 @@ class UnquantizedTensor:
 
 CORE_ATTENTION = "self_attention.core_attention"
 """The module of a layer that sees K and V after the rotary embedding, and in a Megatron model has ModelOpt's quantizers."""
-_K_AND_V = ("key", "value")
-CACHED = {
-    "attention": {"hf": _K_AND_V, "megatron": _K_AND_V},
-    "mla": {"hf": ("latent", "latent"), "megatron": _K_AND_V},
-}
-"""Mixer -> output form -> what the k_scale and the v_scale of a layer's FP8 cache are of.
-
-"latent" is the row that engines cache of multi-latent attention: the latent after its norm and the rotated shared key, with
-one scale (vLLM: `concat_and_cache_mla` takes `_k_scale` alone). ModelOpt's quantizers in a Megatron model are in its core
-attention (modelopt/torch/quantization/plugins/megatron.py), which gets K and V decompressed.
-"""
+CACHED = ("attention", "mla")
+"""Mixers with a KV cache."""
 
 
 @lru_cache(maxsize=8)

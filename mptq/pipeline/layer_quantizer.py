@@ -1,4 +1,4 @@
-"""What is done to one layer: calibrate it, quantize its linears, and hand out what each format stores of them."""
+"""One layer on its way from the checkpoint into the formats: calibrated, quantized linear by linear, and compared."""
 
 from __future__ import annotations
 
@@ -12,23 +12,26 @@ import torch
 
 from mptq import report
 from mptq.distributed import shares
-from mptq.model import tensors as model_tensors
+from mptq.formats import FORMATS
+from mptq.formats.layout import canonical_weight
+from mptq.formats.protocol import QuantizedLinear
+from mptq.model.tensors import megatron_layer
+from mptq.pipeline.stored import add, empty, store_unquantized
 from mptq.quantize import quantizer
 from mptq.quantize.fp8 import E4M3_MAX, dequantize
 from mptq.quantize.projections import Quantized, fused_members, member_pieces, quantized_members
 from mptq.quantize.quantizer import require_finite
-from mptq.types import Fp8Weight, LayerOutput, TensorSpec, WeightError
+from mptq.types import LayerOutput, TensorSpec
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
     from mptq.calibration.hidden_state_pair import Calibrated, HiddenStatePair
+    from mptq.formats.layout import Layout
     from mptq.model.tensors import LinearSpec
-    from mptq.pipeline.layer_stream import LayerStream
+    from mptq.pipeline.context import PlannedReader, RunContext
+    from mptq.plan.units import Unit
     from mptq.recipes.recipe import Scheme
-
-
-_FORMATS = ("hf", "megatron")
 
 
 def place(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -40,232 +43,201 @@ def place(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 class LayerQuantizer:
-    """One layer on its way from the checkpoint to the writers, linear by linear.
+    """One layer, linear by linear.
 
-    `copies` are the tensors that keep their precision, as the checkpoint has them. Where activations go along, `live` is the
-    layer of megatron-core that they go through: first as it was, then with the numbers that are stored (the Hugging Face
-    form's, where it is written). Several ranks then have the same layer: each quantizes its share of the linears for all.
+    Where there are hidden states, `live` is megatron-core's layer that they go through: first as it was, then with the numbers
+    that the first format stores. Several ranks then have the same layer: each quantizes its share of the linears for all.
     """
 
-    def __init__(self, stream: LayerStream, index: int) -> None:
-        self.plan, self.record, self.progress = stream.plan, stream.record, stream.progress
-        self.stream, self.index = stream, index
-        self.copies: dict[str, torch.Tensor] = {}
+    def __init__(self, context: RunContext, reader: PlannedReader, unit: Unit) -> None:
+        assert unit.layer is not None
+        self.context, self.plan, self.reader, self.unit, self.layer = context, context.plan, reader, unit, unit.layer
+        self.unquantized: dict[str, torch.Tensor] = {}
         self.live: TransformerLayer | None = None
         self.calibrated: Calibrated | None = None
         self.waiting: dict[str, torch.Tensor] = {}
         self.amax: torch.Tensor | None = None
-        self.row: dict[str, Any] = {"layer": index}
-        self.ranks = stream.ranks
-        sizes = {place: math.prod(linear.shape) for place, linear in enumerate(stream.plan.linears(index))}
-        self.owners = {place: rank for rank, share in enumerate(shares(sizes, self.ranks.size)) for place in share}
+        self.row: dict[str, Any] = {"layer": self.layer}
+        sizes = {number: math.prod(linear.shape) for number, linear in enumerate(self.plan.linears(self.layer))}
+        ranks = enumerate(shares(sizes, context.ranks.size))
+        self.owners = {number: rank for rank, share in ranks for number in share}
         self.rows: list[tuple[int, dict[str, Any]]] = []
 
     def outputs(self) -> Iterator[LayerOutput]:
         """What the formats store of the layer: first what keeps its precision, then one linear after another."""
-        yield self._copied()
-        activations = self.stream.activations
-        if activations:
-            self.calibrate(activations)
-            if self.plan.has_cache(self.index):
-                yield self._cache()
-        for place, linear in enumerate(self.plan.linears(self.index)):
-            yield self.linear(linear, place)
-        rows = chain.from_iterable(self.ranks.gather(self.rows))
-        self.record.rows.extend(row for _, row in sorted(rows, key=itemgetter(0)))
-        if activations:
-            self.compare(activations)
+        yield self._unquantized()
+        states = self.context.hidden_states
+        if states:
+            self._calibrate(states)
+            if self.plan.assignment.has_cache(self.layer):
+                yield self._kv_cache()
+        for number, linear in enumerate(self.plan.linears(self.layer)):
+            yield self._linear(linear, number)
+        rows = chain.from_iterable(self.context.ranks.gather(self.rows))
+        self.context.log.rows.extend(row for _, row in sorted(rows, key=itemgetter(0)))
+        if states:
+            self._compare(states)
 
-    def _output(self) -> LayerOutput:
-        return LayerOutput(self.index + 1, {form: {} for form in self.plan.formats})
-
-    def _copied(self) -> LayerOutput:
-        output, prefix = self._output(), model_tensors.megatron_layer(self.index)
-        for copy in self.plan.copies(self.index):
-            tensor = self.stream.take(prefix + copy.megatron, copy.shape)
-            require_finite(tensor, prefix + copy.megatron)
-            self.copies[copy.megatron] = tensor
-            self.stream.copied(output, copy, tensor, self.index)
+    def _unquantized(self) -> LayerOutput:
+        output, prefix = empty(self.plan, self.unit), megatron_layer(self.layer)
+        for tensor in self.plan.unquantized(self.layer):
+            values = self.reader.take(prefix + tensor.megatron, tensor.shape)
+            require_finite(values, prefix + tensor.megatron)
+            self.unquantized[tensor.megatron] = values
+            store_unquantized(self.plan, output, tensor, values, self.layer)
         return output
 
-    def calibrate(self, activations: HiddenStatePair) -> None:
-        """Load the layer as it is, and let the reference stream through it."""
+    def _calibrate(self, states: HiddenStatePair) -> None:
+        """Load the layer as it is, and let the reference through it."""
         from mptq.layers.transformer_layer import build_layer
 
-        plan, stream = self.plan, self.stream
-        live = build_layer(plan.model, self.index)
-        for copy in plan.copies(self.index):
-            source = self.copies[copy.megatron].to(stream.device)
-            place(live, copy.parameter, source if copy.exact else source.to(stream.compute_dtype))
-        for linear in plan.linears(self.index):
-            weight = stream.take(self._inner(linear), linear.shape).to(stream.device, stream.compute_dtype)
-            require_finite(weight, self._inner(linear))
+        device, dtype, live = self.context.device, self.context.dtype, build_layer(self.plan.model, self.layer)
+        for tensor in self.plan.unquantized(self.layer):
+            source = self.unquantized[tensor.megatron].to(device)
+            place(live, tensor.parameter, source if tensor.exact else source.to(dtype))
+        for linear in self.plan.linears(self.layer):
+            name = canonical_weight(self.layer, linear)
+            weight = self.reader.take(name, linear.shape).to(device, dtype)
+            require_finite(weight, name)
             place(live, f"{linear.module}.weight", weight)
-        static = [linear for linear in plan.linears(self.index) if self._is_static(linear)]
-        self.progress.doing("calibrating" if activations.calibration else "running the reference")
-        with self.record.timed("forward"):
-            self.calibrated = activations.calibrate(self.index, live, static)
+        static = [linear for linear in self.plan.linears(self.layer) if self._is_static(linear)]
+        self.context.progress.doing("calibrating" if states.calibration else "running the reference")
+        with self.context.log.timed("forward"):
+            self.calibrated = states.calibrate(self.layer, live, static)
         self.live = live
         self.row["experts"] = self.calibrated.experts
 
-    def compare(self, activations: HiddenStatePair) -> None:
-        """Let the quantized stream through the layer, whose live weights are those that are stored by now."""
+    def _compare(self, states: HiddenStatePair) -> None:
+        """Let the quantized hidden states through the layer, whose live weights are those that are stored by now."""
         assert self.live is not None
         assert self.calibrated is not None
-        self.progress.doing("running the quantized layer")
-        with self.record.timed("forward"):
-            self.row |= activations.compare(self.index, self.live, self.calibrated) or {}
-        self.record.layers.append(self.row)
+        self.context.progress.doing("running the quantized layer")
+        with self.context.log.timed("forward"):
+            self.row |= states.compare(self.layer, self.live, self.calibrated) or {}
+        self.context.log.layers.append(self.row)
+
+    def _linear(self, linear: LinearSpec, number: int) -> LayerOutput:
+        """Quantize one linear, of that number in the layer: what each format stores of it."""
+        output, source = empty(self.plan, self.unit), self._source(linear)
+        made = self._quantized(linear, source, self.owners[number])
+        for form in reversed(self.plan.formats):  # the report's order of rows
+            layout = self.plan.layouts[form]
+            scheme, weights = layout.scheme(self.layer, linear), made.get(form)
+            input_amax = self._input_amax(linear) if scheme is not None and scheme.static else None
+            stored = FORMATS[form].store_linear(layout, QuantizedLinear(self.layer, linear, source, weights, input_amax))
+            add(output, form, stored)
+            if scheme is not None and weights is not None:
+                self._report(number, (form, layout), linear, weights)
+        self._show(linear, source, made)
+        return output
 
     def _source(self, linear: LinearSpec) -> torch.Tensor:
         """The weight of `linear`. Linears that have one scale are taken together: its largest magnitude is of all of them."""
         if linear.megatron not in self.waiting:
-            group = self.plan.sharing(self.index, linear)
+            group = self.plan.assignment.sharing(self.layer, linear)
             self.waiting = {one.megatron: self._weight(one) for one in group}
             self.amax = self._largest(group, self.waiting)
         return self.waiting.pop(linear.megatron)
 
     def _weight(self, linear: LinearSpec) -> torch.Tensor:
         if self.live is None:
-            return self.stream.take(self._inner(linear), linear.shape).to(self.stream.device, non_blocking=True)
+            weight = self.reader.take(canonical_weight(self.layer, linear), linear.shape)
+            return weight.to(self.context.device, non_blocking=True)
         # A copy: the live weight is overwritten by what the first format stores.
-        weight: torch.Tensor = self.live.get_parameter(f"{linear.module}.weight").clone()
-        return weight
+        copied: torch.Tensor = self.live.get_parameter(f"{linear.module}.weight").clone()
+        return copied
 
     def _largest(self, group: Sequence[LinearSpec], sources: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """The largest magnitude of linears that share one scale, float32 []; None where scales are of blocks or rows."""
-        wanted = self.plan.wanted[self.index, group[0].megatron]
-        if wanted is None or wanted.scale != "tensor":
+        scheme = self.plan.assignment.scheme(self.layer, group[0])
+        if scheme is None or scheme.scale != "tensor":
             return None
-        with self.record.timed("quantize"):
-            return torch.stack([quantizer.amax_of(sources[one.megatron], self._inner(one)) for one in group]).amax()
+        with self.context.log.timed("quantize"):
+            found = [quantizer.amax_of(sources[one.megatron], canonical_weight(self.layer, one)) for one in group]
+            return torch.stack(found).amax()
 
-    def linear(self, linear: LinearSpec, place: int) -> LayerOutput:
-        """Quantize one linear, of that place in the layer: what each format stores of it."""
-        output, self.place = self._output(), place
-        source = self._source(linear)
-        made = self._quantized(linear, source)
-        if "megatron" in self.plan.formats:
-            self._megatron(linear, source, output, made.get("megatron"))
-        if "hf" in self.plan.formats:
-            self._hf(linear, source, output, made.get("hf"))
-        return output
+    def _quantized(self, linear: LinearSpec, source: torch.Tensor, owner: int) -> dict[str, Quantized]:
+        """What each format that quantizes the linear stores of it: its projections, or the fused matrix alone.
 
-    def _quantized(self, linear: LinearSpec, source: torch.Tensor) -> dict[str, Quantized]:
-        """What each format that quantizes the linear stores of it: the projections, or the fused matrix alone."""
-        inner, amax, found = self._inner(linear), self.amax, dict[str, Quantized]()
-        split, fused = (self.plan.scheme(form, self.index, linear) if form in self.plan.formats else None for form in _FORMATS)
-        if split is not None:
-            pieces = member_pieces(source, linear, split)
-            found["hf"] = self._shared(split, pieces, lambda: quantized_members(pieces, linear, split, inner, amax))
-        if fused is not None and split is not None and self.plan.same_numbers(self.index, linear):
-            with self.record.timed("quantize"):
-                found["megatron"] = [fused_members(found["hf"], linear.fusion, fused)]
-        elif fused is not None:
-            found["megatron"] = self._shared(fused, [[source]], lambda: [quantizer.quantize(source, fused, inner, amax)])
+        Projections are made once for all formats of the same scheme; a fused matrix of the same numbers is put together.
+        """
+        name, found = canonical_weight(self.layer, linear), dict[str, Quantized]()
+        made: dict[tuple[Scheme, bool], Quantized] = {}
+        for form, layout in sorted(self.plan.layouts.items(), key=lambda item: not item[1].splits):
+            scheme = layout.scheme(self.layer, linear)
+            if scheme is None:
+                continue
+            key = scheme, layout.splits
+            if key not in made and not layout.splits and (scheme, True) in made and not linear.crosses(scheme.block):
+                with self.context.log.timed("quantize"):
+                    made[key] = [fused_members(made[scheme, True], linear.fusion, scheme)]
+            elif key not in made:
+                made[key] = self._made(linear, source, key, (name, owner))
+            found[form] = made[key]
         return found
 
-    def _megatron(self, linear: LinearSpec, source: torch.Tensor, output: LayerOutput, made: Quantized | None) -> None:
-        """The fused matrix, quantized or as it is, with the state that ModelOpt restores it by."""
-        from mptq.quantize.modelopt import kept_state, linear_state
-
-        inner, owner = self._inner(linear), f"{model_tensors.megatron_layer(self.index)}{linear.megatron}."
-        scheme = self.plan.scheme("megatron", self.index, linear)
-        tensors: dict[str, torch.Tensor] = {}
-        if scheme is None or made is None:
-            require_finite(source, inner)
-            weight, blob = source.to(getattr(torch, self.plan.source.dtype(inner))), kept_state()
-        else:
-            ((fused, error),) = made
-            input_amax = self._input_amax(linear) if scheme.static else None
-            tensors, blob = linear_state(scheme, fused, getattr(torch, self.plan.model.dtype), input_amax)
-            weight = fused.data
-            self._row(("megatron", inner), linear, scheme, (fused, error))
-            self._show(linear, lambda out: dequantize(fused, scheme, out))
-        tensors |= zip(linear.keys, weight.split(linear.key_rows), strict=True)
-        output.blobs[f"{owner}_extra_state/shard_0_1"] = blob
-        output.tensors["megatron"] |= {owner + key: tensor.cpu() for key, tensor in tensors.items()}
-
-    def _hf(self, linear: LinearSpec, source: torch.Tensor, output: LayerOutput, made: Quantized | None) -> None:
-        """The projections, each quantized or as it is."""
-        scheme = self.plan.scheme("hf", self.index, linear)
-        specs = iter(self.plan.hf_linear_specs(self.index, linear))
-        stored = output.tensors["hf"]
-        if scheme is None or made is None:
-            require_finite(source, self._inner(linear))
-            for spec, part in zip(specs, linear.fusion.split(source), strict=True):
-                stored[spec.name] = part.to(getattr(torch, spec.dtype)).cpu()
-            self._show(linear, lambda out: out.copy_(source))
-            return
-        for member, error in made:
-            weight, scale = next(specs), next(specs)
-            stored[weight.name] = member.data.cpu()
-            # Not contiguous(), for which a single element is contiguous whatever its stride: writers want bytes.
-            stored[scale.name] = member.scale.expand(scale.shape).clone(memory_format=torch.contiguous_format).cpu()
-            if scheme.static:
-                spec = next(specs)
-                stored[spec.name] = (self._input_amax(linear) / E4M3_MAX).reshape(spec.shape).cpu()
-            self._row(("hf", weight.name), linear, scheme, (member, error))
-        found = [member for member, _ in made]
-        self._show(linear, lambda out: out.copy_(linear.fusion.merge([dequantize(member, scheme) for member in found])))
+    def _made(self, linear: LinearSpec, source: torch.Tensor, key: tuple[Scheme, bool], where: tuple[str, int]) -> Quantized:
+        (scheme, splits), (name, owner) = key, where
+        if not splits:
+            return self._shared(scheme, [[source]], lambda: [quantizer.quantize(source, scheme, name, self.amax)], owner)
+        pieces = member_pieces(source, linear, scheme)
+        return self._shared(scheme, pieces, lambda: quantized_members(pieces, linear, scheme, name, self.amax), owner)
 
     def _shared(
-        self, scheme: Scheme, sources: Sequence[Sequence[torch.Tensor]], quantize: Callable[[], Quantized]
+        self, scheme: Scheme, sources: Sequence[Sequence[torch.Tensor]], quantize: Callable[[], Quantized], owner: int
     ) -> Quantized:
-        """What `quantize` makes of `sources` on the rank that has this linear, on every rank; errors on that one alone."""
-        owner = self.owners[self.place]
-        with self.record.timed("quantize"):
-            made = (
-                quantize() if owner == self.ranks.rank else [(quantizer.unfilled(source, scheme), None) for source in sources]
-            )
+        """What `quantize` makes of `sources` on rank `owner`, on every rank; errors on that one alone."""
+        ranks = self.context.ranks
+        with self.context.log.timed("quantize"):
+            made = quantize() if owner == ranks.rank else [(quantizer.unfilled(source, scheme), None) for source in sources]
             for weight, _ in made:
                 for tensor in (weight.data, weight.scale, weight.amax):
                     if tensor is not None:
-                        self.ranks.share(tensor, owner)
+                        ranks.share(tensor, owner)
         return made
 
-    def _cache(self) -> LayerOutput:
-        """The scales of the cache; the report has those that the quantized stream rounds by."""
+    def _kv_cache(self) -> LayerOutput:
+        """The scales of the KV cache; the report has those that the quantized hidden states are rounded by."""
         assert self.calibrated is not None
-        output = self._output()
-        amax = {form: [self.calibrated.amax[name] for name in self.plan.cached(form, self.index)] for form in self.plan.formats}
-        shown = zip(("k_scale", "v_scale"), amax[self.plan.formats[0]], strict=True)
+        output, found = empty(self.plan, self.unit), dict[str, list[torch.Tensor]]()
+        for form, layout in self.plan.layouts.items():
+            found[form] = [self.calibrated.amax[name] for name in layout.cached(self.layer)]
+            add(output, form, FORMATS[form].store_kv_cache(layout, self.layer, found[form]))
+        shown = zip(("k_scale", "v_scale"), found[self.plan.formats[0]], strict=True)
         self.row["kv_cache"] = {name: float(value / E4M3_MAX) for name, value in shown}
-        if "hf" in amax:
-            for spec, value in zip(self.plan.kv_specs("hf", self.index), amax["hf"], strict=True):
-                output.tensors["hf"][spec.name] = (value / E4M3_MAX).reshape(spec.shape).cpu()
-        if "megatron" in amax:
-            from mptq.quantize.modelopt import attention_state
-
-            owner = f"{model_tensors.megatron_layer(self.index)}{model_tensors.CORE_ATTENTION}."
-            tensors, output.blobs[f"{owner}_extra_state/shard_0_1"] = attention_state(*amax["megatron"])
-            output.tensors["megatron"] |= {owner + key: tensor.cpu() for key, tensor in tensors.items()}
         return output
 
-    def _show(self, linear: LinearSpec, write: Callable[[torch.Tensor], object]) -> None:
-        """Let the quantized stream see what is stored of a linear: `write` fills the live weight."""
-        if self.live is not None:
-            write(self.live.get_parameter(f"{linear.module}.weight").data)
-
-    def _row(
-        self, stored: tuple[str, str], linear: LinearSpec, scheme: Scheme, made: tuple[Fp8Weight, WeightError | None]
-    ) -> None:
-        """Add a row to the report for the tensor `stored`, a format and a name; without its error, it is another rank's to."""
-        weight, error = made
-        if error is None:
+    def _show(self, linear: LinearSpec, source: torch.Tensor, made: Mapping[str, Quantized]) -> None:
+        """Let the quantized hidden states see what the first format stores of a linear."""
+        if self.live is None:
             return
-        inner = self._inner(linear)
-        before = TensorSpec(inner, self.plan.source.dtype(inner), tuple(weight.data.shape))
-        row = report.tensor_row(stored, before, scheme, error)
-        row["input_amax"] = float(self._input_amax(linear)) if scheme.static else None
-        self.rows.append((self.place, row))
-        self.progress.tensor(row)
+        out, first = self.live.get_parameter(f"{linear.module}.weight").data, self.plan.formats[0]
+        layout, weights = self.plan.layouts[first], made.get(first)
+        scheme = layout.scheme(self.layer, linear)
+        if scheme is None or weights is None:
+            out.copy_(source)
+        elif layout.splits:
+            out.copy_(linear.fusion.merge([dequantize(weight, scheme) for weight, _ in weights]))
+        else:
+            ((fused, _),) = weights
+            dequantize(fused, scheme, out)
 
-    def _inner(self, linear: LinearSpec) -> str:
-        return f"{model_tensors.megatron_layer(self.index)}{linear.megatron}.weight"
+    def _report(self, number: int, stored: tuple[str, Layout], linear: LinearSpec, weights: Quantized) -> None:
+        """Add a row to the report for each weight that a format stores; without its error, it is another rank's to."""
+        form, layout = stored
+        scheme, source = layout.scheme(self.layer, linear), canonical_weight(self.layer, linear)
+        assert scheme is not None
+        for name, (weight, error) in zip(layout.weights(self.layer, linear), weights, strict=True):
+            if error is None:
+                continue
+            before = TensorSpec(source, self.plan.source.dtype(source), tuple(weight.data.shape))
+            row = report.tensor_row((form, name), before, scheme, error)
+            row["input_amax"] = float(self._input_amax(linear)) if scheme.static else None
+            self.rows.append((number, row))
+            self.context.progress.tensor(row)
 
     def _is_static(self, linear: LinearSpec) -> bool:
-        schemes = [self.plan.scheme(form, self.index, linear) for form in self.plan.formats]
+        schemes = [layout.scheme(self.layer, linear) for layout in self.plan.layouts.values()]
         return any(scheme is not None and scheme.static for scheme in schemes)
 
     def _input_amax(self, linear: LinearSpec) -> torch.Tensor:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from mptq import report
 from mptq.calibration.tokens import DataOptions
 from mptq.checkpoint.index import ends_of_shards
-from mptq.formats.hf.writer import tokenizer_files
+from mptq.formats import FORMATS
+from mptq.formats.hf.tokenizer import tokenizer_files
 from mptq.hashing import sha256
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def decisive(
     """
     checkpoint, made = plan.source.checkpoint, report.manifest(plan, {}, {})
     keys = {part.key for parts in plan.source.places.values() for part in parts}
-    for_hf = "hf" in plan.formats
+    sharded, texts = (any(getattr(FORMATS[form], name) for form in plan.formats) for name in ("is_sharded", "has_tokenizer"))
     found = {
         "checkpoint": made["source"],
         "shards": {"sha256": ends_of_shards(checkpoint, keys)},
@@ -114,9 +115,9 @@ def decisive(
         "recipe": {"sha256": plan.recipe.fingerprint},
         "format": list(plan.formats),
         "tensors": _digest([made["tensors"], made["kv_cache"], made["dialect"]]),
-        "tokenizer": _tokenizer(tokenizer) if for_hf and tokenizer is not None else None,
-        "generation": _digest(dict(generation.fields)) if for_hf else None,
-        "max_shard_size": options.max_shard_bytes if for_hf else None,
+        "tokenizer": _tokenizer(tokenizer) if texts and tokenizer is not None else None,
+        "generation": _digest(dict(generation.fields)) if texts else None,
+        "max_shard_size": options.max_shard_bytes if sharded else None,
         "device": device,
         "eval_size": 0 if data is None else data["held_out"]["sequences"],
     }

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from mptq.checkpoint.contents import foreign_code
-from mptq.model import engines, tensors
+from mptq.formats import FORMATS
+from mptq.formats.layout import canonical_weight
+from mptq.model import tensors
 from mptq.model.architectures.families import family_of
-from mptq.model.checkpoint_keys import carried
 from mptq.model.settings.from_run_config import unread
 from mptq.types import DTYPE_BYTES, TensorSpec
 
@@ -31,7 +30,6 @@ END_BYTES = 180_000_000
 """What the report's plots add at the end, and the libraries as they are unloaded: pages of their files, in use once more."""
 _PIECE_BYTES = 1 << 26  # stream.PIECE_BYTES, which needs torch
 _LOGITS = 1 << 23  # streams.LOGITS, which needs torch
-SERVING_TP = (2, 4, 8)
 _COMPONENTS = (
     ("mtp.", "multi-token prediction"),
     ("mixer", "mamba"),
@@ -72,7 +70,7 @@ def peak_memory(plan: Plan, work: ActivationBudget | None = None) -> int:
     before, which is being written. With them it is a layer, and what its forward pass or the rounding of a linear takes, or
     the output layer with its logits. What is imported at the end of a run, and the end of the process, come after that.
     """
-    with_layers = work is not None or "megatron" in plan.formats
+    with_layers = work is not None or any(FORMATS[form].needs_modelopt for form in plan.formats)
     imports = IMPORTS_BYTES + LAYER_BYTES * with_layers
     kinds = {kind: layer for layer, kind in enumerate(plan.model.kinds)}.values()
     if work is None:
@@ -99,18 +97,19 @@ class _Item:
 def _items(plan: Plan, layer: int) -> list[_Item]:
     """The tensors of a layer in the order of the run."""
     prefix = tensors.megatron_layer(layer)
-    copies = (TensorSpec("", plan.source.dtype(prefix + copy.megatron), copy.shape).nbytes for copy in plan.copies(layer))
+    copies = (TensorSpec("", plan.source.dtype(prefix + copy.megatron), copy.shape).nbytes for copy in plan.unquantized(layer))
     return [*map(_Item, copies), *(_item(plan, layer, linear) for linear in plan.linears(layer))]
 
 
 def _item(plan: Plan, layer: int, linear: LinearSpec) -> _Item:
-    weight = TensorSpec("", plan.source.dtype(f"{tensors.megatron_layer(layer)}{linear.megatron}.weight"), linear.shape)
-    schemes = {form: plan.scheme(form, layer, linear) for form in plan.formats}
+    weight = TensorSpec("", plan.source.dtype(canonical_weight(layer, linear)), linear.shape)
+    layouts = plan.layouts.values()
     # A weight that keeps its precision is written from where it is, but for members that are split off.
-    kept = {"hf": 0 if linear.fusion.plain else weight.nbytes, "megatron": 0}
-    made = [kept[form] if scheme is None else weight.numel for form, scheme in schemes.items()]
+    kept = [weight.nbytes if layout.splits and not linear.fusion.plain else 0 for layout in layouts]
+    schemes = [layout.scheme(layer, linear) for layout in layouts]
+    made = [bytes_ if scheme is None else weight.numel for bytes_, scheme in zip(kept, schemes, strict=True)]
     shared = linear.fusion.plain and len(made) > 1 and plan.same_numbers(layer, linear)
-    split = schemes.get("hf")
+    split = next((layout.scheme(layer, linear) for layout in layouts if layout.splits), None)
     crossing = split is not None and linear.fusion.repeat > 1 and not linear.fusion.aligned(split.block or 1)
     return _Item(weight.nbytes, max(made) if shared else sum(made), weight.nbytes if crossing else 0)
 
@@ -127,14 +126,19 @@ def _window(items: list[_Item]) -> int:
 def _outer_memory(plan: Plan, window: int) -> int:
     """The most that is there with the largest tensor outside the layers: its rows one after another, or the whole of it."""
     outer = _outer_bytes(plan)
-    if "megatron" in plan.formats:
+    if not _by_rows(plan):
         return outer + window
     return max(4 * min(outer, _PIECE_BYTES), window)  # a piece, two that are read ahead, one that is being written
 
 
+def _by_rows(plan: Plan) -> bool:
+    """Whether large tensors outside the layers are read and written some rows at a time."""
+    return all(layout.takes_rows for layout in plan.layouts.values())
+
+
 def _outer_bytes(plan: Plan) -> int:
-    copies = [copy for group in tensors.outer_copies(plan.model) for copy in group]
-    return max(spec.nbytes for copy in (*copies, *plan.carried) for spec in plan.copy_specs("megatron", copy))
+    outer = [tensor for group in (*tensors.outer_copies(plan.model), plan.passthrough) for tensor in group]
+    return max(TensorSpec("", plan.source.dtype(tensor.megatron), tensor.shape).nbytes for tensor in outer)
 
 
 def _live_memory(plan: Plan, layer: int, work: ActivationBudget) -> int:
@@ -151,14 +155,15 @@ def _live_memory(plan: Plan, layer: int, work: ActivationBudget) -> int:
         0 if fused else kept + _SCORE_BYTES * work.batch_tokens * work.length * model.num_attention_heads,
         _DEVIATION_BYTES * states if work.compares else 0,
     ]
-    for place, linear in enumerate(plan.linears(layer), start=len(plan.copies(layer))):
+    first = next(iter(plan.layouts.values()))
+    for place, linear in enumerate(plan.linears(layer), start=len(plan.unquantized(layer))):
         numel, tokens, passed = TensorSpec("", "", linear.shape).numel, work.batch_tokens, 0
         if linear.expert is not None:
             passed = 3 * width * states * model.moe_topk  # sorted by expert: given, made, and that in the order of tokens
             tokens = tokens * model.moe_topk // model.num_experts
         inputs = (4 + width) * tokens * linear.in_features
         steps.append(kept + passed + inputs + 4 * tokens * linear.shape[0] + 4 * numel)
-        rounded = 2 * 4 * numel if "hf" in plan.formats and plan.scheme("hf", layer, linear) else 0  # dequantized, and fused
+        rounded = 2 * 4 * numel if first.splits and first.scheme(layer, linear) else 0  # dequantized, and fused
         steps.append(items[place].source + items[place].made + items[place - 1].made + rounded)
     return sum(item.source for item in items) + max(steps)
 
@@ -173,7 +178,7 @@ def _head_memory(plan: Plan, work: ActivationBudget) -> int:
     """The output layer in its own dtype and in float32, what is read ahead of it, and logits."""
     model = plan.model
     rows, outer = model.vocab_size, _outer_bytes(plan)
-    ahead = 0 if model.tied_embeddings else outer if "megatron" in plan.formats else min(outer, _PIECE_BYTES)
+    ahead = 0 if model.tied_embeddings else outer if not _by_rows(plan) else min(outer, _PIECE_BYTES)
     head = (DTYPE_BYTES[model.dtype] * model.padded_vocab_size + 4 * rows) * model.hidden_size
     tokens = min(max(1, _LOGITS // rows), work.length - 1)
     return head + ahead + (_LOGIT_BYTES * tokens * rows if work.compares else 0)
@@ -185,47 +190,14 @@ _LOGIT_BYTES = 7 * 4
 
 def warnings(plan: Plan) -> list[str]:
     """What the user should know before starting."""
-    found = foreign_code(plan.source.checkpoint)
-    return [
-        *found,
-        *_precision(plan),
-        *_ragged(plan),
-        *_vocabulary(plan),
-        *_differences(plan),
-        *_serving(plan),
-        *_gateless(plan),
-        *_left_out(plan),
-        *_cache(plan),
-        *_settings(plan),
-    ]
+    by_format = [note for form, layout in plan.layouts.items() for note in FORMATS[form].warnings(layout)]
+    return [*foreign_code(plan.source.checkpoint), *by_format, *_differences(plan), *_not_run(plan), *_settings(plan)]
 
 
-def _left_out(plan: Plan) -> list[str]:
-    notes = []
-    prediction = carried(plan.source.places)
-    if prediction and "hf" in plan.formats:
-        notes.append(f"{len(prediction)} tensors of multi-token prediction layers are not in the hf output")
-    epsilon = tensors.names(plan.model).latent_epsilon
-    if "hf" in plan.formats and epsilon not in (None, plan.model.norm_epsilon):
-        notes.append(
-            f"transformers normalizes latents with epsilon {epsilon:g} whatever config.json says, and the model has "
-            f"{plan.model.norm_epsilon:g}: its logits differ a little there; vLLM and SGLang read config.json"
-        )
-    if "hf" in plan.formats:
-        notes += tensors.names(plan.model).deviations(plan.model)
-    if plan.model.not_run and plan.recipe.scheme is not None:
-        notes.append(f"no fidelity figures: this model has {'; '.join(plan.model.not_run)}")
-    return notes
-
-
-def _cache(plan: Plan) -> list[str]:
-    """Scales of a cache that are not of what engines cache, because ModelOpt's quantizers see something else."""
-    if "megatron" not in plan.formats or all(plan.cached("megatron", one) == plan.cached("hf", one) for one in plan.layers):
+def _not_run(plan: Plan) -> list[str]:
+    if not plan.model.not_run or plan.recipe.scheme is None:
         return []
-    return [
-        "the megatron output's cache scales are of decompressed K and V, which ModelOpt's quantizers see there: engines cache "
-        "latents, whose scales only the hf output has"
-    ]
+    return [f"no fidelity figures: this model has {'; '.join(plan.model.not_run)}"]
 
 
 def _settings(plan: Plan) -> list[str]:
@@ -236,68 +208,7 @@ def _settings(plan: Plan) -> list[str]:
             f"{plan.source.checkpoint.config_source} has settings that mptq does not know ({', '.join(unknown)}): if one of "
             "them changes what the model computes, the output is not that model"
         )
-    return notes + (_positions(plan) if "hf" in plan.formats else [])
-
-
-def _positions(plan: Plan) -> list[str]:
-    """What the Hugging Face output says of positions that the checkpoint does not."""
-    settings, context = plan.model.settings, plan.model.context
-    notes = []
-    if context.known_from == "training":
-        notes.append(
-            f"max_position_embeddings is {context.length}, the sequence length of the training, as the checkpoint does not say "
-            "how many positions the model has: pass --hf-config DIR, or --config max_position_embeddings=N"
-        )
-    elif context.known_from == "tokenizer":
-        notes.append(
-            f"max_position_embeddings is {context.length}, the tokenizer's model_max_length, as the checkpoint says only the "
-            f"sequence length of the training, {settings.get('seq_length')}: if the model has fewer positions, pass "
-            "--hf-config DIR, or --config max_position_embeddings=N"
-        )
-    rounded = "yarn_correction_range_round_to_int"
-    stretched = plan.model.latent is None and plan.model.features["rope scaling"] == "yarn"
-    if stretched and rounded in settings and settings[rounded] is None:
-        notes.append(
-            f"{settings.sources[rounded]} has no value for {rounded}: megatron-core then does not round the range of "
-            "dimensions that YaRN interpolates, but Hugging Face models do, and so does this output: if the model was trained "
-            f"without rounding, pass --config {rounded}=false"
-        )
     return notes
-
-
-def _precision(plan: Plan) -> list[str]:
-    if "hf" not in plan.formats:
-        return []
-    found: dict[str, dict[str, None]] = {}
-    for layer, linear in plan.every_linear():
-        wanted = plan.wanted[layer, linear.megatron]
-        if wanted is None or plan.fits(layer, linear):
-            continue
-        kept = plan.scheme("hf", layer, linear)
-        into = f"stay {plan.model.dtype}" if kept is None else "get one scale a row"
-        names = found.setdefault(f"not multiples of {max(wanted.unit)}, so they {into} in the hf output", {})
-        names |= dict.fromkeys(member.rpartition(".")[2] for member in linear.hf)
-    return [f"{', '.join(names)}: {what} (engines read a ragged grid of scales wrongly)" for what, names in found.items()]
-
-
-def _ragged(plan: Plan) -> list[str]:
-    if "hf" not in plan.formats or plan.dialect != "deepseek-fp8":
-        return []
-    found = {
-        f"{linear.hf[-1].rpartition('.')[2]}: {linear.shape[0]} rows end in a part of a block, as in DeepSeek's own checkpoints"
-        for layer, linear in plan.every_linear()
-        if _in_blocks(plan, layer, linear) and not linear.fits((128, 128))
-    }
-    return [f"{what} (vLLM and SGLang read it; transformers cannot dequantize it)" for what in sorted(found)]
-
-
-def _vocabulary(plan: Plan) -> list[str]:
-    if plan.model.settings.get("vocab_size") or "hf" not in plan.formats:
-        return []
-    return [
-        "the checkpoint does not say the size of its vocabulary: the hf output keeps all "
-        f"{plan.model.vocab_size} rows, padding included"
-    ]
 
 
 def _differences(plan: Plan) -> list[str]:
@@ -306,44 +217,19 @@ def _differences(plan: Plan) -> list[str]:
     return [f"{len(plan.differing)} weights cannot hold the same numbers in both outputs: see the report"]
 
 
-def _serving(plan: Plan) -> list[str]:
-    """How far tensor parallelism goes with whole blocks on each rank, where the model itself can be served further."""
-    if "hf" not in plan.formats:
-        return []
-    quantized = dict.fromkeys(linear for layer, linear in plan.every_linear() if _in_blocks(plan, layer, linear))
-    notes = []
-    # Hundreds of experts have the same shapes: the first stands for all.
-    for owner, expert, remedy in (("", None, ""), ("the experts' ", 0, ": beyond, serve them with expert parallelism")):
-        last, cut = _whole(plan, [linear for linear in quantized if linear.expert == expert])
-        if cut:
-            names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for linear in cut for name in linear.hf))
-            limit = f"split evenly over tensor-parallel servers only up to TP={last}"
-            notes.append(f"blocks of 128 of {owner}{names} {limit}{remedy}")
-    return notes
+def unit_bytes(plan: Plan) -> dict[int, int]:
+    """Bytes that the outputs have of each unit, by its number."""
+    found = {unit.number: 0 for unit in plan.units}
+    for layout in plan.layouts.values():
+        for name, specs in layout.by_canonical_name():
+            found[plan.units.of(name).number] += sum(spec.nbytes for spec in specs)
+    return found
 
 
-def _whole(plan: Plan, linears: Sequence[LinearSpec]) -> tuple[int, list[LinearSpec]]:
-    """The last of SERVING_TP with whole blocks of `linears` on each rank, and those that the next would cut."""
-    sizes = [1, *(tp for tp in SERVING_TP if engines.serves(plan.model, tp))]
-    for last, tp in pairwise(sizes):
-        cut = [linear for linear in linears if not engines.splits(plan.model, linear, tp, 128)]
-        if cut:
-            return last, cut
-    return sizes[-1], []
-
-
-def _gateless(plan: Plan) -> list[str]:
-    """A fault of vLLM 0.32: it asks for the scheme of a gate, by an empty name, of experts that have none."""
-    experts = plan.model.num_experts and not plan.model.gated
-    if "hf" not in plan.formats or plan.dialect != "compressed-tensors" or not experts:
-        return []
-    whole = len(plan.contents.groups) == 1 and all(plan.scheme("hf", *one) for one in plan.every_linear() if one[1].expert == 0)
-    return [] if whole else ["vLLM 0.32 refuses experts without a gate in compressed-tensors beside linears of another scheme"]
-
-
-def _in_blocks(plan: Plan, layer: int, linear: LinearSpec) -> bool:
-    scheme = plan.scheme("hf", layer, linear)
-    return scheme is not None and scheme.block is not None
+def bytes_in(plan: Plan) -> int:
+    """Bytes of the model's tensors in the checkpoint that an output has."""
+    keys = {part.key for parts in plan.source.places.values() for part in parts} - plan.skipped.keys()
+    return sum(tensor.spec.nbytes for name, tensor in plan.source.checkpoint.tensors.items() if name in keys)
 
 
 def components(plan: Plan) -> dict[str, dict[str, int]]:
@@ -354,9 +240,9 @@ def components(plan: Plan) -> dict[str, dict[str, int]]:
         for part in parts:
             spec = TensorSpec(inner, plan.source.dtype(inner), part.shape)
             row.update({"parameters": spec.numel, "in": spec.nbytes})
-    for form in plan.formats:
-        for inner, specs in plan.by_inner(form):
-            table[component(inner)][form] += sum(spec.nbytes for spec in specs)
+    for form, layout in plan.layouts.items():
+        for name, specs in layout.by_canonical_name():
+            table[component(name)][form] += sum(spec.nbytes for spec in specs)
     return {name: dict(row) for name, row in table.items()}
 
 
@@ -365,7 +251,7 @@ def actions(plan: Plan) -> dict[str, str]:
     words = {
         name: "copied" if any(row.get(form) for form in plan.formats) else "left out" for name, row in components(plan).items()
     }
-    for name in {component(linear.megatron) for _, linear in plan.every_linear()}:
+    for name in {component(linear.megatron) for _, linear in plan.assignment.linears()}:
         by_form = {form: _action(plan, form, name) for form in plan.formats}
         if len(set(by_form.values())) == 1:
             words[name] = by_form[plan.formats[0]]
@@ -376,9 +262,9 @@ def actions(plan: Plan) -> dict[str, str]:
 
 def _action(plan: Plan, form: str, name: str) -> str:
     counts: Counter[str] = Counter()
-    for layer, linear in plan.every_linear():
+    for layer, linear in plan.assignment.linears():
         if component(linear.megatron) == name:
-            scheme = plan.scheme(form, layer, linear)
+            scheme = plan.layouts[form].scheme(layer, linear)
             counts[scheme.words if scheme else "copied"] += 1
     if len(counts) == 1:
         return next(iter(counts))
@@ -387,5 +273,5 @@ def _action(plan: Plan, form: str, name: str) -> str:
 
 def schemes(plan: Plan, form: str) -> dict[str, int]:
     """How many of Megatron's linears an output holds in which scheme, in words."""
-    found = [plan.scheme(form, layer, linear) for layer, linear in plan.every_linear()]
+    found = [plan.layouts[form].scheme(layer, linear) for layer, linear in plan.assignment.linears()]
     return dict(Counter(scheme.words if scheme else plan.model.dtype for scheme in found))

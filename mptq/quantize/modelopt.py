@@ -1,7 +1,8 @@
 """NVIDIA ModelOpt's side of a quantized linear: the quantizers and the state that its restore expects. The only importer of it.
 
-The numbers are those of strips.py, which are ModelOpt's own bit for bit (tests/unit/quantize/test_quantizer.py); what ModelOpt makes of
-them is what `mtq.quantize` and `mtq.compress` leave in a module, read from a small module that went through both.
+The numbers are those of quantizer.py, which are ModelOpt's own bit for bit (tests/unit/quantize/test_quantizer.py); what
+ModelOpt makes of them is what `mtq.quantize` and `mtq.compress` leave in a module, read from a small module that went through
+both.
 """
 
 from __future__ import annotations

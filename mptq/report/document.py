@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mptq.errors import OptionError
+from mptq.formats.layout import canonical_weight
 from mptq.model import tensors
 from mptq.output.manifest import read_document, write_document
 from mptq.plan import estimates
@@ -92,13 +93,13 @@ def describe(plan: Plan, work: estimates.ActivationBudget | None = None) -> dict
         },
         "model": plan.model.document,
         "formats": list(plan.formats),
-        "bytes": {"in": plan.bytes_in} | {form: plan.bytes_out(form) for form in plan.formats},
+        "bytes": {"in": estimates.bytes_in(plan)} | {form: layout.nbytes for form, layout in plan.layouts.items()},
         "components": estimates.components(plan),
         "actions": estimates.actions(plan),
         "schemes": {form: estimates.schemes(plan, form) for form in plan.formats},
-        "excluded": plan.excluded if "hf" in plan.formats else [],
+        "excluded": facts(plan).get("excluded", []),
         "differing": plan.differing if len(plan.formats) > 1 else [],
-        "dropped": plan.dropped,
+        "dropped": plan.skipped,
         "predicted_peak_bytes": estimates.peak_memory(plan, work),
         "warnings": estimates.warnings(plan),
     }
@@ -189,11 +190,11 @@ def manifest(plan: Plan, files: Mapping[str, Any], options: Mapping[str, Any]) -
         "options": dict(options),
         "model": plan.model.document | {"tokenizer": None},
         "formats": list(plan.formats),
-        "excluded": plan.excluded if "hf" in plan.formats else [],
-        "dialect": plan.dialect if "hf" in plan.formats else None,
+        "excluded": facts(plan).get("excluded", []),
+        "dialect": facts(plan).get("dialect"),
         "tensors": tensor_account(plan),
         "kv_cache": cache_account(plan),
-        "dropped": plan.dropped,
+        "dropped": plan.skipped,
         "files": dict(files),
     }
 
@@ -210,18 +211,19 @@ def tensor_account(plan: Plan) -> dict[str, dict[str, Any]]:
         } | {form: spec_rows(specs) for form, specs in outputs.items()}
         return account[inner]
 
+    layouts = plan.layouts
     before, after = tensors.outer_copies(plan.model)
-    for copy in (*before, *after, *plan.carried):
-        add(copy.megatron, {form: plan.copy_specs(form, copy) for form in plan.formats})
-    by_form = {"hf": plan.hf_linear_specs, "megatron": plan.megatron_linear_specs}
+    for tensor in (*before, *after, *plan.passthrough):
+        add(tensor.megatron, {form: layout.unquantized(tensor) for form, layout in layouts.items()})
     for layer in plan.layers:
-        for copy in plan.copies(layer):
-            inner = tensors.megatron_layer(layer) + copy.megatron
-            add(inner, {form: plan.copy_specs(form, copy, layer) for form in plan.formats})
+        for tensor in plan.unquantized(layer):
+            name = tensors.megatron_layer(layer) + tensor.megatron
+            add(name, {form: layout.unquantized(tensor, layer) for form, layout in layouts.items()})
         for linear in plan.linears(layer):
-            inner = f"{tensors.megatron_layer(layer)}{linear.megatron}.weight"
-            entry = add(inner, {form: by_form[form](layer, linear) for form in plan.formats})
-            found = {form: plan.scheme(form, layer, linear) for form in plan.formats}
+            entry = add(
+                canonical_weight(layer, linear), {form: layout.linear(layer, linear) for form, layout in layouts.items()}
+            )
+            found = {form: layout.scheme(layer, linear) for form, layout in layouts.items()}
             entry["scheme"] = {form: scheme.name for form, scheme in found.items() if scheme is not None}
     return account
 
@@ -233,8 +235,15 @@ def spec_rows(specs: Iterable[TensorSpec]) -> list[dict[str, Any]]:
 
 def cache_account(plan: Plan) -> dict[str, list[dict[str, Any]]]:
     """The tensors that each output has of the KV cache's calibration, which no tensor of the source has."""
-    layers = [layer for layer in plan.layers if plan.has_cache(layer)]
-    return {form: spec_rows(spec for layer in layers for spec in plan.kv_specs(form, layer)) for form in plan.formats}
+    layers = [layer for layer in plan.layers if plan.assignment.has_cache(layer)]
+    return {
+        form: spec_rows(spec for layer in layers for spec in layout.kv_cache(layer)) for form, layout in plan.layouts.items()
+    }
+
+
+def facts(plan: Plan) -> dict[str, Any]:
+    """What the formats say of their outputs beside the tensors."""
+    return {name: value for layout in plan.layouts.values() for name, value in layout.facts.items()}
 
 
 def versions() -> dict[str, str]:

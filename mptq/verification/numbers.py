@@ -9,9 +9,11 @@ import torch
 from mptq import report
 from mptq.checkpoint.reader import Reader
 from mptq.errors import CheckpointError
-from mptq.model import tensors
+from mptq.formats import FORMATS
+from mptq.formats.layout import canonical_weight
+from mptq.model.tensors import megatron_layer, outer_copies
 from mptq.output import manifest
-from mptq.plan.plan import Plan, Source
+from mptq.plan.plan import Plan
 from mptq.quantize.fp8 import first_out_of_bound, reference_scale
 from mptq.recipes.recipe import Scheme, recipe_from
 from mptq.types import Fp8Weight
@@ -19,11 +21,12 @@ from mptq.types import Fp8Weight
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from mptq.formats.protocol import OpenedOutput
+    from mptq.model.source import Source
     from mptq.model.tensors import LinearSpec, UnquantizedTensor
-    from mptq.verification.structure import Output
 
 
-def compare(outputs: list[Output], made: dict[str, Any], source: Source) -> tuple[int, list[str]]:
+def compare(outputs: list[OpenedOutput], made: dict[str, Any], source: Source) -> tuple[int, list[str]]:
     """Compare `outputs`, whose manifest is `made`, with the checkpoint `source`: tensors compared, and failures.
 
     Raises CheckpointError when that is another checkpoint than the manifest's. Memory: one linear of the source (those that
@@ -38,8 +41,8 @@ def compare(outputs: list[Output], made: dict[str, Any], source: Source) -> tupl
     comparison = _Comparison(plan)
     compared = 0
     for output in outputs:
-        for copy, layer in _copies(plan):
-            failures += comparison.copied(output, copy, layer)
+        for tensor, layer in _unquantized(plan):
+            failures += comparison.unquantized(output, tensor, layer)
             compared += 1
         for layer in range(plan.model.num_layers):
             for linear in plan.linears(layer):
@@ -59,13 +62,13 @@ def _check_account(plan: Plan, made: dict[str, Any]) -> Iterator[str]:
         yield f"{key} of the source is neither in the output nor listed as dropped"
 
 
-def _copies(plan: Plan) -> Iterator[tuple[UnquantizedTensor, int | None]]:
-    before, after = tensors.outer_copies(plan.model)
-    for copy in (*before, *after, *plan.carried):
-        yield copy, None
+def _unquantized(plan: Plan) -> Iterator[tuple[UnquantizedTensor, int | None]]:
+    before, after = outer_copies(plan.model)
+    for tensor in (*before, *after, *plan.passthrough):
+        yield tensor, None
     for layer in plan.layers:
-        for copy in plan.copies(layer):
-            yield copy, layer
+        for tensor in plan.unquantized(layer):
+            yield tensor, layer
 
 
 class _Comparison:
@@ -75,58 +78,40 @@ class _Comparison:
         self.plan = plan
         self.reader = Reader(plan.source.checkpoint)
 
-    def source(self, inner: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """An inner tensor of the source, in its own dtype."""
-        out = torch.empty(shape, dtype=getattr(torch, self.plan.source.dtype(inner)))
-        return self.reader.read_parts(self.plan.source.places[inner], out)
+    def source(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """A tensor of the source by its canonical name, in its own dtype."""
+        out = torch.empty(shape, dtype=getattr(torch, self.plan.source.dtype(name)))
+        return self.reader.read_parts(self.plan.source.places[name], out)
 
-    def copied(self, output: Output, copy: UnquantizedTensor, layer: int | None) -> list[str]:
-        """A copy equals its source bit for bit."""
-        inner = copy.megatron if layer is None else tensors.megatron_layer(layer) + copy.megatron
-        specs = self.plan.copy_specs(output.form, copy, layer)
+    def unquantized(self, output: OpenedOutput, tensor: UnquantizedTensor, layer: int | None) -> list[str]:
+        """One that keeps its precision equals its source bit for bit."""
+        name = tensor.megatron if layer is None else megatron_layer(layer) + tensor.megatron
+        specs = self.plan.layouts[output.format].unquantized(tensor, layer)
         if not specs:
             return []
-        source = self.source(inner, copy.shape)
-        parts = copy.for_hf(source) if output.form == "hf" else source.split([spec.shape[0] for spec in specs])
-        pairs = zip(specs, parts, strict=True)
-        return [line for spec, part in pairs for line in _same(spec.name, output.load(spec.name), part, inner)]
+        wanted = FORMATS[output.format].store_unquantized(tensor, specs, self.source(name, tensor.shape), 0).tensors
+        return [line for key, part in wanted.items() for line in _same(key, output.load(key), part, name)]
 
-    def linear(self, output: Output, linear: LinearSpec, layer: int) -> list[str]:
+    def linear(self, output: OpenedOutput, linear: LinearSpec, layer: int) -> list[str]:
         """A linear has the scales of its source and every element within half a step of E4M3, or is a copy."""
-        inner = f"{tensors.megatron_layer(layer)}{linear.megatron}.weight"
-        source = self.source(inner, linear.shape)
-        if output.form == "megatron":
-            return self._fused(output, linear, layer, source)
-        scheme = self.plan.scheme("hf", layer, linear)
-        specs = list(self.plan.hf_linear_specs(layer, linear))
-        parts = linear.fusion.split(source)
-        if scheme is None:
-            pairs = zip(specs, parts, strict=True)
-            return [line for spec, part in pairs for line in _same(spec.name, output.load(spec.name), part, inner)]
+        name, layout = canonical_weight(layer, linear), self.plan.layouts[output.format]
+        source, scheme = self.source(name, linear.shape), layout.scheme(layer, linear)
+        parts = linear.fusion.split(source) if layout.splits else [source]
+        stored = FORMATS[output.format].load_linear(layout, output, layer, linear)
         failures = []
-        each = len(specs) // len(parts)
-        for weight, scale, part in zip(specs[::each], specs[1::each], parts, strict=True):
-            found = Fp8Weight(output.load(weight.name), output.load(scale.name))
+        for found, part in zip(stored, parts, strict=True):
+            if scheme is None or found.scale is None:
+                failures += _same(found.name, found.data, part, name)
+                continue
             # One scale a tensor is shared by the group; blocks and rows are the projection's own.
             group = self._group(linear, layer, source) if scheme.scale == "tensor" else part
-            failures += quantized_failures(weight.name, part, found, scheme, group)
+            failures += quantized_failures(found.name, part, Fp8Weight(found.data, found.scale), scheme, group)
         return failures
 
     def _group(self, linear: LinearSpec, layer: int, source: torch.Tensor) -> torch.Tensor:
         """The rows of all linears that have one scale with `linear`, whose own are `source`."""
-        prefix, others = tensors.megatron_layer(layer), [one for one in self.plan.sharing(layer, linear) if one != linear]
-        return torch.cat([source, *(self.source(f"{prefix}{one.megatron}.weight", one.shape) for one in others)])
-
-    def _fused(self, output: Output, linear: LinearSpec, layer: int, source: torch.Tensor) -> list[str]:
-        inner = f"{tensors.megatron_layer(layer)}{linear.megatron}.weight"
-        owner = inner.removesuffix("weight")
-        scheme = self.plan.scheme("megatron", layer, linear)
-        data = torch.cat([output.load(owner + key).view(torch.uint8) for key in linear.keys])
-        if scheme is None:
-            return _same(inner, data.view(source.dtype), source, inner)
-        weight = Fp8Weight(data.view(torch.float8_e4m3fn), output.load(f"{owner}weight_quantizer._scale"))
-        group = self._group(linear, layer, source) if scheme.scale == "tensor" else source
-        return quantized_failures(inner, source, weight, scheme, group)
+        others = [one for one in self.plan.assignment.sharing(layer, linear) if one != linear]
+        return torch.cat([source, *(self.source(canonical_weight(layer, one), one.shape) for one in others)])
 
 
 def _same(name: str, found: torch.Tensor, source: torch.Tensor, inner: str) -> list[str]:

@@ -1,7 +1,8 @@
 """Every architecture, from a checkpoint that megatron-core wrote to transformers: names, config, and what the model computes.
 
-The models and megatron-core's own float32 logits are tests/support/zoo.py's. Thresholds are relative, of logits in float32: what is
-left is the order of sums (1e-6); a rotary embedding permuted in one head moves the KL by 1e-3 and more (tests/support/zoo_checks.py).
+The models and megatron-core's own float32 logits are tests/support/zoo.py's. Thresholds are relative, of logits in float32:
+what is left is the order of sums (1e-6); a rotary embedding permuted in one head moves the KL by 1e-3 and more
+(tests/support/zoo_checks.py).
 """
 
 import json
@@ -136,10 +137,10 @@ def test_same_tensors_however_it_was_saved(zoo, name, layout, tmp_path):
 
 def test_multi_token_prediction_layers_go_along_in_megatrons_form_alone(zoo, tmp_path):
     plan = make_plan(zoo("deepseek-v3-mtp") / "ckpt", "fp8-per-channel", ("hf", "megatron"))
-    carried = {spec.name: spec.dtype for spec in plan.specs("megatron") if spec.name.startswith("mtp.")}
+    carried = {spec.name: spec.dtype for spec in plan.layouts["megatron"].specs if spec.name.startswith("mtp.")}
     assert set(carried.values()) <= {"bfloat16", "float32"}
     assert len(carried) > 10
-    assert not [spec.name for spec in plan.specs("hf") if "mtp" in spec.name]
+    assert not [spec.name for spec in plan.layouts["hf"].specs if "mtp" in spec.name]
     document = run(plan, tmp_path / "out", CONVERT)
     assert any("multi-token prediction" in note for note in document["warnings"])
 

@@ -20,7 +20,7 @@ from mptq.errors import CheckpointError, DataError, MptqError, UnsupportedModelE
 from mptq.inspection import inspect
 from mptq.model.features import REFUSED, obstacles
 from mptq.model.settings.resolve import resolve
-from mptq.plan.estimates import warnings
+from mptq.plan.estimates import bytes_in, warnings
 from mptq.plan.plan import SourceOptions
 from tests.conftest import mptq, read_json
 from tests.unit.calibration.conftest import write_indexed
@@ -128,8 +128,8 @@ def described(plan) -> dict:
     document = dict(plan.model.document)
     document.pop("settings")
     document.pop("tokenizer")
-    tensors = {form: plan.specs(form) for form in BOTH}
-    return {"model": document, "tensors": tensors, "in": plan.bytes_in, "schemes": plan.wanted}
+    tensors = {form: plan.layouts[form].specs for form in BOTH}
+    return {"model": document, "tensors": tensors, "in": bytes_in(plan), "schemes": plan.assignment.schemes}
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import mptq.pipeline.layer_stream
+import mptq.pipeline.context
 from mptq import Options, load_recipe, make_plan, run, verify
 from mptq.calibration.tokens import DataOptions
 from mptq.checkpoint.index import open_checkpoint
@@ -402,7 +402,7 @@ def test_large_tables_go_through_by_rows(aligned, tmp_path, monkeypatch, piece):
     options = Options(device="cpu", data=DataOptions(eval_size=0))
     run(plan, tmp_path / "whole", options)
     sizes, read_parts = [], Reader.read_parts
-    monkeypatch.setattr(mptq.pipeline.layer_stream, "PIECE_BYTES", piece)
+    monkeypatch.setattr(mptq.pipeline.context, "PIECE_BYTES", piece)
     monkeypatch.setattr(Reader, "read_parts", lambda *args: sizes.append(args[2].shape) or read_parts(*args))
     run(plan, tmp_path / "rows", options)
     assert not [shape for shape in sizes if shape[0] == plan.model.padded_vocab_size]

@@ -9,7 +9,7 @@ import pytest
 from mptq import Options
 from mptq.calibration.tokens import DataOptions
 from mptq.errors import DataError, OptionError, OutputError
-from mptq.pipeline.run import check
+from mptq.pipeline.preflight import check
 from mptq.plan.plan import plan_source
 from mptq.recipes.recipe import load_recipe
 from mptq.report import QualityLimits

@@ -38,7 +38,7 @@ class Stopping:
 
 def stopped(plan, out, after, options=PLAIN, total=None):
     """A run that is asked to stop after so many units, which are then `total` with those before."""
-    with pytest.raises(StoppedError, match=rf"^stopped after {total or after} of {plan.outputs} steps"):
+    with pytest.raises(StoppedError, match=rf"^stopped after {total or after} of {len(plan.units)} steps"):
         run(plan, out, replace(options, stop=Stopping(after)))
 
 
@@ -195,7 +195,7 @@ def test_names_are_on_the_disk_before_the_journal_counts_on_them(aligned, option
     monkeypatch.setattr(os, "fdatasync", sync_data)
     plan = make_plan(aligned, "fp8", BOTH)
     run(plan, out, replace(options, max_shard_bytes=200_000))
-    assert len(commits) == plan.outputs
+    assert len(commits) == len(plan.units)
     assert commits[0] < commits[-1]
 
 

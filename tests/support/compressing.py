@@ -12,8 +12,10 @@ import torch
 from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry, TensorQuantizer
 from modelopt.torch.quantization.nn.modules.quant_linear import _QuantLinear
 
-from mptq.checkpoint.prefetch import Item
+from mptq.checkpoint.reader import Reader
+from mptq.formats.layout import canonical_weight
 from mptq.layers.transformer_layer import CoreAttention, Linear, build_layer
+from mptq.model.tensors import megatron_layer
 from mptq.pipeline.layer_quantizer import place
 from mptq.quantize import mx
 from mptq.quantize.modelopt import quant_config
@@ -73,21 +75,23 @@ def compress(linear, weight, scheme, input_amax):
         linear.weight_quantizer._scale.copy_(scale)
 
 
-def compressed_layer(stages, work):
-    """The layer that `work` was done to, out of the checkpoint that `stages` streams, by ModelOpt."""
-    plan, index = stages.plan, work.index
-    layer = build_layer(plan.model, index)
-    for copy in plan.copies(index):
-        place(layer, copy.parameter, work.copies[copy.megatron])
+def compressed_layer(plan, index, calibrated):
+    """Layer `index` of the checkpoint of `plan`, by ModelOpt, with the scales of activations that are `calibrated`."""
+    reader, layer = Reader(plan.source.checkpoint), build_layer(plan.model, index)
+
+    def read(name, shape):
+        out = torch.empty(shape, dtype=getattr(torch, plan.source.dtype(name)))
+        return reader.read_parts(plan.source.places[name], out)
+
+    for tensor in plan.unquantized(index):
+        place(layer, tensor.parameter, read(megatron_layer(index) + tensor.megatron, tensor.shape))
     for linear in plan.linears(index):
-        scheme = plan.scheme("megatron", index, linear)
+        scheme = plan.layouts["megatron"].scheme(index, linear)
         static = scheme is not None and scheme.static
-        weight = stages._read(Item(f"decoder.layers.{index}.{linear.megatron}.weight", linear.shape))
-        compress(layer.get_submodule(linear.module), weight, scheme, work.calibrated.amax[linear.module] if static else None)
-    if plan.has_cache(index):
+        weight = read(canonical_weight(index, linear), linear.shape)
+        compress(layer.get_submodule(linear.module), weight, scheme, calibrated.amax[linear.module] if static else None)
+    if plan.assignment.has_cache(index):
         attention = layer.self_attention.core_attention
         convert(attention, quant_config(None, kv_cache=True))
-        attention.k_bmm_quantizer.amax, attention.v_bmm_quantizer.amax = (
-            work.calibrated.amax[name] for name in ("key", "value")
-        )
+        attention.k_bmm_quantizer.amax, attention.v_bmm_quantizer.amax = (calibrated.amax[name] for name in ("key", "value"))
     return layer.requires_grad_(False)

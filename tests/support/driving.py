@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mptq.calibration.hidden_state_pair import HiddenStatePair, StreamOptions
 from mptq.calibration.tokens import TokenData
 from mptq.layers.forward import final_norm, logits
+from mptq.pipeline.context import RunContext
 from mptq.pipeline.layer_stream import LayerStream
 from mptq.plan.plan import Plan
 from mptq.quantize.fp8 import dequantize
@@ -43,7 +44,7 @@ class Driven:
     def __init__(self, plan, tokens, folder, memory=10**9, batch_size=2, kind=Kept):
         self.record, self.tensors = RunLog(), {form: {} for form in plan.formats}
         self.streams = kind(plan, tokens, StreamOptions(CPU, batch_size, memory, folder, 0))
-        for output in LayerStream(plan, CPU, self.record, Silent(), self.streams).outputs():
+        for output in LayerStream(RunContext(plan, CPU, self.record, Silent(), self.streams)).outputs():
             for form, tensors in output.tensors.items():
                 self.tensors[form] |= tensors
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mptq.formats.hf.quantization_config import DIALECTS
 from mptq.model import engines
 from mptq.plan.plan import Plan
 from tests.support.models import FAMILY_ARGS
@@ -32,7 +31,7 @@ class Case:
     @property
     def digest(self) -> str:
         """Of what config.json says of the quantization."""
-        config: dict[str, Any] = DIALECTS[self.plan.dialect].config(self.plan.contents)
+        config: dict[str, Any] = self.plan.layouts["hf"].dialect.config(self.plan.layouts["hf"].contents)
         fields = {key: value for key, value in config.items() if key != "producer"}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -52,12 +51,13 @@ def cases() -> dict[str, Case]:
 
 def main(folder: Path) -> None:
     from mptq.formats.hf.writer import hf_configs
+    from mptq.model.generation import Generation
 
     index = {}
     for number, (name, case) in enumerate(cases().items()):
         place = folder / str(number)
         place.mkdir(parents=True)
-        configs = hf_configs(case.plan.model, DIALECTS[case.plan.dialect], case.plan.contents)
+        configs = hf_configs(case.plan.layouts["hf"], Generation({}, {}))
         for file, config in configs.items():
             (place / file).write_text(json.dumps(config))
         index[name] = {"folder": str(number), "digest": case.digest, "ranks": case.ranks}

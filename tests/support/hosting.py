@@ -1,4 +1,7 @@
-"""A process that mptq is a guest of: it has imported and set everything already. Run as `python -m tests.support.hosting CODE`."""
+"""A process that mptq is a guest of: it has imported and set everything already.
+
+Run as `python -m tests.support.hosting CODE`.
+"""
 
 import gc
 import json

@@ -50,25 +50,31 @@ def _layers(options):
     """mptq's layers as ModelOpt compresses them, in this process, with the scales of activations that mptq calibrates."""
     from mptq.calibration.hidden_state_pair import HiddenStatePair, StreamOptions
     from mptq.calibration.tokens import DataOptions, load_tokens
+    from mptq.pipeline.context import RunContext
     from mptq.pipeline.layer_stream import LayerStream
     from mptq.plan.plan import make_plan
     from mptq.recipes.recipe import load_recipe
     from mptq.report.run_log import RunLog, Silent
     from tests.support.compressing import compressed_layer
 
+    calibrated = {}
+
+    class Kept(HiddenStatePair):
+        """Keeps what the calibration of each layer found."""
+
+        def calibrate(self, index, layer, static):
+            calibrated[index] = super().calibrate(index, layer, static)
+            return calibrated[index]
+
     recipe = load_recipe(options.recipe).changed(kv_cache=options.kv_cache)
     plan = make_plan(options.checkpoint, recipe, ("hf", "megatron"))
-    streams = None
     if recipe.needs_data:  # tests/conftest.py, `options`
         tokens = load_tokens(DataOptions((str(options.dataset),), 6, 3, 32), None, plan.model.vocab_size, calibrate=True)
-        streams = HiddenStatePair(plan, tokens, StreamOptions(torch.device("cpu"), 4, 2**30, options.out, 16))
-    stages = LayerStream(plan, torch.device("cpu"), RunLog(), Silent(), streams)
-    found = {}
-    for output in stages.outputs():
-        if stages.work is not None:
-            found[output.index] = stages.work
+        states = Kept(plan, tokens, StreamOptions(torch.device("cpu"), 4, 2**30, options.out, 16))
+        for _ in LayerStream(RunContext(plan, torch.device("cpu"), RunLog(), Silent(), states)).outputs():
+            pass
     _megatron_arithmetic()
-    return [compressed_layer(stages, work) for work in found.values()]
+    return [compressed_layer(plan, index, calibrated.get(index)) for index in plan.layers]
 
 
 def _megatron_arithmetic():

@@ -3,53 +3,34 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mptq.formats.hf.safetensors_stream import ShardFile, assign_shards
+from mptq.formats.hf.tokenizer import copy_tokenizer
 from mptq.model.architectures.config_json import config_fields
 from mptq.model.architectures.families import family_of
-from mptq.types import LayerOutput, TensorSpec
+from mptq.types import LayerOutput
 
 if TYPE_CHECKING:
-    from mptq.formats.hf.quantization_config import Contents, Dialect
-    from mptq.model.config import ModelConfig
+    from mptq.formats.hf.layout import HfLayout
+    from mptq.formats.protocol import WriterOptions
     from mptq.model.generation import Generation
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-)
-"""What transformers' tokenizers save; copied as they are."""
 
 
 class HfWriter:
-    """Writes the tensors of `specs`, which come layer by layer, in files of at most `max_shard_bytes`.
+    """Writes the tensors of `layout`, which come layer by layer, in files of at most `options.max_shard_bytes`.
 
     Memory: the tensors of one call to `write`; a shard is opened with its first tensor and closed with its last. `done` are
     the tensors that an earlier run has written. Where several processes write, each its own tensors, `prepare` makes the
     files before.
     """
 
-    format = "hf"
-
-    def __init__(
-        self, directory: Path, specs: Sequence[TensorSpec], max_shard_bytes: int, done: Collection[str] = frozenset()
-    ) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, layout: HfLayout, options: WriterOptions, done: Collection[str] = frozenset()) -> None:
+        self.directory, self.layout, self.options = directory, layout, options
         directory.mkdir(parents=True, exist_ok=True)
-        shards = assign_shards(specs, max_shard_bytes)
-        self.total_bytes = sum(spec.nbytes for spec in specs)
+        shards = assign_shards(layout.specs, options.max_shard_bytes)
         names = ["model.safetensors"]
         if len(shards) > 1:
             names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
@@ -77,7 +58,7 @@ class HfWriter:
     def write(self, output: LayerOutput) -> list[Path]:
         """Write tensors; return the files that are complete now. The last of a unit's waits until they are on the disk."""
         done = []
-        for tensor_name, tensor in output.tensors[self.format].items():
+        for tensor_name, tensor in output.tensors["hf"].items():
             name = self._file_of[tensor_name]
             if name not in self._open:
                 self._open[name] = ShardFile(self.directory / name, self._shards[name], self._done, name in self._begun)
@@ -99,14 +80,15 @@ class HfWriter:
         """All units are written, by whatever process."""
         self.abort()
 
-    def finish(self, configs: Mapping[str, dict[str, Any]], tokenizer: Path | None) -> list[Path]:
-        """Write the index, the tokenizer's files and the `configs`, by file name; return all files."""
+    def finish(self) -> list[Path]:
+        """Write the index, the tokenizer's files and the configs; return all files."""
         assert not self._open, f"{sorted(self._open)} are incomplete"
         written = [self.directory / name for name in self._shards]
-        written += copy_tokenizer(tokenizer, self.directory) if tokenizer else []
+        written += copy_tokenizer(self.options.tokenizer, self.directory) if self.options.tokenizer else []
         if len(self._shards) > 1:
-            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": self._file_of}
+            index = {"metadata": {"total_size": self.layout.nbytes}, "weight_map": self._file_of}
             written.append(_write_json(self.directory / "model.safetensors.index.json", index))
+        configs = hf_configs(self.layout, self.options.generation)
         return written + [_write_json(self.directory / name, config) for name, config in configs.items()]
 
     def abort(self) -> None:
@@ -116,13 +98,14 @@ class HfWriter:
         self._open.clear()
 
 
-def hf_configs(model: ModelConfig, dialect: Dialect, contents: Contents, generation: Generation) -> dict[str, dict[str, Any]]:
+def hf_configs(layout: HfLayout, generation: Generation) -> dict[str, dict[str, Any]]:
     """config.json of the output, made by transformers' own config class, and the other configs, by name.
 
     There is a generation_config.json where something is known of generation.
     """
     import transformers
 
+    model, dialect, contents = layout.model, layout.dialect, layout.contents
     family = family_of(model)
     assert family is not None, "planned without a Hugging Face architecture"
     given = config_fields(model, family) | dict(generation.ids)
@@ -140,16 +123,6 @@ def hf_configs(model: ModelConfig, dialect: Dialect, contents: Contents, generat
 
 _OLDER = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 """What transformers before 5, and engines, read in the place of `rope_parameters`."""
-
-
-def tokenizer_files(directory: Path) -> list[Path]:
-    """The tokenizer files in a directory."""
-    return [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
-
-
-def copy_tokenizer(source: Path, target: Path) -> list[Path]:
-    """Copy the tokenizer's files; return the copies."""
-    return [Path(shutil.copyfile(file, target / file.name)) for file in tokenizer_files(source)]
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> Path:

@@ -12,7 +12,7 @@ import io
 import json
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -41,6 +41,8 @@ class _MetadataPickler(pickle.Pickler):
         return copyreg.__newobj__, (TensorProperties,), value.__getstate__()[:5]  # type: ignore[attr-defined]
 
 
+BACKEND = json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}).encode()
+"""`metadata.json` of a torch_dist checkpoint."""
 Account = dict[str, list[Any]]
 """Name in a unit's file -> offset, length, and of a tensor (no byte item) its dtype and shape."""
 
@@ -48,13 +50,18 @@ Account = dict[str, list[Any]]
 class MegatronWriter:
     """Writes `iter_*` under `directory`, a checkpoint root, a file for each unit. Memory: a tensor that is a part of another.
 
+    `rest` gives the files that belong to the whole checkpoint, by their names in its directory, once all units are written.
     `accounts` are those of the units that an earlier run has written, by number.
     """
 
-    format = "megatron"
-
-    def __init__(self, directory: Path, iteration: int | None, accounts: Mapping[int, Account] = MappingProxyType({})) -> None:
-        self.root = directory
+    def __init__(
+        self,
+        directory: Path,
+        iteration: int | None,
+        rest: Callable[[], Mapping[str, bytes]] = dict,
+        accounts: Mapping[int, Account] = MappingProxyType({}),
+    ) -> None:
+        self.root, self.rest = directory, rest
         self.tracker = str(iteration) if iteration is not None else "release"
         self.directory = directory / (f"iter_{iteration:07d}" if iteration is not None else "release")
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -75,9 +82,9 @@ class MegatronWriter:
         file = self._file(output.index)
         if self._open is None:
             self._open, self._account = io.BufferedWriter(PieceFile(file, "wb")), {}
-        for name, blob in output.blobs.items():
+        for name, blob in output.blobs["megatron"].items():
             self._account[name] = [self._open.tell(), self._open.write(blob)]
-        for name, tensor in output.tensors[self.format].items():
+        for name, tensor in output.tensors["megatron"].items():
             start = self._open.tell()
             _save(tensor, self._open)
             about = [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
@@ -122,23 +129,17 @@ class MegatronWriter:
                 places[MetadataIndex(name, start)] = _StorageInfo(self._file(unit).name, offset, length)
         return Metadata(state_dict_metadata=entries, storage_data=places)
 
-    def finish(self, modelopt_state: bytes, common: bytes | None) -> list[Path]:
+    def finish(self) -> list[Path]:
         """Write the metadata, ModelOpt's state and the training run's arguments (`common.pt` as it was); return all files."""
         # Not by torch's FileSystemWriter, which adds the path and a random id: the same input must give the same bytes.
         with (self.directory / ".metadata").open("wb") as file:
             _MetadataPickler(file).dump(self._metadata())
-        config = json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
-        nested = self.directory / "modelopt_state"
-        nested.mkdir(exist_ok=True)
         files = {
-            nested / "common.pt": modelopt_state,
-            nested / "metadata.json": config.encode(),
-            self.directory / "metadata.json": config.encode(),
+            self.directory / "metadata.json": BACKEND,
             self.root / "latest_checkpointed_iteration.txt": self.tracker.encode(),
-        }
-        if common is not None:
-            files[self.directory / "common.pt"] = common
+        } | {self.directory / name: content for name, content in self.rest().items()}
         for path, content in files.items():
+            path.parent.mkdir(exist_ok=True)
             path.write_bytes(content)
         return [*self.complete, self.directory / ".metadata", *files]
 

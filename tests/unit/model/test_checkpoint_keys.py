@@ -212,14 +212,14 @@ def source(config, tensors):
 def hf_output(plan, tensors):
     """What the `none` recipe writes for Hugging Face, by hand."""
     places, found = plan.source.places, {}
-    for inner, written in plan.by_inner("hf"):
+    for inner, written in plan.layouts["hf"].by_canonical_name():
         tensor = read(tensors, places[inner])
         found |= {spec.name: (spec.dtype, spec.shape, tensor.shape) for spec in written}
     for layer in plan.layers:
         for linear in plan.linears(layer):
             members = linear.fusion.split(read(tensors, places[f"decoder.layers.{layer}.{linear.megatron}.weight"]))
             found |= dict(zip(((layer, name) for name in linear.hf), members, strict=True))
-        for copy in plan.copies(layer):
+        for copy in plan.unquantized(layer):
             members = copy.for_hf(read(tensors, places[f"decoder.layers.{layer}.{copy.megatron}"]))
             assert [tuple(member.shape) for member in members] == list(copy.hf_shapes)
             found |= dict(zip(((layer, name) for name in copy.hf), members, strict=True))
@@ -317,13 +317,13 @@ def test_prediction_layers_are_carried_for_megatron_only(prefix):
     made = source(CONFIG, tensors | extra)
     assert carried(made.places) == list(PREDICTION)
     plan = plan_source(made, load_recipe("fp8-per-tensor"), ("hf", "megatron"))
-    assert [(copy.megatron, copy.shape) for copy in plan.carried] == list(PREDICTION.items())
-    written = {spec.name: spec.shape for spec in plan.specs("megatron")}
+    assert [(copy.megatron, copy.shape) for copy in plan.passthrough] == list(PREDICTION.items())
+    written = {spec.name: spec.shape for spec in plan.layouts["megatron"].specs}
     assert {name: written.get(prefix + name) or written.get(name) for name in PREDICTION} == PREDICTION
-    assert not [spec.name for spec in plan.specs("hf") if "mtp" in spec.name]
+    assert not [spec.name for spec in plan.layouts["hf"].specs if "mtp" in spec.name]
     without = plan_source(source(CONFIG, tensors), load_recipe("fp8-per-tensor"), ("hf",))
-    assert without.specs("hf") == plan.specs("hf")
-    assert plan.outputs == without.outputs + len(PREDICTION)
+    assert without.layouts["hf"].specs == plan.layouts["hf"].specs
+    assert len(plan.units) == len(without.units) + len(PREDICTION)
 
 
 def test_prediction_layers_are_listed_as_dropped_where_no_output_has_them():

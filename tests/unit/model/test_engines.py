@@ -30,7 +30,7 @@ def made_of(module, case, found):
 
 def modules(plan):
     """The Hugging Face modules of a plan's linears."""
-    return [tensors.hf_layer(plan.model, layer) + name for layer, linear in plan.every_linear() for name in linear.hf]
+    return [tensors.hf_layer(plan.model, layer) + name for layer, linear in plan.assignment.linears() for name in linear.hf]
 
 
 def in_layers(found):
@@ -51,7 +51,7 @@ def test_groups_are_the_modules_of_vllm(name):
         prefix = tensors.hf_layer(plan.model, layer)
         for group in engines.groups(plan.model, layer).values():
             groups[frozenset(prefix + member for linear in group.linears for member in linear.hf)] = None
-        matrices = (copy for copy in plan.copies(layer) if len(copy.shape) == 2)
+        matrices = (copy for copy in plan.unquantized(layer) if len(copy.shape) == 2)
         groups |= {frozenset({prefix + copy.hf[0].removesuffix(".weight")}): None for copy in matrices}
     assert {made_of(module, CASES[name], found) for module in in_layers(found)} == set(groups)
 
@@ -71,11 +71,11 @@ def test_fused_linears_of_a_family_are_those_that_vllm_packs(family):
 @pytest.mark.parametrize("name", [name for name in CASES if name not in REFUSED])
 def test_vllm_takes_for_quantized_what_is(name):
     case, found = CASES[name], RECORDED[name]["ranks"]["1"]
-    quantized = {module for members in case.plan.contents.groups.values() for module in members}
+    quantized = {module for members in case.plan.layouts["hf"].contents.groups.values() for module in members}
     assert {module for part in found["fp8"] for module in made_of(part, case, found)} == quantized
     assert "lm_head" in found["other"]
     kept = {module for part in in_layers(found) if part in found["other"] for module in made_of(part, case, found)}
-    assert kept | {"lm_head"} == set(case.plan.excluded)
+    assert kept | {"lm_head"} == set(case.plan.layouts["hf"].excluded)
 
 
 @pytest.mark.parametrize("name", REFUSED)

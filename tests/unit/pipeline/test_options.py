@@ -8,7 +8,7 @@ import pytest
 import torch
 import typer
 
-import mptq.pipeline.run
+import mptq.pipeline.preflight
 from mptq import make_plan, run
 from mptq.cli.app import app
 from mptq.errors import OutputError, StoppedError
@@ -96,7 +96,7 @@ def again(root, options, out, change):
 def test_another_output_is_refused(root, options, outputs, other, state, flag, monkeypatch):
     before, change = contents(outputs), other[flag]
     if "device" in change:
-        monkeypatch.setattr(mptq.pipeline.run, "pick_device", lambda _name: change["device"])
+        monkeypatch.setattr(mptq.pipeline.preflight, "pick_device", lambda _name: change["device"])
     advice = "(resume|go on) with the same, (or )?pass --overwrite instead of --resume"
     with pytest.raises(OutputError, match=rf"^[^\n]* with another [^\n]*{flag}\b[^\n]*: {advice}"):
         again(root, options, outputs / state, change)

@@ -9,6 +9,7 @@ from mptq.errors import RecipeError, UnsupportedModelError
 from mptq.model.checkpoint_keys import locate
 from mptq.model.tensors import outer_copies
 from mptq.plan import estimates
+from mptq.plan.estimates import bytes_in
 from mptq.plan.plan import Source, plan_source
 from mptq.recipes.recipe import load_recipe, recipe_from
 from mptq.types import TensorSpec
@@ -66,15 +67,15 @@ def source(hidden, ffn, heads, groups, head_dim, layers=2, tied=True, experts=0,
 
 def test_llama_7b_in_blocks():
     plan = plan_source(source(4096, 11008, 32, 32, 128, layers=32), BLOCK, ("hf", "megatron"))
-    assert plan.excluded == ["lm_head"]
+    assert plan.layouts["hf"].excluded == ["lm_head"]
     assert plan.differing == []
     linears = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     rest = (1024 * 4096 + (2 * 32 + 1) * 4096) * 2
-    assert plan.bytes_in == 2 * linears + rest
-    assert plan.bytes_out("hf") == linears + linears // 128**2 * 4 + rest - 24 * 4096 * 2
-    assert plan.bytes_out("megatron") == linears + 2 * (linears // 128**2 * 4) + rest
+    assert bytes_in(plan) == 2 * linears + rest
+    assert plan.layouts["hf"].nbytes == linears + linears // 128**2 * 4 + rest - 24 * 4096 * 2
+    assert plan.layouts["megatron"].nbytes == linears + 2 * (linears // 128**2 * 4) + rest
     totals = {form: sum(row[form] for row in estimates.components(plan).values()) for form in ("in", "hf", "megatron")}
-    assert totals == {"in": plan.bytes_in, "hf": plan.bytes_out("hf"), "megatron": plan.bytes_out("megatron")}
+    assert totals == {"in": bytes_in(plan), "hf": plan.layouts["hf"].nbytes, "megatron": plan.layouts["megatron"].nbytes}
 
 
 def test_serving_limit_of_blocks_is_a_warning():
@@ -88,7 +89,7 @@ def test_serving_limit_of_blocks_is_a_warning():
 
 def test_ragged_groups_are_excluded_and_named():
     plan = plan_source(source(256, 320, 4, 2, 64), BLOCK, ("hf", "megatron"))
-    assert plan.excluded == ["lm_head"] + [
+    assert plan.layouts["hf"].excluded == ["lm_head"] + [
         f"model.layers.{layer}.mlp.{name}_proj" for layer in (0, 1) for name in ("gate", "up", "down")
     ]
     assert estimates.warnings(plan)[0].startswith("gate_proj, up_proj, down_proj: not multiples of 128, so they stay bfloat16")
@@ -123,9 +124,12 @@ def test_actions_say_what_happens_to_each_component():
 def test_misaligned_weights_can_have_one_scale_a_row():
     fields = BLOCK.model_dump() | {"misaligned": "per-channel"}
     plan = plan_source(source(256, 320, 4, 2, 64), recipe_from(fields, "x"), ("hf", "megatron"))
-    assert plan.dialect == "compressed-tensors"
-    assert plan.excluded == ["lm_head"]
-    assert {scheme.name: len(modules) for scheme, modules in plan.contents.groups.items()} == {"block": 8, "row": 6}
+    assert plan.layouts["hf"].dialect_name == "compressed-tensors"
+    assert plan.layouts["hf"].excluded == ["lm_head"]
+    assert {scheme.name: len(modules) for scheme, modules in plan.layouts["hf"].contents.groups.items()} == {
+        "block": 8,
+        "row": 6,
+    }
     assert "gate_proj, up_proj, down_proj: not multiples of 128, so they get one scale a row" in estimates.warnings(plan)[0]
     whole = plan_source(source(256, 384, 4, 2, 128), recipe_from(fields, "x"), ("hf",))
     assert whole.dialect == "deepseek-fp8"
@@ -144,15 +148,18 @@ def test_overrides_by_pattern():
         ]
     }
     plan = plan_source(checkpoint, recipe_from(fields, "x"), ("hf", "megatron"))
-    assert plan.dialect == "compressed-tensors"
-    assert {scheme.name: len(modules) for scheme, modules in plan.contents.groups.items()} == {"row": 8, "block": 6}
-    assert plan.excluded == ["lm_head"] + [
+    assert plan.layouts["hf"].dialect_name == "compressed-tensors"
+    assert {scheme.name: len(modules) for scheme, modules in plan.layouts["hf"].contents.groups.items()} == {
+        "row": 8,
+        "block": 6,
+    }
+    assert plan.layouts["hf"].excluded == ["lm_head"] + [
         f"model.layers.0.{name}_proj"
         for name in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
     ]
-    assert plan.deviating["decoder.layers.0.mlp.linear_fc1"] is None
-    assert plan.deviating["decoder.layers.1.self_attention.linear_qkv"].name == "row"
-    assert len(plan.deviating) == 4 + 2 * 2
+    assert plan.layouts["megatron"].other_schemes["decoder.layers.0.mlp.linear_fc1"] is None
+    assert plan.layouts["megatron"].other_schemes["decoder.layers.1.self_attention.linear_qkv"].name == "row"
+    assert len(plan.layouts["megatron"].other_schemes) == 4 + 2 * 2
 
 
 @pytest.mark.parametrize(
@@ -194,7 +201,11 @@ def test_modules_of_engines_are_not_torn_apart(family, pattern, message):
         planned(args, "fp8-blockwise", pattern, formats=("hf", "megatron"))
     # Each is a linear of its own to Megatron.
     plan = planned(args, "fp8-blockwise", pattern, formats=("megatron",))
-    assert 0 < sum(scheme is None for scheme in plan.deviating.values()) < len(list(plan.every_linear()))
+    assert (
+        0
+        < sum(scheme is None for scheme in plan.layouts["megatron"].other_schemes.values())
+        < len(list(plan.assignment.linears()))
+    )
 
 
 @pytest.mark.parametrize(
@@ -211,29 +222,34 @@ def test_modules_of_engines_are_not_torn_apart(family, pattern, message):
 )
 def test_the_patterns_that_are_named_are_taken(family, patterns):
     plan = planned(whole(family), "fp8-per-channel", *patterns)
-    assert len(plan.excluded) > len(planned(whole(family), "fp8-per-channel").excluded)
+    assert len(plan.layouts["hf"].excluded) > len(planned(whole(family), "fp8-per-channel").excluded)
 
 
 def test_a_compressed_query_goes_into_blocks_with_the_latent():
     plan = planned(whole("DeepSeek-V3"), "fp8-blockwise", formats=("hf", "megatron"))
-    assert plan.excluded == ["lm_head", "model.layers.1.mlp.gate"]
+    assert plan.layouts["hf"].excluded == ["lm_head", "model.layers.1.mlp.gate"]
     assert plan.differing == []
     prefix = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
-    shapes = {spec.name: spec.shape for spec in plan.specs("hf")}
+    shapes = {spec.name: spec.shape for spec in plan.layouts["hf"].specs}
     assert (shapes[prefix], shapes[f"{prefix}_scale_inv"]) == ((576, 256), (5, 2))
     note = "kv_a_proj_with_mqa: 576 rows end in a part of a block, as in DeepSeek's own checkpoints"
     assert any(warning.startswith(note) for warning in estimates.warnings(plan))
     fields = BLOCK.model_dump()
     for misaligned in ("per-channel", "error"):
         plan = planned(whole("DeepSeek-V3"), recipe_from(fields | {"misaligned": misaligned}, "x"))
-        assert (plan.dialect, plan.excluded) == ("deepseek-fp8", ["lm_head", "model.layers.1.mlp.gate"])
+        assert (plan.layouts["hf"].dialect_name, plan.layouts["hf"].excluded) == (
+            "deepseek-fp8",
+            ["lm_head", "model.layers.1.mlp.gate"],
+        )
 
 
 def test_a_ragged_query_takes_the_latent_along():
     args = whole("DeepSeek-V3") | {"q_lora_rank": 192}
     plan = planned(args, "fp8-blockwise")
     names = ("q_a_proj", "kv_a_proj_with_mqa", "q_b_proj")  # the columns of q_b are the rows of q_a
-    assert [name for name in plan.excluded if ".0." in name] == [f"model.layers.0.self_attn.{name}" for name in names]
+    assert [name for name in plan.layouts["hf"].excluded if ".0." in name] == [
+        f"model.layers.0.self_attn.{name}" for name in names
+    ]
     rows = planned(args, recipe_from(BLOCK.model_dump() | {"misaligned": "per-channel"}, "x"))
     (kept,) = [modules for scheme, modules in rows.contents.groups.items() if scheme.name == "row"]
     assert [name for name in kept if ".0." in name] == [f"model.layers.0.self_attn.{name}" for name in names]
@@ -241,14 +257,14 @@ def test_a_ragged_query_takes_the_latent_along():
 
 def test_a_latent_without_a_compressed_query_keeps_its_precision():
     plan = planned(whole("DeepSeek-V2"), "fp8-blockwise")
-    assert "model.layers.0.self_attn.kv_a_proj_with_mqa" in plan.excluded
-    assert "model.layers.0.self_attn.q_proj" not in plan.excluded
+    assert "model.layers.0.self_attn.kv_a_proj_with_mqa" in plan.layouts["hf"].excluded
+    assert "model.layers.0.self_attn.q_proj" not in plan.layouts["hf"].excluded
 
 
 def test_experts_of_which_a_part_does_not_fit_keep_their_precision_together():
     # Of MX blocks of 32 columns, fc1 has 8 and fc2 one and a half.
     plan = planned(whole("Qwen3-MoE") | {"moe_ffn_hidden_size": 48}, "mxfp8")
-    kept = [name for name in plan.excluded if ".experts." in name]
+    kept = [name for name in plan.layouts["hf"].excluded if ".experts." in name]
     assert len(kept) == 2 * 8 * 3
     assert any(warning.startswith("gate_proj, up_proj, down_proj: not multiples of 32") for warning in estimates.warnings(plan))
 
@@ -257,10 +273,10 @@ def test_one_scale_a_tensor_is_of_what_engines_fuse():
     plan = planned(whole("DeepSeek-V3"), "fp8", formats=("hf", "megatron"))
     by_name = {linear.megatron: linear for linear in plan.linears(1)}
     pair = tuple(by_name[f"self_attention.linear_{name}_down_proj"] for name in ("q", "kv"))
-    assert plan.sharing(1, pair[0]) == plan.sharing(1, pair[1]) == pair
+    assert plan.assignment.sharing(1, pair[0]) == plan.assignment.sharing(1, pair[1]) == pair
     # Not of the experts, which engines hold in one module with a scale for each.
     expert = by_name["mlp.experts.experts.0.linear_fc1"]
-    assert plan.sharing(1, expert) == (expert,)
+    assert plan.assignment.sharing(1, expert) == (expert,)
     blocks = planned(whole("DeepSeek-V3"), "fp8-blockwise")
     assert blocks.sharing(1, pair[0]) == pair[:1]
     # Where Megatron's output alone is written, one of them may be ignored.
@@ -290,11 +306,11 @@ def test_nothing_to_quantize_in_hf_suggests_what_works():
 def test_without_quantization_the_checkpoint_is_converted():
     checkpoint, none = source(576, 1536, 9, 3, 64, tied=False), load_recipe("none")
     plan = plan_source(checkpoint, none, ("hf",))
-    assert (plan.dialect, plan.deviating, plan.differing) == ("plain", {}, [])
+    assert (plan.layouts["hf"].dialect_name, plan.layouts["megatron"].other_schemes, plan.differing) == ("plain", {}, [])
     assert set(estimates.actions(plan).values()) == {"copied"}
-    assert {spec.dtype for spec in plan.specs("hf")} == {"bfloat16"}
-    assert not [spec.name for spec in plan.specs("hf") if "scale" in spec.name]
-    assert plan.bytes_out("hf") == plan.bytes_in - 2 * 24 * 576 * 2
+    assert {spec.dtype for spec in plan.layouts["hf"].specs} == {"bfloat16"}
+    assert not [spec.name for spec in plan.layouts["hf"].specs if "scale" in spec.name]
+    assert plan.layouts["hf"].nbytes == bytes_in(plan) - 2 * 24 * 576 * 2
     with pytest.raises(RecipeError, match="none converts to Hugging Face's form, and the checkpoint is Megatron's"):
         plan_source(checkpoint, none, ("hf", "megatron"))
 
@@ -302,13 +318,13 @@ def test_without_quantization_the_checkpoint_is_converted():
 def test_copies_have_the_dtype_and_the_shape_of_their_form():
     plan = plan_source(source(256, 384, 4, 2, 128, tied=False), BLOCK, ("hf", "megatron"))
     (words,), (norm, head) = outer_copies(plan.model)
-    assert plan.copy_specs("hf", words) == (TensorSpec("model.embed_tokens.weight", "bfloat16", (1000, 256)),)
-    assert plan.copy_specs("megatron", head) == (TensorSpec("output_layer.weight", "bfloat16", (1024, 256)),)
-    assert plan.copy_specs("hf", norm) == (TensorSpec("model.norm.weight", "bfloat16", (256,)),)
-    (first, _) = plan.copies(1)
-    assert plan.copy_specs("hf", first, 1)[0].name == "model.layers.1.input_layernorm.weight"
+    assert plan.layouts["hf"].unquantized(words) == (TensorSpec("model.embed_tokens.weight", "bfloat16", (1000, 256)),)
+    assert plan.layouts["megatron"].unquantized(head) == (TensorSpec("output_layer.weight", "bfloat16", (1024, 256)),)
+    assert plan.layouts["hf"].unquantized(norm) == (TensorSpec("model.norm.weight", "bfloat16", (256,)),)
+    (first, _) = plan.unquantized(1)
+    assert plan.layouts["hf"].unquantized(first, 1)[0].name == "model.layers.1.input_layernorm.weight"
     # Under the name that the checkpoint has for it.
-    assert [spec.name for spec in plan.copy_specs("megatron", first, 1)] == [
+    assert [spec.name for spec in plan.layouts["megatron"].unquantized(first, 1)] == [
         "decoder.layers.1.self_attention.linear_qkv.layer_norm_weight"
     ]
 
@@ -318,19 +334,19 @@ def test_a_model_of_no_architecture_is_quantized_for_megatron_alone():
     with pytest.raises(UnsupportedModelError, match=r"nearest, Llama, differs in partial rotary .*: yes \(Llama: no\): use"):
         plan_source(checkpoint, BLOCK, ("hf",))
     plan = plan_source(checkpoint, BLOCK, ("megatron",))
-    assert {linear.megatron for _, linear in plan.every_linear()} == {
+    assert {linear.megatron for _, linear in plan.assignment.linears()} == {
         "self_attention.linear_qkv",
         "self_attention.linear_proj",
         "mlp.linear_fc1",
         "mlp.linear_fc2",
     }
-    assert plan.bytes_out("megatron") < plan.bytes_in
+    assert plan.layouts["megatron"].nbytes < bytes_in(plan)
 
 
 def test_scales_of_a_cache_are_of_layers_with_attention():
     plan = plan_source(source(256, 384, 4, 2, 128), BLOCK.changed(kv_cache="fp8"), ("hf", "megatron"))
-    assert [plan.has_cache(layer) for layer in plan.layers] == [True, True]
-    assert sum("_bmm_quantizer" in spec.name for spec in plan.specs("megatron")) == 4
+    assert [plan.assignment.has_cache(layer) for layer in plan.layers] == [True, True]
+    assert sum("_bmm_quantizer" in spec.name for spec in plan.layouts["megatron"].specs) == 4
     assert not plan_source(source(256, 384, 4, 2, 128), BLOCK, ("hf",)).has_cache(0)
 
 
@@ -387,7 +403,7 @@ def test_predicted_memory_with_activations():
 
 def test_mixtral_8x7b_in_blocks():
     plan = plan_source(source(4096, 14336, 32, 8, 128, layers=32, tied=False, experts=8), BLOCK, ("hf", "megatron"))
-    assert plan.excluded == ["lm_head"] + [f"model.layers.{layer}.block_sparse_moe.gate" for layer in range(32)]
+    assert plan.layouts["hf"].excluded == ["lm_head"] + [f"model.layers.{layer}.block_sparse_moe.gate" for layer in range(32)]
     components = estimates.components(plan)
     assert components["experts"]["parameters"] == 32 * 8 * 3 * 4096 * 14336
     assert components["router"] == {"parameters": 32 * 8 * 4096} | dict.fromkeys(("in", "hf", "megatron"), 2 * 32 * 8 * 4096)
@@ -401,7 +417,7 @@ def test_mixtral_8x7b_in_blocks():
 def test_ragged_experts_are_excluded_together():
     plan = plan_source(source(256, 320, 2, 1, 128, experts=2), BLOCK, ("hf", "megatron"))
     kept = [f"experts.{expert}.{name}" for expert in (0, 1) for name in ("w1", "w3", "w2")]
-    assert plan.excluded == ["lm_head"] + [
+    assert plan.layouts["hf"].excluded == ["lm_head"] + [
         f"model.layers.{layer}.block_sparse_moe.{name}" for layer in (0, 1) for name in ["gate", *kept]
     ]
     assert estimates.warnings(plan)[0].startswith("w1, w3, w2: not multiples of 128, so they stay bfloat16")

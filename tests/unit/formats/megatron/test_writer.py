@@ -19,8 +19,8 @@ def test_closing_a_file_on_a_full_disk_raises_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(PieceFile, "write", full)
     writer = MegatronWriter(tmp_path, 1)
-    writer.write(LayerOutput(0, blobs={"a": b"buffered"}, tensors={"megatron": {}}))
+    writer.write(LayerOutput(0, blobs={"megatron": {"a": b"buffered"}}, tensors={"megatron": {}}))
     with pytest.raises(OSError, match="No space left on device"):
-        writer.write(LayerOutput(0, tensors={"megatron": {"w": torch.zeros(100_000)}}))
+        writer.write(LayerOutput(0, {"megatron": {"w": torch.zeros(100_000)}}, {"megatron": {}}))
     writer.abort()
     assert [file.read_bytes() for file in tmp_path.rglob("*.distcp")] == [b""]

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
+from mptq.formats.hf.format import _require_family
 from mptq.model.architectures.families import FAMILIES, PLAIN, family_of, nearest
 from mptq.model.features import WORDS
-from mptq.plan.plan import _require_family
 from tests.support.models import ARGS, FAMILY_ARGS, LATENT, MOE_ARGS, OSS_ARGS, SHARED, model
 
 
@@ -106,7 +106,7 @@ def _with_the_names_of(config):
 
 
 def test_words_have_their_features():
-    class Plan:
+    class Layout:
         model = model(ARGS | {"rotary_percent": 0.5, "rotary_interleaved": True})
 
     from mptq.errors import UnsupportedModelError
@@ -116,4 +116,4 @@ def test_words_have_their_features():
         "(Llama: no): use --format megatron"
     )
     with pytest.raises(UnsupportedModelError, match=re.escape(message)):
-        _require_family(Plan)
+        _require_family(Layout)

@@ -1,15 +1,63 @@
-"""Which linear gets which scheme: the recipe's own, and those of the overrides whose patterns match. No torch."""
+"""Which linear of a model gets which scheme: the recipe's own, or that of the last override whose pattern matches. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 from mptq.errors import RecipeError
 from mptq.model import engines, tensors
 from mptq.model.config import ModelConfig
 from mptq.model.tensors import LinearSpec
 from mptq.recipes.recipe import Override, Recipe, Scheme
+
+
+@dataclass(frozen=True, eq=False)
+class Assignment:
+    """The scheme that a recipe gives to each linear of a model, before a format looks at its dimensions."""
+
+    recipe: Recipe
+    model: ModelConfig
+
+    @cached_property
+    def schemes(self) -> Mapping[tuple[int, str], Scheme | None]:
+        """(layer, canonical module) -> scheme; raises RecipeError for bad patterns."""
+        return schemes_by_linear(self.recipe, self.model)
+
+    def scheme(self, layer: int, linear: LinearSpec) -> Scheme | None:
+        """The scheme of a linear, None for one that keeps its precision."""
+        return self.schemes[layer, linear.megatron]
+
+    def layer(self, layer: int) -> tuple[LinearSpec, ...]:
+        """The linears of a layer, in the order of the forward pass."""
+        return tensors.layer_linears(self.model, layer)
+
+    def linears(self) -> Iterator[tuple[int, LinearSpec]]:
+        """The linears of all layers, with their layers."""
+        return ((layer, linear) for layer in range(self.model.num_layers) for linear in self.layer(layer))
+
+    def group_fits(self, layer: int, linear: LinearSpec) -> bool:
+        """Whether engines read the scheme of a linear, and of all that they fuse with it, in whole cells."""
+        scheme = self.scheme(layer, linear)
+        return scheme is None or engines.groups(self.model, layer)[linear.megatron].fits(scheme.unit)
+
+    def sharing(self, layer: int, linear: LinearSpec) -> tuple[LinearSpec, ...]:
+        """The linears that have one scale together, this one among them: fused ones, where a scale belongs to a tensor."""
+        scheme, group = self.scheme(layer, linear), engines.groups(self.model, layer)[linear.megatron]
+        if scheme is None or scheme.scale != "tensor" or not group.fused:
+            return (linear,)
+        return tuple(other for other in group.linears if self.scheme(layer, other) == scheme)
+
+    @property
+    def kv_cache(self) -> bool:
+        """Whether the outputs hold scales of an FP8 KV cache."""
+        return self.recipe.kv_cache == "fp8"
+
+    def has_cache(self, layer: int) -> bool:
+        """Whether a layer's KV cache has scales in the outputs."""
+        return self.kv_cache and self.model.kinds[layer].mixer in tensors.CACHED
 
 
 def schemes_by_linear(recipe: Recipe, config: ModelConfig) -> Mapping[tuple[int, str], Scheme | None]:

@@ -1,0 +1,189 @@
+"""The Hugging Face format, as vLLM, SGLang, TensorRT-LLM and transformers load it. No torch at import."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mptq.errors import RecipeError, UnsupportedModelError
+from mptq.formats.hf.headers import read_headers
+from mptq.formats.hf.layout import HfLayout
+from mptq.formats.hf.quantization_config import DIALECTS
+from mptq.formats.hf.verify import check_config
+from mptq.formats.hf.warnings import warnings
+from mptq.formats.protocol import OpenedOutput
+from mptq.model.architectures.families import family_of, nearest
+from mptq.model.checkpoint_keys import MTP
+from mptq.model.tensors import hf_layer
+from mptq.recipes.assignment import require_whole_groups
+from mptq.recipes.recipe import CARRIED, load_recipe, recipe_names
+from mptq.types import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from mptq.formats.layout import Layout
+    from mptq.formats.protocol import LoadedWeight, QuantizedLinear, Resumed, Stored, Writer, WriterOptions
+    from mptq.model.tensors import LinearSpec, UnquantizedTensor
+    from mptq.recipes.recipe import Scheme
+
+
+class HfFormat:
+    """safetensors shards, config.json with a quantization config, and the tokenizer."""
+
+    name = "hf"
+    layout = HfLayout
+    has_tokenizer = True
+    is_sharded = True
+    needs_modelopt = False
+
+    def check(self, layout: Layout) -> None:
+        """Raise RecipeError or UnsupportedModelError for what no engine would read."""
+        assert isinstance(layout, HfLayout)
+        _require_family(layout)
+        recipe, schemes = layout.assignment.recipe, layout.assignment.schemes
+        require_whole_groups(recipe, layout.model, schemes)
+        if not any(schemes.values()):
+            return
+        if recipe.misaligned == "error":
+            _refuse_misaligned(layout)
+        used = [scheme.name for scheme in layout.contents.groups]
+        if not used:
+            _refuse_nothing(layout)
+        if not set(used) <= set(CARRIED[layout.dialect_name]):
+            raise RecipeError(
+                f"{recipe.name}: no Hugging Face form that engines read holds {' and '.join(used)} weights together: use one "
+                "of them, or --format megatron"
+            )
+
+    def warnings(self, layout: Layout) -> list[str]:
+        """What engines make of the output."""
+        assert isinstance(layout, HfLayout)
+        return warnings(layout)
+
+    def store_linear(self, layout: Layout, linear: QuantizedLinear) -> Stored:
+        """Each projection's weight and scales."""
+        from mptq.formats.hf import store
+
+        assert isinstance(layout, HfLayout)
+        return store.store_linear(layout, linear)
+
+    def store_unquantized(
+        self, tensor: UnquantizedTensor, specs: Sequence[TensorSpec], values: torch.Tensor, first: int
+    ) -> Stored:
+        """The tensor, or its projections."""
+        from mptq.formats.hf import store
+
+        return store.store_unquantized(tensor, specs, values, first)
+
+    def store_kv_cache(self, layout: Layout, layer: int, amax: Sequence[torch.Tensor]) -> Stored:
+        """k_scale and v_scale."""
+        from mptq.formats.hf import store
+
+        assert isinstance(layout, HfLayout)
+        return store.store_kv_cache(layout, layer, amax)
+
+    def store_rest(self, _layout: Layout) -> Stored:
+        """Nothing."""
+        from mptq.formats.protocol import Stored
+
+        return Stored({})
+
+    def writer(self, layout: Layout, directory: Path, options: WriterOptions, resumed: Resumed) -> Writer:
+        """Shards of at most `max_shard_bytes`."""
+        from mptq.formats.hf.writer import HfWriter
+
+        assert isinstance(layout, HfLayout)
+        return HfWriter(directory, layout, options, resumed.names)
+
+    def open(self, directory: Path) -> OpenedOutput:
+        """The safetensors files in `directory`."""
+        return OpenedOutput(self.name, directory, read_headers(directory), _loader(directory))
+
+    def scales(
+        self, _canonical: str, weights: Sequence[Mapping[str, Any]], scheme: Scheme, manifest: Mapping[str, Any]
+    ) -> Iterator[TensorSpec]:
+        """One tensor a projection."""
+        dialect = DIALECTS[manifest["dialect"]]
+        for weight in weights:
+            yield dialect.scale(weight["name"].removesuffix(".weight"), scheme, *weight["shape"])
+
+    def load_linear(self, layout: Layout, output: OpenedOutput, layer: int, linear: LinearSpec) -> Iterator[LoadedWeight]:
+        """Each projection."""
+        from mptq.formats.hf import store
+
+        assert isinstance(layout, HfLayout)
+        return store.load_linear(layout, output, layer, linear)
+
+    def lacks(self, canonical: str) -> bool:
+        """Whether it is of multi-token prediction layers, which no architecture here has."""
+        return canonical.startswith(MTP)
+
+    def verify(self, output: OpenedOutput, manifest: Mapping[str, Any]) -> Iterator[str]:
+        """The index, and the exclude list of config.json."""
+        return check_config(output, manifest)
+
+
+HF = HfFormat()
+
+
+def _loader(directory: Path) -> Any:
+    from safetensors import safe_open
+
+    place: dict[str, Path] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="numpy") as tensors:
+            place |= dict.fromkeys(tensors.keys(), file)
+
+    def load(name: str) -> torch.Tensor:
+        with safe_open(place[name], framework="pt") as tensors:
+            tensor: torch.Tensor = tensors.get_tensor(name)
+        return tensor
+
+    return load
+
+
+def _require_family(layout: HfLayout) -> None:
+    if family_of(layout.model) is None:
+        near = nearest(layout.model)
+        raise UnsupportedModelError(
+            f"no Hugging Face architecture that mptq writes expresses this model; the nearest, {near.name}, differs in "
+            f"{'; '.join(near.missing(layout.model))}: use --format megatron"
+        )
+
+
+def _misaligned(layout: HfLayout) -> list[str]:
+    """Modules of the first layer that has any whose dimensions rule the recipe's scheme out in the hf output."""
+    for layer in range(layout.model.num_layers):
+        found = [
+            hf_layer(layout.model, layer) + name
+            for linear in layout.assignment.layer(layer)
+            if not layout.assignment.group_fits(layer, linear)
+            for name in linear.hf
+        ]
+        if found:
+            return found
+    return []
+
+
+def _refuse_misaligned(layout: HfLayout) -> None:
+    found = _misaligned(layout)
+    if found:
+        raise RecipeError(
+            f"{layout.assignment.recipe.name}: {', '.join(found)} (and their like in other layers) are not whole blocks, and "
+            "the recipe says `misaligned: error`: use `misaligned: keep` or `per-channel`"
+        )
+
+
+def _refuse_nothing(layout: HfLayout) -> None:
+    schemes = {name: load_recipe(name).scheme for name in recipe_names()}
+    others = [name for name, scheme in schemes.items() if scheme is not None and scheme.unit == (1, 1)]
+    sizes = sorted({size for _, linear in layout.assignment.linears() for _, shape in linear.members for size in shape})
+    recipe = layout.assignment.recipe
+    assert recipe.scheme is not None
+    raise RecipeError(
+        f"{recipe.name}: no linear of this model has rows and columns that are all multiples of "
+        f"{max(recipe.scheme.unit)} (sizes {', '.join(map(str, sizes))}), so nothing would be quantized in the hf "
+        f"output: use --recipe {' or '.join(others)}, or --format megatron"
+    )

@@ -1,0 +1,58 @@
+"""What the Hugging Face format stores of tensors, and loads again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from mptq.formats.layout import canonical_weight
+from mptq.formats.protocol import LoadedWeight, OpenedOutput, QuantizedLinear, Stored
+from mptq.quantize.fp8 import E4M3_MAX
+from mptq.quantize.quantizer import require_finite
+
+if TYPE_CHECKING:
+    from mptq.formats.hf.layout import HfLayout
+    from mptq.model.tensors import LinearSpec, UnquantizedTensor
+    from mptq.types import TensorSpec
+
+
+def store_linear(layout: HfLayout, linear: QuantizedLinear) -> Stored:
+    """The projections, each quantized or as it is."""
+    spec, specs = linear.spec, iter(layout.linear(linear.layer, linear.spec))
+    found: dict[str, torch.Tensor] = {}
+    if linear.weights is None:
+        require_finite(linear.source, canonical_weight(linear.layer, spec))
+        for stored, part in zip(specs, spec.fusion.split(linear.source), strict=True):
+            found[stored.name] = part.to(getattr(torch, stored.dtype)).cpu()
+        return Stored(found)
+    for weight, _ in linear.weights:
+        data, scale = next(specs), next(specs)
+        found[data.name] = weight.data.cpu()
+        # Not contiguous(), for which a single element is contiguous whatever its stride: writers want bytes.
+        found[scale.name] = weight.scale.expand(scale.shape).clone(memory_format=torch.contiguous_format).cpu()
+        if linear.input_amax is not None:
+            static = next(specs)
+            found[static.name] = (linear.input_amax / E4M3_MAX).reshape(static.shape).cpu()
+    return Stored(found)
+
+
+def store_unquantized(tensor: UnquantizedTensor, specs: Sequence[TensorSpec], values: torch.Tensor, first: int) -> Stored:
+    """The tensor, or its projections; rows of a padded vocabulary's padding alone are nothing to Hugging Face."""
+    parts = zip(specs, tensor.for_hf(values, first), strict=True) if specs else ()
+    return Stored({spec.name: part for spec, part in parts if len(part)})
+
+
+def store_kv_cache(layout: HfLayout, layer: int, amax: Sequence[torch.Tensor]) -> Stored:
+    """k_scale and v_scale: amax / 448."""
+    pairs = zip(layout.kv_cache(layer), amax, strict=True)
+    return Stored({spec.name: (value / E4M3_MAX).reshape(spec.shape).cpu() for spec, value in pairs})
+
+
+def load_linear(layout: HfLayout, output: OpenedOutput, layer: int, linear: LinearSpec) -> Iterator[LoadedWeight]:
+    """Each projection."""
+    specs = {spec.name for spec in layout.linear(layer, linear)}
+    for name in layout.weights(layer, linear):
+        scale = f"{name.removesuffix('.weight')}.{layout.dialect.scale_name}"
+        yield LoadedWeight(name, output.load(name), output.load(scale) if scale in specs else None)

@@ -1,0 +1,30 @@
+"""The files of a Hugging Face tokenizer, which an output has as they are. No torch."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+"""What transformers' tokenizers save; copied as they are."""
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The tokenizer files in a directory."""
+    return [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
+
+
+def copy_tokenizer(source: Path, target: Path) -> list[Path]:
+    """Copy the tokenizer's files; return the copies."""
+    return [Path(shutil.copyfile(file, target / file.name)) for file in tokenizer_files(source)]

@@ -1,0 +1,47 @@
+"""The JSON files of a Hugging Face output against its tensors. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mptq.formats.protocol import OpenedOutput
+
+
+def check_config(output: OpenedOutput, made: Mapping[str, Any]) -> Iterator[str]:
+    """The exclude list of config.json is exactly the matrices of layers that are not in FP8, and the index covers all."""
+    index = output.directory / "model.safetensors.index.json"
+    if index.is_file() and _indexed(index) != set(output.specs):
+        yield f"{index.name} does not list the tensors of the files"
+    if made["dialect"] == "plain":
+        return
+    listed = _excluded(output.directory / "config.json")
+    if listed is None:
+        yield "config.json has no quantization_config that engines read"
+        return
+    plain = {"lm_head"}
+    for items in (entry.get("hf", []) for inner, entry in made["tensors"].items() if inner.startswith("decoder.layers.")):
+        weights = [item for item in items if item["name"].endswith(".weight") and len(item["shape"]) == 2]
+        plain |= {item["name"].removesuffix(".weight") for item in weights if item["dtype"] != "float8_e4m3fn"}
+    if listed != plain:
+        yield f"config.json excludes {sorted(listed ^ plain)[:3]} wrongly: engines would misread them"
+
+
+def _excluded(path: Path) -> set[str] | None:
+    """The modules that a config.json excludes from quantization, or None where it does not say."""
+    try:
+        config = json.loads(path.read_text())["quantization_config"]
+        listed = set(config.get("modules_to_not_convert") or config.get("ignore") or [])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return listed if all(isinstance(name, str) for name in listed) else None
+
+
+def _indexed(path: Path) -> set[str] | None:
+    """The tensors that an index lists, or None where it is none."""
+    try:
+        return set(json.loads(path.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None

@@ -1,0 +1,142 @@
+"""What the user of a Hugging Face output should know before starting. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from mptq.model import engines
+from mptq.model.checkpoint_keys import carried
+from mptq.model.tensors import names as names_of
+
+if TYPE_CHECKING:
+    from mptq.formats.hf.layout import HfLayout
+    from mptq.model.tensors import LinearSpec
+
+SERVING_TP = (2, 4, 8)
+
+
+def warnings(layout: HfLayout) -> list[str]:
+    """A line each."""
+    return [
+        *_precision(layout),
+        *_ragged(layout),
+        *_vocabulary(layout),
+        *_serving(layout),
+        *_gateless(layout),
+        *_left_out(layout),
+        *_positions(layout),
+    ]
+
+
+def _left_out(layout: HfLayout) -> list[str]:
+    notes, family, prediction = [], names_of(layout.model), carried(layout.source.places)
+    if prediction:
+        notes.append(f"{len(prediction)} tensors of multi-token prediction layers are not in the hf output")
+    epsilon = family.latent_epsilon
+    if epsilon not in (None, layout.model.norm_epsilon):
+        notes.append(
+            f"transformers normalizes latents with epsilon {epsilon:g} whatever config.json says, and the model has "
+            f"{layout.model.norm_epsilon:g}: its logits differ a little there; vLLM and SGLang read config.json"
+        )
+    return notes + family.deviations(layout.model)
+
+
+def _precision(layout: HfLayout) -> list[str]:
+    found: dict[str, dict[str, None]] = {}
+    for layer, linear in layout.assignment.linears():
+        wanted = layout.assignment.scheme(layer, linear)
+        if wanted is None or layout.assignment.group_fits(layer, linear):
+            continue
+        kept = layout.scheme(layer, linear)
+        into = f"stay {layout.model.dtype}" if kept is None else "get one scale a row"
+        names = found.setdefault(f"not multiples of {max(wanted.unit)}, so they {into} in the hf output", {})
+        names |= dict.fromkeys(member.rpartition(".")[2] for member in linear.hf)
+    return [f"{', '.join(names)}: {what} (engines read a ragged grid of scales wrongly)" for what, names in found.items()]
+
+
+def _ragged(layout: HfLayout) -> list[str]:
+    if layout.dialect_name != "deepseek-fp8":
+        return []
+    found = {
+        f"{linear.hf[-1].rpartition('.')[2]}: {linear.shape[0]} rows end in a part of a block, as in DeepSeek's own checkpoints"
+        for layer, linear in layout.assignment.linears()
+        if _in_blocks(layout, layer, linear) and not linear.fits((128, 128))
+    }
+    return [f"{what} (vLLM and SGLang read it; transformers cannot dequantize it)" for what in sorted(found)]
+
+
+def _vocabulary(layout: HfLayout) -> list[str]:
+    if layout.model.settings.get("vocab_size"):
+        return []
+    return [
+        "the checkpoint does not say the size of its vocabulary: the hf output keeps all "
+        f"{layout.model.vocab_size} rows, padding included"
+    ]
+
+
+def _serving(layout: HfLayout) -> list[str]:
+    """How far tensor parallelism goes with whole blocks on each rank, where the model itself can be served further."""
+    quantized = dict.fromkeys(linear for layer, linear in layout.assignment.linears() if _in_blocks(layout, layer, linear))
+    notes = []
+    # Hundreds of experts have the same shapes: the first stands for all.
+    for owner, expert, remedy in (("", None, ""), ("the experts' ", 0, ": beyond, serve them with expert parallelism")):
+        last, cut = _whole(layout, [linear for linear in quantized if linear.expert == expert])
+        if cut:
+            names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for linear in cut for name in linear.hf))
+            limit = f"split evenly over tensor-parallel servers only up to TP={last}"
+            notes.append(f"blocks of 128 of {owner}{names} {limit}{remedy}")
+    return notes
+
+
+def _whole(layout: HfLayout, linears: Sequence[LinearSpec]) -> tuple[int, list[LinearSpec]]:
+    """The last of SERVING_TP with whole blocks of `linears` on each rank, and those that the next would cut."""
+    sizes = [1, *(tp for tp in SERVING_TP if engines.serves(layout.model, tp))]
+    for last, tp in pairwise(sizes):
+        cut = [linear for linear in linears if not engines.splits(layout.model, linear, tp, 128)]
+        if cut:
+            return last, cut
+    return sizes[-1], []
+
+
+def _gateless(layout: HfLayout) -> list[str]:
+    """A fault of vLLM 0.32: it asks for the scheme of a gate, by an empty name, of experts that have none."""
+    experts = layout.model.num_experts and not layout.model.gated
+    if layout.dialect_name != "compressed-tensors" or not experts:
+        return []
+    whole = len(layout.contents.groups) == 1 and all(
+        layout.scheme(*one) for one in layout.assignment.linears() if one[1].expert == 0
+    )
+    return [] if whole else ["vLLM 0.32 refuses experts without a gate in compressed-tensors beside linears of another scheme"]
+
+
+def _positions(layout: HfLayout) -> list[str]:
+    """What the Hugging Face output says of positions that the checkpoint does not."""
+    settings, context = layout.model.settings, layout.model.context
+    notes = []
+    if context.known_from == "training":
+        notes.append(
+            f"max_position_embeddings is {context.length}, the sequence length of the training, as the checkpoint does not say "
+            "how many positions the model has: pass --hf-config DIR, or --config max_position_embeddings=N"
+        )
+    elif context.known_from == "tokenizer":
+        notes.append(
+            f"max_position_embeddings is {context.length}, the tokenizer's model_max_length, as the checkpoint says only the "
+            f"sequence length of the training, {settings.get('seq_length')}: if the model has fewer positions, pass "
+            "--hf-config DIR, or --config max_position_embeddings=N"
+        )
+    rounded = "yarn_correction_range_round_to_int"
+    stretched = layout.model.latent is None and layout.model.features["rope scaling"] == "yarn"
+    if stretched and rounded in settings and settings[rounded] is None:
+        notes.append(
+            f"{settings.sources[rounded]} has no value for {rounded}: megatron-core then does not round the range of "
+            "dimensions that YaRN interpolates, but Hugging Face models do, and so does this output: if the model was trained "
+            f"without rounding, pass --config {rounded}=false"
+        )
+    return notes
+
+
+def _in_blocks(layout: HfLayout, layer: int, linear: LinearSpec) -> bool:
+    scheme = layout.scheme(layer, linear)
+    return scheme is not None and scheme.block is not None

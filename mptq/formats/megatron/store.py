@@ -1,0 +1,78 @@
+"""What the Megatron format stores of tensors, and loads again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from mptq.checkpoint.index import read_blob
+from mptq.formats.layout import canonical_weight
+from mptq.formats.megatron.writer import BACKEND
+from mptq.formats.protocol import LoadedWeight, OpenedOutput, QuantizedLinear, Stored
+from mptq.model.tensors import CORE_ATTENTION, megatron_layer
+from mptq.quantize.modelopt import attention_state, kept_state, linear_state, modelopt_state
+from mptq.quantize.quantizer import require_finite
+
+if TYPE_CHECKING:
+    from mptq.formats.layout import Layout
+    from mptq.formats.megatron.layout import MegatronLayout
+    from mptq.model.source import Source
+    from mptq.model.tensors import LinearSpec
+    from mptq.types import TensorSpec
+
+_STATE = "_extra_state/shard_0_1"
+
+
+def store_linear(layout: MegatronLayout, linear: QuantizedLinear) -> Stored:
+    """The fused matrix, quantized or as it is, with the state that ModelOpt restores it by."""
+    spec, name = linear.spec, canonical_weight(linear.layer, linear.spec)
+    owner, scheme = name.removesuffix("weight"), layout.scheme(linear.layer, spec)
+    found: dict[str, torch.Tensor] = {}
+    if scheme is None or linear.weights is None:
+        require_finite(linear.source, name)
+        weight, blob = linear.source.to(getattr(torch, layout.source.dtype(name))), kept_state()
+    else:
+        ((fused, _),) = linear.weights
+        found, blob = linear_state(scheme, fused, getattr(torch, layout.model.dtype), linear.input_amax)
+        weight = fused.data
+    found |= zip(spec.keys, weight.split(spec.key_rows), strict=True)
+    return Stored({owner + key: tensor.cpu() for key, tensor in found.items()}, {owner + _STATE: blob})
+
+
+def store_unquantized(specs: Sequence[TensorSpec], values: torch.Tensor) -> Stored:
+    """The tensor, or its parts."""
+    return Stored({spec.name: part for spec, part in zip(specs, values.split([spec.shape[0] for spec in specs]), strict=True)})
+
+
+def store_kv_cache(layer: int, amax: Sequence[torch.Tensor]) -> Stored:
+    """The amax of ModelOpt's quantizers of K and V, with their state."""
+    owner = f"{megatron_layer(layer)}{CORE_ATTENTION}."
+    tensors, blob = attention_state(*amax)
+    return Stored({owner + key: tensor.cpu() for key, tensor in tensors.items()}, {owner + _STATE: blob})
+
+
+def store_rest(source: Source) -> Stored:
+    """The training arguments, byte by byte: what is never unpickled is never executed."""
+    checkpoint = source.checkpoint
+    wanted = {name: item for name, item in checkpoint.blobs.items() if name.partition("/")[0] == "common_state"}
+    return Stored({}, {name: read_blob(checkpoint.directory, item) for name, item in wanted.items()})
+
+
+def rest_of_files(layout: MegatronLayout) -> dict[str, bytes]:
+    """ModelOpt's state of the whole model, and the training run's arguments where they are in a file of their own."""
+    assignment, common = layout.assignment, layout.source.checkpoint.directory / "common.pt"
+    assert assignment.recipe.scheme is not None
+    state = modelopt_state(assignment.recipe.scheme, assignment.kv_cache, layout.other_schemes)
+    found = {"modelopt_state/common.pt": state, "modelopt_state/metadata.json": BACKEND}
+    return found | ({"common.pt": common.read_bytes()} if common.is_file() else {})
+
+
+def load_linear(layout: Layout, output: OpenedOutput, layer: int, linear: LinearSpec) -> Iterator[LoadedWeight]:
+    """The fused matrix, whose parts stand one above the other."""
+    name = canonical_weight(layer, linear)
+    owner, dtype = name.removesuffix("weight"), getattr(torch, layout.dtype(layer, linear))
+    data = torch.cat([output.load(owner + key).view(torch.uint8) for key in linear.keys]).view(dtype)
+    quantized = layout.scheme(layer, linear) is not None
+    yield LoadedWeight(name, data, output.load(f"{owner}weight_quantizer._scale") if quantized else None)
