@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from mptq import Options, make_plan, run
-from mptq.calibration.tokens import DataOptions
+from mptq.calibration.datasets.options import DataOptions
 
 
 def plain(shapes: list[tuple[int, int]], tokens: int) -> float:

@@ -53,7 +53,8 @@ def tokens(report: dict[str, Any], tokenizer: Path, datasets: list[str], calibra
     `datasets` are those of the run, none for the default data.
     """
     from mptq.calibration.datasets.corpus import describe
-    from mptq.calibration.tokens import DataOptions, load_tokens
+    from mptq.calibration.datasets.options import DataOptions
+    from mptq.calibration.tokens import load_tokens
 
     account = report["calibration"]
     options = DataOptions(

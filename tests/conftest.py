@@ -154,7 +154,7 @@ def tokens(tmp_path_factory) -> Path:
 def options(tokens):
     """How the tests run: few and short sequences."""
     from mptq import Options
-    from mptq.calibration.tokens import DataOptions
+    from mptq.calibration.datasets.options import DataOptions
 
     data = DataOptions((str(tokens),), calib_size=6, eval_size=3, seq_length=32)
     return Options(device="cpu", data=data, batch_size=4)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mptq.calibration.datasets.options import DataOptions
 from mptq.calibration.datasets.sources import Source, find_sources
 from mptq.calibration.tokenizer import encode, load_tokenizer, tokenizer_directory
 from mptq.errors import DataError
@@ -15,25 +16,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from mptq.calibration.datasets.corpus import Supply
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """What is calibrated on.
-
-    `datasets` are "NAME" or "NAME:WEIGHT"; none: text and code that Python carries. `calib_size` and `eval_size` count
-    sequences of `seq_length` tokens: to calibrate on, and held out. `packed` sets documents end to end into full
-    sequences; else a document is a sequence, cut at `seq_length` and never padded. `trust_remote_code` lets a
-    tokenizer run the Python code in its directory; no dataset ever runs code.
-    """
-
-    datasets: tuple[str, ...] = ()
-    calib_size: int = 64
-    eval_size: int = 8
-    seq_length: int = 512
-    packed: bool = True
-    seed: int = 0
-    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)

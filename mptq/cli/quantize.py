@@ -137,7 +137,7 @@ def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
 ) -> None:
     """Quantize a Megatron checkpoint to FP8 and write a model that engines load."""
     from mptq import report
-    from mptq.calibration.tokens import DataOptions
+    from mptq.calibration.datasets.options import DataOptions
     from mptq.distributed import is_first
     from mptq.model.source import SourceOptions
     from mptq.pipeline import preflight, run

@@ -13,8 +13,9 @@ from mptq.inspection.predictions import predictions
 from mptq.inspection.quantized import scales
 from mptq.inspection.settings import architecture, settings_document, words
 from mptq.inspection.tree import tree
+from mptq.model.build import model_config
 from mptq.model.checkpoint_keys import dropped, locate
-from mptq.model.config import ModelConfig, model_config
+from mptq.model.config import ModelConfig
 from mptq.model.settings.resolve import resolve
 from mptq.model.source import Source, SourceOptions
 from mptq.types import TensorSpec

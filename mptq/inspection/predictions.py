@@ -27,9 +27,8 @@ class Representatives:
             groups.setdefault(alike, []).append(layer)
         chosen = [layers[0] for layers in groups.values()]
         self.counts = [len(layers) for layers in groups.values()]
+        # Its features stay those of the whole model: where among the layers those with experts are.
         model = replace(source.model, num_layers=len(chosen), kinds=tuple(source.model.kinds[layer] for layer in chosen))
-        # What the architecture is stays what it is of the whole model: where among the layers those with experts are.
-        vars(model)["features"] = source.model.features
         places = {name: parts for name, parts in source.places.items() if not name.startswith("decoder.layers.")}
         for number, layer in enumerate(chosen):
             old, new = megatron_layer(layer), megatron_layer(number)

@@ -8,8 +8,9 @@ from typing import Any
 
 from mptq.model.architectures.families import family_of, nearest
 from mptq.model.config import ModelConfig
-from mptq.model.features import DEFAULTS, WORDS
+from mptq.model.features import WORDS
 from mptq.model.settings.settings import Settings
+from mptq.model.settings.supported import DEFAULTS
 
 DEFAULTED = "megatron-core's default"
 _FEATURES = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mptq import report
-from mptq.calibration.tokens import DataOptions
+from mptq.calibration.datasets.options import DataOptions
 from mptq.checkpoint.index import ends_of_shards
 from mptq.formats import FORMATS
 from mptq.formats.hf.tokenizer import tokenizer_files

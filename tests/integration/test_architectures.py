@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file
 
 from mptq import Options, make_plan, run
-from mptq.calibration.tokens import DataOptions
+from mptq.calibration.datasets.options import DataOptions
 from mptq.errors import UnsupportedModelError
 from mptq.model.architectures.config_json import config_fields
 from mptq.model.architectures.families import family_of

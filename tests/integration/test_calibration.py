@@ -10,7 +10,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import mptq.layers.transformer_layer
 import mptq.pipeline.run
-from mptq.calibration.tokens import DataOptions, load_tokens
+from mptq.calibration.datasets.options import DataOptions
+from mptq.calibration.tokens import load_tokens
 from mptq.errors import CheckpointError
 from mptq.layers.forward import run_layer
 from mptq.pipeline.layer_stream import LayerStream

@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mptq import Options, make_plan, run
+from mptq.calibration.datasets.options import DataOptions
 from mptq.calibration.hidden_state_pair import HiddenStatePair, StreamOptions
-from mptq.calibration.tokens import DataOptions, load_tokens
+from mptq.calibration.tokens import load_tokens
 from mptq.distributed import Ranks, is_first, shares, started
 from mptq.errors import MptqError, StoppedError
 from mptq.output.directory import partial_of

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from mptq import Options, make_plan, run
-from mptq.calibration.tokens import DataOptions
+from mptq.calibration.datasets.options import DataOptions
 from mptq.plan.plan import SourceOptions
 from tests.conftest import read_json
 from tests.integration.test_layouts import bridge

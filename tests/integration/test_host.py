@@ -28,7 +28,7 @@ assert multi_latent_attention.RotaryEmbedding is RotaryEmbedding
 RUN = """
 from pathlib import Path
 from mptq import Options, inspect, load_recipe, make_plan, run, verify
-from mptq.calibration.tokens import DataOptions
+from mptq.calibration.datasets.options import DataOptions
 options = Options(device="cpu", data=DataOptions(({tokens!r},), calib_size=2, eval_size=1, seq_length=16))
 checkpoint, out = Path({checkpoint!r}), Path({out!r})
 run(make_plan(checkpoint, load_recipe({recipe!r}).changed(kv_cache="fp8"), ("hf", "megatron")), out, options)

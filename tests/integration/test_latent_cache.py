@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mptq import Options, make_plan, run
+from mptq.calibration.datasets.options import DataOptions
 from mptq.calibration.hidden_state_pair import HiddenStatePair
-from mptq.calibration.tokens import DataOptions
 from mptq.checkpoint.index import open_checkpoint
 from mptq.checkpoint.reader import Reader
 from mptq.layers.forward import run_layer

@@ -14,12 +14,12 @@ import yaml
 from safetensors import safe_open
 
 from mptq import make_plan, run
-from mptq.calibration.tokens import DataOptions
+from mptq.calibration.datasets.options import DataOptions
 from mptq.checkpoint.index import open_checkpoint
 from mptq.errors import CheckpointError, DataError, MptqError, UnsupportedModelError
 from mptq.inspection import inspect
-from mptq.model.features import REFUSED, obstacles
 from mptq.model.settings.resolve import resolve
+from mptq.model.settings.supported import REFUSED, obstacles
 from mptq.plan.estimates import bytes_in, warnings
 from mptq.plan.plan import SourceOptions
 from tests.conftest import mptq, read_json

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import mptq.pipeline.context
 from mptq import Options, load_recipe, make_plan, run, verify
-from mptq.calibration.tokens import DataOptions
+from mptq.calibration.datasets.options import DataOptions
 from mptq.checkpoint.index import open_checkpoint
 from mptq.checkpoint.reader import Reader
 from mptq.errors import CheckpointError, OutputError

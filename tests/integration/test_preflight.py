@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from mptq import Options
-from mptq.calibration.tokens import DataOptions
+from mptq.calibration.datasets.options import DataOptions
 from mptq.errors import DataError, OptionError, OutputError
 from mptq.pipeline.preflight import check
 from mptq.plan.plan import plan_source

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mptq import Options, make_plan, run
-from mptq.calibration.tokens import DataOptions
+from mptq.calibration.datasets.options import DataOptions
 from mptq.errors import OutputError, StoppedError
 from mptq.output import journal
 from mptq.output.directory import partial_of

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 from mptq import Options, load_recipe, make_plan, run
-from mptq.calibration.tokens import DataOptions
+from mptq.calibration.datasets.options import DataOptions
 from mptq.recipes.recipe import recipe_from
 
 BLOCKS = {"description": "of a test", "weights": {"scale": "block", "block_size": 128}, "hf": "deepseek-fp8"}

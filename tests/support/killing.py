@@ -24,7 +24,7 @@ import mptq.pipeline.layer_stream
 import mptq.pipeline.run
 import mptq.report
 from mptq import Options, make_plan, run
-from mptq.calibration.tokens import DataOptions
+from mptq.calibration.datasets.options import DataOptions
 from mptq.output.directory import unfinished
 from mptq.output.journal import Journal
 from mptq.recipes.recipe import load_recipe

@@ -1,6 +1,7 @@
 """Models of every family as arguments of a training run, their tensors as metadata, and the layouts that checkpoints have."""
 
-from mptq.model.config import ModelConfig, model_config
+from mptq.model.build import model_config
+from mptq.model.config import ModelConfig
 from mptq.model.settings.from_megatron_args import from_args
 from mptq.model.settings.settings import SettingsSource, merge
 from mptq.model.tensors import layer_copies, layer_linears, megatron_layer, outer_copies

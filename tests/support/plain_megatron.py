@@ -48,8 +48,9 @@ def restored(model, options):
 
 def _layers(options):
     """mptq's layers as ModelOpt compresses them, in this process, with the scales of activations that mptq calibrates."""
+    from mptq.calibration.datasets.options import DataOptions
     from mptq.calibration.hidden_state_pair import HiddenStatePair, StreamOptions
-    from mptq.calibration.tokens import DataOptions, load_tokens
+    from mptq.calibration.tokens import load_tokens
     from mptq.pipeline.context import RunContext
     from mptq.pipeline.layer_stream import LayerStream
     from mptq.plan.plan import make_plan

@@ -18,7 +18,7 @@ from mptq.errors import DataError
 if TYPE_CHECKING:
     import numpy as np
 
-    from mptq.calibration.tokens import DataOptions
+    from mptq.calibration.datasets.options import DataOptions
 
 TOPICS = "pydoc_data/topics.py"
 """The language reference as text: one assignment of a dictionary of strings."""

@@ -17,7 +17,7 @@ from mptq.errors import DataError
 if TYPE_CHECKING:
     import numpy as np
 
-    from mptq.calibration.tokens import DataOptions
+    from mptq.calibration.datasets.options import DataOptions
 
 Buffer = bytes | mmap.mmap
 

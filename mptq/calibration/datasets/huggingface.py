@@ -14,7 +14,7 @@ from mptq.errors import DataError
 if TYPE_CHECKING:
     import numpy as np
 
-    from mptq.calibration.tokens import DataOptions
+    from mptq.calibration.datasets.options import DataOptions
 
 WINDOW = 10_000
 """Rows that are shuffled together where rows can only be read one after another."""

@@ -14,7 +14,7 @@ from mptq.quiet import quiet_imports
 if TYPE_CHECKING:
     import numpy as np
 
-    from mptq.calibration.tokens import DataOptions
+    from mptq.calibration.datasets.options import DataOptions
 
 MAGIC = b"MMIDIDX"
 HEADER = struct.Struct("<9sQBQQ")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from mptq.calibration.datasets.documents import Document
-    from mptq.calibration.tokens import DataOptions
+    from mptq.calibration.datasets.options import DataOptions
 
 
 @dataclass(frozen=True)

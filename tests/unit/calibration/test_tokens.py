@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from mptq.calibration.datasets.corpus import describe
-from mptq.calibration.tokens import DataOptions, load_tokens
+from mptq.calibration.datasets.options import DataOptions
+from mptq.calibration.tokens import load_tokens
 from mptq.errors import DataError
 from tests.unit.calibration.conftest import ROWS, VOCABULARY, ids, text, write_indexed, write_json_lines
 
@@ -165,7 +166,8 @@ def test_the_seed_decides(rows, words):
 
 ACCOUNT = """
 import json, sys
-from mptq.calibration.tokens import DataOptions, load_tokens
+from mptq.calibration.datasets.options import DataOptions
+from mptq.calibration.tokens import load_tokens
 options = DataOptions(tuple(sys.argv[2:]), calib_size=6, eval_size=3, seq_length=8)
 print(json.dumps(load_tokens(options, sys.argv[1], 4003, True).account))
 """

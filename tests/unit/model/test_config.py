@@ -1,7 +1,8 @@
 import pytest
 
 from mptq.errors import CheckpointError, UnsupportedModelError
-from mptq.model.config import Context, LayerKind, MLAConfig, model_config
+from mptq.model.build import model_config
+from mptq.model.config import Context, LayerKind, MLAConfig
 from mptq.model.settings.from_megatron_args import from_args
 from mptq.model.settings.settings import OPTIONS, SettingsSource, merge
 from mptq.types import TensorSpec

@@ -5,9 +5,10 @@ import json
 import pytest
 
 from mptq.errors import UnsupportedModelError
-from mptq.model.features import DEFAULTS, NOT_RUN, REFUSED, WORDS, obstacles
+from mptq.model.features import WORDS
 from mptq.model.settings.from_megatron_args import NEGATED, RENAMED
 from mptq.model.settings.settings import KINDS
+from mptq.model.settings.supported import DEFAULTS, NOT_RUN, REFUSED, obstacles
 from tests.support.models import ARGS, FAMILY_ARGS, LATENT, MOE_ARGS, OSS_ARGS, model
 
 LLAMA = dict(model(ARGS).features)

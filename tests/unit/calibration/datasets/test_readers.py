@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mptq.calibration.datasets import default, files, huggingface
+from mptq.calibration.datasets.options import DataOptions
 from mptq.calibration.datasets.sources import find_sources
-from mptq.calibration.tokens import DataOptions
 from mptq.errors import DataError
 from tests.unit.calibration.conftest import ROWS, text, write_indexed, write_json_lines
 

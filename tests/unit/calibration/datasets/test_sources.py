@@ -2,8 +2,9 @@
 
 import pytest
 
+from mptq.calibration.datasets.options import DataOptions
 from mptq.calibration.datasets.sources import find_sources
-from mptq.calibration.tokens import DataOptions, check_datasets, needs_tokenizer
+from mptq.calibration.tokens import check_datasets, needs_tokenizer
 from mptq.errors import DataError
 
 

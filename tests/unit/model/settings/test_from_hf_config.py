@@ -16,12 +16,12 @@ from mptq.checkpoint.index import open_checkpoint
 from mptq.errors import CheckpointError, MptqError
 from mptq.model.architectures.config_json import config_fields
 from mptq.model.architectures.families import family_of
-from mptq.model.config import model_config
-from mptq.model.features import REFUSED, obstacles
+from mptq.model.build import model_config
 from mptq.model.settings.from_hf_config import from_fields, from_hf_config
 from mptq.model.settings.from_megatron_args import from_args
 from mptq.model.settings.hf_config_fields import FAMILIES, Fields, Rope
 from mptq.model.settings.settings import SettingsSource, merge
+from mptq.model.settings.supported import REFUSED, obstacles
 from mptq.plan.plan import open_source
 from tests.support.models import ARGS, FAMILY_ARGS, TENSORS, model
 from tests.support.zoo import ZOO
