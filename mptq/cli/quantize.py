@@ -140,7 +140,7 @@ def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
     from mptq.calibration.datasets.options import DataOptions
     from mptq.distributed import is_first
     from mptq.model.source import SourceOptions
-    from mptq.pipeline import preflight, run
+    from mptq.pipeline import preflight
     from mptq.pipeline.options import Options
     from mptq.plan.plan import make_plan
     from mptq.recipes.recipe import load_recipe
@@ -175,7 +175,7 @@ def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
         tuple(form.strip() for form in formats.split(",")),
         chosen,
     )
-    out = output or run.default_output(plan, checkpoint)
+    out = output or preflight.default_output(plan, checkpoint)
     if dry_run and is_first():
         checked = preflight.check(plan, out.resolve(), settings)
         document = report.describe(plan, checked.work) | {"warnings": checked.notes, "output": str(out)}

@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from mptq.formats import FORMATS
 from mptq.formats.hf.quantization_config import DIALECTS
 from mptq.types import DTYPE_BYTES
 
 Count = Annotated[int, Field(ge=0)]
-Form = Literal["hf", "megatron"]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -20,6 +20,16 @@ def _within(name: str) -> str:
     if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
         raise ValueError("a file outside of the output")
     return name
+
+
+def _format(name: str) -> str:
+    if name not in FORMATS:
+        raise ValueError(f"a format that mptq does not know: there are {', '.join(FORMATS)}")
+    return name
+
+
+Form = Annotated[str, AfterValidator(_format)]
+"""The name of an output format."""
 
 
 def _known(dtype: str) -> str:
@@ -50,16 +60,17 @@ class Place(Part):
 
 
 class Entry(Part):
-    """What became of a tensor of the source."""
+    """What became of a tensor of the source: where it was, its scheme by format, and its tensors, a key a format."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[Form, list[Item]]
 
     places: list[Place] = Field(alias="from")
-    hf: list[Item] = []
-    megatron: list[Item] = []
     scheme: dict[Form, str] = {}
 
     @model_validator(mode="after")
     def _matrices_have_schemes(self) -> Self:
-        for form, items in (("hf", self.hf), ("megatron", self.megatron)):
+        for form, items in self.__pydantic_extra__.items():
             quantized = [item for item in items if item.dtype == "float8_e4m3fn"]
             if quantized and form not in self.scheme:
                 raise ValueError(f"its {form} output is in FP8, by no scheme")
@@ -96,7 +107,7 @@ class Manifest(Part):
     recipe: Recipe
     source: Source
     options: dict[str, Any]
-    formats: list[Form] = Field(min_length=1, max_length=2)
+    formats: list[Form] = Field(min_length=1)
     dialect: str | None
     tensors: dict[str, Entry]
     kv_cache: dict[Form, list[Item]]
@@ -105,7 +116,7 @@ class Manifest(Part):
 
     @model_validator(mode="after")
     def _dialect_is_known(self) -> Self:
-        if "hf" in self.formats and self.dialect not in DIALECTS:
+        if self.dialect is not None and self.dialect not in DIALECTS:
             raise ValueError(f"the dialect {self.dialect!r} is none of {', '.join(DIALECTS)}")
         return self
 

@@ -34,6 +34,13 @@ SLACK_BYTES = 64_000_000
 """Room for what the plan does not count: headers, byte items, tokenizer, manifest and report."""
 
 
+def default_output(plan: Plan, given: Path) -> Path:
+    """The checkpoint's name, a dash and the recipe's name, beside the checkpoint."""
+    root = plan.source.checkpoint.location.root
+    name = root.name if given.resolve() == root else f"{root.name}-{plan.source.checkpoint.directory.name}"
+    return root.parent / f"{name}-{plan.recipe.name}"
+
+
 @dataclass(frozen=True)
 class Preflight:
     """What `check` found: the tokenizer's directory, what activations will take (None: there are none), and warnings.

@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from mptq.output.schema import Form
+
 Bytes = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Form = Literal["hf", "megatron"]
 
 
 class Strict(BaseModel):
@@ -31,11 +32,12 @@ class SourceCheckpoint(Strict):
 
 
 class TensorBytes(Strict):
-    """Bytes of the model's tensors, headers and byte items not counted."""
+    """Bytes of the model's tensors, headers and byte items not counted; under the name of each format (`hf`), its output's."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[Form, Bytes]
 
     before: Bytes = Field(alias="in", description="in the checkpoint, bytes")
-    hf: Bytes | None = Field(None, description="in the Hugging Face output, bytes; absent where it was not written")
-    megatron: Bytes | None = Field(None, description="in the Megatron output, bytes; absent where it was not written")
 
 
 class Component(TensorBytes):
@@ -136,11 +138,12 @@ class Experts(Strict):
 
 
 class Layer(Strict):
-    """A transformer layer."""
+    """A transformer layer. Under the name of each format (`hf`), the relative error of its weights; null for none quantized."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[Form, Annotated[float, Field(ge=0)] | None]
 
     layer: Count = Field(description="index of the layer, from 0")
-    hf: float | None = Field(None, ge=0, description="relative error of its weights in the Hugging Face output; null for none")
-    megatron: float | None = Field(None, ge=0, description="the same in the Megatron output; absent where not written")
     hidden_relative_error: float | None = Field(
         ge=0, description="norm of the error of the hidden state after it, over the norm of the reference's; null: not measured"
     )
@@ -230,9 +233,8 @@ class Report(Strict):
         written = [*self.components.values(), self.bytes]
         wanted = {
             "recipe: its name and description are text": all(isinstance(self.recipe.get(key), str) for key in _RECIPE),
-            "components: every output has its bytes": all({*self.formats} <= part.model_fields_set for part in written),
-            "components: no output has null bytes": all(
-                getattr(part, form) is not None for part in written for form in part.model_fields_set & {"hf", "megatron"}
+            "components: every output has its bytes": all(
+                {*self.formats} == part.__pydantic_extra__.keys() for part in written
             ),
             "actions: every component has one": self.components.keys() <= self.actions.keys(),
             "relative_error: every output has one": {*self.formats} <= self.relative_error.keys(),
