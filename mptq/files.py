@@ -1,7 +1,8 @@
-"""Paths that users give: local ones. Nothing in mptq opens a connection to a store."""
+"""Files and their paths: SHA-256, and what is not local. Nothing in mptq opens a connection to a store. No torch."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Literal
@@ -27,3 +28,16 @@ def require_local(path: Path | str, done: Literal["read", "written"] = "read") -
     if url is not None:
         remedy = "mount or copy it" if done == "read" else "write to a mounted or local directory"
         raise MptqError(f"{url}: remote paths are not {done}: {remedy}")
+
+
+_PIECE = 1 << 24  # bytes
+"""Of a file at once: after each piece the thread waits until the one that runs Python lets it go on."""
+
+
+def sha256(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal. Memory: 16 MB."""
+    digest, piece = hashlib.sha256(), bytearray(_PIECE)
+    with file.open("rb", buffering=0) as opened, memoryview(piece) as view:
+        while count := opened.readinto(view):
+            digest.update(view[:count])
+    return digest.hexdigest()

@@ -47,6 +47,21 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class TensorSlice:
+    """A tensor of the checkpoint, or one layer or expert of a stack, that makes up (some rows of) an inner tensor.
+
+    `index` is the place in the leading dimensions of a stack, whose sizes are `stack`; both are empty where there is no stack.
+    `spelled` is the inner name as this checkpoint has it: without stacks and prefix.
+    """
+
+    key: str
+    index: tuple[int, ...]
+    shape: tuple[int, ...]
+    stack: tuple[int, ...] = ()
+    spelled: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Fp8Weight:
     """A quantized weight: the original is close to `data * scale`, the scale broadcast over its block.
 

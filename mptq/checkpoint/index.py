@@ -25,7 +25,7 @@ from mptq.checkpoint.pickles import Inert, foreign, gc_paused
 from mptq.checkpoint.sources import run_config
 from mptq.checkpoint.torch_zip import StorageRecord, load_torch_file, open_record
 from mptq.errors import CheckpointError
-from mptq.hashing import sha256
+from mptq.files import sha256
 from mptq.types import TensorSpec
 
 __all__ = ["Checkpoint", "Chunk", "StorageRecord", "Tensor", "open_checkpoint", "read_blob"]

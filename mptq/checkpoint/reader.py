@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from mptq.checkpoint.index import Checkpoint, Chunk, StorageRecord
-    from mptq.model.checkpoint_keys import TensorSlice
+    from mptq.types import TensorSlice
 
 _BLOCK = 4 << 20  # bytes that are cast or scattered at once
 

@@ -16,7 +16,7 @@ from mptq.inspection.huggingface import describe_huggingface
 from mptq.inspection.megatron import describe_megatron
 from mptq.inspection.quantized import output_facts
 from mptq.model.source import SourceOptions
-from mptq.output import manifest
+from mptq.report import manifest
 
 __all__ = ["SCHEMA", "inspect"]
 SCHEMA = 2

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mptq.output import manifest
+from mptq.report import manifest
 from mptq.types import TensorSpec
 
 _WEIGHT = (".weight_quantizer._scale", ".weight_scale_inv", ".weight_scale")

@@ -15,23 +15,7 @@ from itertools import product
 from mptq.errors import CheckpointError
 from mptq.model.config import ModelConfig
 from mptq.model.tensors import final_norm, layer_copies, layer_linears, megatron_layer, outer_copies
-from mptq.types import TensorSpec
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSlice:
-    """A tensor of the checkpoint, or one layer or expert of a stack, that makes up (some rows of) an inner tensor.
-
-    `index` is the place in the leading dimensions of a stack, whose sizes are `stack`; both are empty where there is no stack.
-    `spelled` is the inner name as this checkpoint has it: without stacks and prefix.
-    """
-
-    key: str
-    index: tuple[int, ...]
-    shape: tuple[int, ...]
-    stack: tuple[int, ...] = ()
-    spelled: str = ""
-
+from mptq.types import TensorSlice, TensorSpec
 
 _EXPERT = r"experts\.experts\.(\d+)\.(linear_fc[12])\."
 KEY_VARIANTS: tuple[tuple[str, tuple[str, ...]], ...] = (

@@ -9,12 +9,13 @@ from pathlib import Path
 from mptq.checkpoint.contents import require_weights
 from mptq.checkpoint.index import Checkpoint, open_checkpoint
 from mptq.model.build import model_config
-from mptq.model.checkpoint_keys import TensorSlice, dropped, locate
+from mptq.model.checkpoint_keys import dropped, locate
 from mptq.model.config import ModelConfig
 from mptq.model.generation import GenerationSource
 from mptq.model.settings.from_hf_config import generation_sources
 from mptq.model.settings.from_run_config import generation_fields
 from mptq.model.settings.resolve import resolve
+from mptq.types import TensorSlice
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,11 @@ from types import TracebackType
 from typing import IO, Self
 
 from mptq.errors import OutputError
-from mptq.output import journal, manifest
+from mptq.output import journal
 from mptq.output.disk import make_folder, sync, sync_tree
 
+MANIFEST = "manifest.json"
+"""The last file of a complete output, by which mptq knows its own (report/manifest.py)."""
 _LOCK = ".lock"
 
 
@@ -64,7 +66,7 @@ def _taken(directory: Path) -> int:
 def _check_replaceable(out: Path, overwrite: bool) -> None:
     if not overwrite:
         raise OutputError(f"{out} exists: choose another -o, or pass --overwrite")
-    if not (out / manifest.NAME).is_file():
+    if not (out / MANIFEST).is_file():
         raise OutputError(f"{out} is not an output of mptq, so --overwrite leaves it alone: choose another -o")
 
 

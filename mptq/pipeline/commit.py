@@ -13,8 +13,8 @@ from mptq.distributed import Ranks
 from mptq.errors import OutputError, StoppedError
 from mptq.output.background_writer import BackgroundWriter
 from mptq.output.disk import sync, sync_folders, sync_tree
+from mptq.output.file_hashes import FileHashes
 from mptq.output.journal import NAME, SCHEMA, Journal, committed, read
-from mptq.output.manifest import FileHashes
 from mptq.pipeline.options import differences
 from mptq.plan.estimates import unit_bytes
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from mptq import report
 from mptq.calibration.datasets.options import DataOptions
 from mptq.checkpoint.index import ends_of_shards
+from mptq.files import sha256
 from mptq.formats import FORMATS
 from mptq.formats.hf.tokenizer import tokenizer_files
-from mptq.hashing import sha256
 
 if TYPE_CHECKING:
     from mptq.model.generation import Generation
@@ -105,7 +105,7 @@ def decisive(
     configs, and `data` the account of the token sequences, None for a run without activations. Values that do not matter to
     the output are left out or None.
     """
-    checkpoint, made = plan.source.checkpoint, report.manifest(plan, {}, {})
+    checkpoint, made = plan.source.checkpoint, report.manifest_of(plan, {}, {})
     keys = {part.key for parts in plan.source.places.values() for part in parts}
     sharded, texts = (any(getattr(FORMATS[form], name) for form in plan.formats) for name in ("is_sharded", "has_tokenizer"))
     found = {

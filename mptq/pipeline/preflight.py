@@ -18,11 +18,11 @@ from mptq.errors import DataError, MptqError, OutputError
 from mptq.formats import FORMATS
 from mptq.formats.hf.tokenizer import tokenizer_files
 from mptq.model.generation import Generation, resolve
-from mptq.output import manifest
 from mptq.output.directory import check_output
 from mptq.pipeline.options import Options, decisive, differences
 from mptq.plan import estimates
 from mptq.plan.plan import Plan
+from mptq.report import manifest
 from mptq.types import DTYPE_BYTES
 
 if TYPE_CHECKING:

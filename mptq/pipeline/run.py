@@ -8,13 +8,12 @@ from typing import Any
 
 from mptq import report
 from mptq.distributed import started
-from mptq.output import manifest
 from mptq.output.directory import OutputDirectory, clear, partial_of
 from mptq.pipeline.options import Options
 from mptq.pipeline.preflight import Preflight, check
 from mptq.pipeline.setup import Place, Setup, prepared
 from mptq.plan.plan import Plan
-from mptq.report import html
+from mptq.report import html, manifest
 from mptq.report.run_log import Progress, Silent
 
 
@@ -52,7 +51,7 @@ def _run(plan: Plan, place: Place, checked: Preflight, options: Options, progres
         report.write(place.partial, document)
         with log.timed("report"):
             html.write(place.partial / html.NAME, html.render(document))
-        manifest.write_manifest(place.partial, report.manifest(plan, files, setup.depends))
+        manifest.write_manifest(place.partial, report.manifest_of(plan, files, setup.depends))
     return document
 
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from mptq.errors import OptionError
 from mptq.formats.layout import canonical_weight
 from mptq.model import tensors
-from mptq.output.manifest import read_document, write_document
 from mptq.plan import estimates
+from mptq.report.manifest import read_document, write_document
 
 if TYPE_CHECKING:
     from mptq.plan.plan import Plan
@@ -174,7 +174,7 @@ def _speed(record: RunLog, stage: str) -> int | None:
     return round(count / seconds) if count and seconds else None
 
 
-def manifest(plan: Plan, files: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+def manifest_of(plan: Plan, files: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """What the manifest says beside its schema: no path, time or host, so that the same run gives the same bytes.
 
     `options` is what the output depends on (options.decisive).

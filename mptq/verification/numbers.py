@@ -12,10 +12,10 @@ from mptq.errors import CheckpointError
 from mptq.formats import FORMATS
 from mptq.formats.layout import canonical_weight
 from mptq.model.tensors import megatron_layer, outer_copies
-from mptq.output import manifest
 from mptq.plan.plan import Plan
 from mptq.quantize.fp8 import first_out_of_bound, reference_scale
 from mptq.recipes.recipe import Scheme, recipe_from
+from mptq.report import manifest
 from mptq.types import Fp8Weight
 
 if TYPE_CHECKING:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mptq.files import sha256
 from mptq.formats import FORMATS
 from mptq.formats.protocol import OpenedOutput
-from mptq.hashing import sha256
-from mptq.output import manifest
 from mptq.recipes.recipe import Scheme, scheme_named
+from mptq.report import manifest
 from mptq.types import TensorSpec
 
 if TYPE_CHECKING:

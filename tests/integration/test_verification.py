@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mptq.errors import CheckpointError, OutputError
-from mptq.output.manifest import sha256
+from mptq.files import sha256
 from mptq.verification import structure
 from mptq.verification.structure import verify
 

@@ -16,7 +16,7 @@ from mptq.checkpoint import stored_tensor
 from mptq.checkpoint.index import open_checkpoint, read_blob
 from mptq.checkpoint.reader import Reader
 from mptq.errors import CheckpointError
-from mptq.model.checkpoint_keys import TensorSlice
+from mptq.types import TensorSlice
 from tests.support.synthetic_checkpoints import SHARD, Maker, saved, small
 
 VALUES = torch.arange(24.0).reshape(4, 6)

@@ -6,11 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mptq.errors import CheckpointError
-from mptq.model.checkpoint_keys import DROPPED, TensorSlice, carried, dropped, locate
+from mptq.model.checkpoint_keys import DROPPED, carried, dropped, locate
 from mptq.model.tensors import layer_linears
 from mptq.plan.estimates import actions
 from mptq.plan.plan import Source, plan_source
 from mptq.recipes.recipe import load_recipe
+from mptq.types import TensorSlice
 from tests.support.layouts import EXPERTS, Layout, inner_tensors, read, stored
 from tests.support.models import ARGS, FAMILY_ARGS, HYBRID, LATENT, MOE_ARGS, OSS_ARGS, SHARED, inner_shapes, model, specs
 

@@ -8,9 +8,9 @@ from pydantic import ValidationError
 from report_reference import PAGE, markdown
 
 from mptq.errors import OutputError
-from mptq.output.manifest import write_manifest
 from mptq.report import read, write
 from mptq.report.html import render
+from mptq.report.manifest import write_manifest
 from mptq.report.schema import Report
 from tests.support.report_documents import Shape, document
 

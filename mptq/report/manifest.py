@@ -3,59 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mptq.errors import OutputError
-from mptq.hashing import sha256
+from mptq.output.directory import MANIFEST
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-NAME = "manifest.json"
+NAME = MANIFEST
 SCHEMA = 3
-
-
-class FileHashes:
-    """SHA-256 of files as they are finished, computed beside the run by one thread."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self._pool = ThreadPoolExecutor(1)
-        self._hashes: dict[Path, Future[str]] = {}
-
-    def add(self, files: Iterable[Path]) -> None:
-        """Hash these files, each once."""
-        for file in dict.fromkeys(files):
-            if file in self._hashes:
-                continue
-            self._hashes[file] = self._pool.submit(sha256, file)
-
-    def collect(self) -> dict[str, dict[str, Any]]:
-        """Name relative to the root -> bytes and sha256, of every file added."""
-        rows = {
-            file.relative_to(self.root).as_posix(): {"bytes": file.stat().st_size, "sha256": hashed.result()}
-            for file, hashed in self._hashes.items()
-        }
-        return dict(sorted(rows.items()))
-
-    def close(self) -> None:
-        """Stop the thread; what is not hashed yet is dropped."""
-        self._pool.shutdown(cancel_futures=True)
 
 
 def write_manifest(root: Path, content: dict[str, Any]) -> None:
     """Write the manifest of the output at `root`: the last of its files. Raises OutputError for one that is not valid."""
-    from mptq.output.schema import Manifest
+    from mptq.report.manifest_schema import Manifest
 
     write_document(root / NAME, {"schema": SCHEMA, **content}, SCHEMA, Manifest)
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
     """The manifest of the mptq output at `root`; raises OutputError where there is none that this version reads."""
-    from mptq.output.schema import Manifest
+    from mptq.report.manifest_schema import Manifest
 
     return read_document(root / NAME, SCHEMA, Manifest)
 
@@ -82,7 +52,7 @@ def read_document(path: Path, schema: int, model: type[BaseModel]) -> dict[str, 
 
 
 def _parse(path: Path, text: str, schema: int, model: type[BaseModel]) -> dict[str, Any]:
-    from mptq.output.schema import problems
+    from mptq.report.manifest_schema import problems
 
     try:
         document: dict[str, Any] = json.loads(text)
