@@ -11,12 +11,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from mptq.cli import tables
+from mptq.formats import FORMATS
 from mptq.report.formatting import number, size
 
 WIDEST = 400
 """Characters of a line: names of tensors are long, and none is cut."""
 _WIDTH = 120
-_FORMS = {"hf": "HF", "megatron": "Megatron"}
 
 
 def inspection(document: Mapping[str, Any]) -> RenderableType:
@@ -42,7 +42,9 @@ def _quantized(document: Mapping[str, Any]) -> dict[str, str]:
     made = document.get("output")
     if made is not None:
         errors = [
-            f"{value:.4g} ({_FORMS[form]})" for form, value in (made["relative_error"] or {}).items() if value is not None
+            f"{value:.4g} ({FORMATS[form].short})"
+            for form, value in (made["relative_error"] or {}).items()
+            if value is not None
         ]
         facts["weight error"] = ", ".join(errors)
         facts |= {line[:12].strip() or " ": line[12:] for line in _fidelity(made)}
@@ -112,9 +114,9 @@ def _recipes(document: Mapping[str, Any]) -> Iterator[RenderableType]:
     rows = document.get("recipes")
     if not rows or document.get("problem"):
         return
-    table = tables.grid("recipe", *(f"bytes ({form})" for form in _FORMS.values()), "peak memory")
+    table = tables.grid("recipe", *(f"bytes ({FORMATS[form].short})" for form in FORMATS), "peak memory")
     for row in rows:
-        sizes = [size(row["bytes"][form]) if form in row["bytes"] else "-" for form in _FORMS]
+        sizes = [size(row["bytes"][form]) if form in row["bytes"] else "-" for form in FORMATS]
         table.add_row(row["recipe"], *sizes, "-" if row["peak_bytes"] is None else size(row["peak_bytes"]))
     yield from (
         "",

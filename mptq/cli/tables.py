@@ -9,9 +9,8 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from mptq.formats import FORMATS
 from mptq.report.formatting import number, size, uncertain
-
-_FORM = {"hf": "HF", "megatron": "Megatron"}
 
 
 def grid(*columns: str) -> Table:
@@ -25,7 +24,7 @@ def grid(*columns: str) -> Table:
 def components(document: Mapping[str, Any]) -> Table:
     """What happens to each component, its parameters and bytes, with a total."""
     rows, forms = document["components"], document["formats"]
-    table = grid("component", "parameters", "in", *(f"out ({_FORM[form]})" for form in forms), "")
+    table = grid("component", "parameters", "in", *(f"out ({FORMATS[form].short})" for form in forms), "")
     table.columns[-1].justify = "left"
     total: dict[str, int] = {}
     for name, row in rows.items():
@@ -75,7 +74,7 @@ def summary(document: Mapping[str, Any]) -> RenderableType:
     """What a run did."""
     forms = document["formats"]
     worst = sorted(document["layers"], key=lambda row: -max(row.get(form) or 0 for form in forms))[:3]
-    table = grid("worst layers", *(f"weight error ({_FORM[form]})" for form in forms), "hidden-state error")
+    table = grid("worst layers", *(f"weight error ({FORMATS[form].short})" for form in forms), "hidden-state error")
     for row in worst:
         table.add_row(str(row["layer"]), *(_percent(row.get(form)) for form in forms), _percent(row["hidden_relative_error"]))
     last = document["layers"][-1]["hidden_relative_error"]

@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mptq.formats import FORMATS
 from mptq.report import svg, views
 from mptq.report.formatting import duration, percent, size
 from mptq.report.svg import SERIES, Plot
 
-FORMS = {"hf": "Hugging Face", "megatron": "Megatron"}
 _SIZE = (560, 300)
 _BAR = 34
 """Height of a horizontal bar with its gap, in CSS pixels."""
@@ -19,7 +19,7 @@ _BAR = 34
 
 def relative_error(document: Mapping[str, Any]) -> Plot | None:
     """Error of the hidden state and of the weights, by layer."""
-    lines = {f"weights, {FORMS[form]}": views.by_layer(document, form) for form in document["formats"]}
+    lines = {f"weights, {FORMATS[form].label}": views.by_layer(document, form) for form in document["formats"]}
     lines["hidden state"] = views.by_layer(document, "hidden_relative_error")
     lines = {name: [100 * value for value in values] for name, values in lines.items() if views.known(values)}
     return _by_layer("Relative error by layer", "relative error [%]", lines, _short) if lines else None
@@ -100,7 +100,7 @@ def weight_amax(document: Mapping[str, Any]) -> Plot | None:
 def sizes(document: Mapping[str, Any]) -> Plot | None:
     """Bytes of the components, before and in each output, stacked."""
     components = {name: row for name, row in document["components"].items() if row["in"]}
-    bars = {"in": "checkpoint"} | {form: FORMS[form] for form in document["formats"]}
+    bars = {"in": "checkpoint"} | {form: FORMATS[form].label for form in document["formats"]}
     largest = max(document["bytes"].values())
     unit, name = next((10.0**power, name) for power, name in ((9, "GB"), (6, "MB"), (0, "bytes")) if largest >= 10**power)
     figure, axes = svg.axes(_SIZE[0], 120 + _BAR * len(bars), f"size [{name}]", "", grid="x")

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from mptq.formats import FORMATS
 from mptq.report import svg, views
-from mptq.report.figures import FORMS
 from mptq.report.svg import Plot
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def signal_to_noise(document: Mapping[str, Any], form: str) -> Plot | None:
     lowest, name, layer = min(
         (value, name, layer) for name, line in table.items() for layer, value in enumerate(line) if not math.isnan(value)
     )
-    title = f"Signal-to-noise ratio of the weights ({FORMS[form]})"
+    title = f"Signal-to-noise ratio of the weights ({FORMATS[form].label})"
     text = f"{title}, by module and layer. Lowest: {lowest:.2f} dB, {name} of layer {layer}."
     note = " Of experts, the worst of the layer." if any("expert" in name for name in table) else ""
     return Plot(title, text + note, svg.inline(figure, f"snr-{form}"), wide=True)

@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from mptq.errors import OutputError
+from mptq.formats import FORMATS
 from mptq.report import figures, heatmaps, svg, tables
-from mptq.report.figures import FORMS
 from mptq.report.formatting import change, duration, number, percent, size, uncertain
 from mptq.report.svg import Plot
 from mptq.report.tables import Table
@@ -121,7 +121,7 @@ def _model(document: Mapping[str, Any]) -> str:
 
 def _tiles(document: Mapping[str, Any]) -> list[Tile]:
     forms = document["formats"]
-    which = {form: f", {FORMS[form]}" if len(forms) > 1 else "" for form in forms}
+    which = {form: f", {FORMATS[form].label}" if len(forms) > 1 else "" for form in forms}
     sizes, errors = document["bytes"], document["relative_error"]
     speed = document.get("bytes_per_second") or {}
     throughput = ", ".join(f"{stage} {size(rate)}/s" for stage, rate in speed.items() if rate is not None)

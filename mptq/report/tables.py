@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mptq.formats import FORMATS
 from mptq.report import views
-from mptq.report.figures import FORMS
 from mptq.report.formatting import number, percent, size
 
 SHOWN = 200
@@ -54,7 +54,7 @@ def layers(document: Mapping[str, Any]) -> Table | None:
     """Every layer."""
     columns = [
         Column("layer", _get("layer"), order="ascending"),
-        *(Column(f"weight error ({FORMS[form]})", _get(form), percent) for form in document["formats"]),
+        *(Column(f"weight error ({FORMATS[form].label})", _get(form), percent) for form in document["formats"]),
         Column("hidden-state error", _get("hidden_relative_error"), percent),
         Column("hidden-state 1 - cosine", _get("hidden_cosine", lambda cosine: 1 - cosine), _short),
         Column("K scale", _get("kv_cache", lambda cache: cache["k_scale"]), _short),
@@ -71,7 +71,7 @@ def tensors(document: Mapping[str, Any]) -> Table | None:
     several = len(document["formats"]) > 1
     columns = [
         Column("tensor", _get("name"), numeric=False),
-        *([Column("output", _get("format"), FORMS.__getitem__, numeric=False)] if several else []),
+        *([Column("output", _get("format"), lambda form: FORMATS[form].label, numeric=False)] if several else []),
         Column("relative error", _get("relative_error"), percent, order="descending"),
         Column("SNR [dB]", _get("sqnr_db"), _two),
         Column("largest error", _get("max_abs_error"), _short),
@@ -90,7 +90,7 @@ def tensors(document: Mapping[str, Any]) -> Table | None:
 
 def components(document: Mapping[str, Any]) -> Table | None:
     """Parameters and bytes by component, with a total."""
-    sizes = {"in": "checkpoint"} | {form: FORMS[form] for form in document["formats"]}
+    sizes = {"in": "checkpoint"} | {form: FORMATS[form].label for form in document["formats"]}
     columns = [
         Column("component", _get("name"), numeric=False),
         Column("parameters", _get("parameters"), number),
@@ -124,7 +124,7 @@ def datasets(document: Mapping[str, Any]) -> Table | None:
 def schemes(document: Mapping[str, Any]) -> Table | None:
     """How linears were quantized."""
     columns = [
-        Column("output", lambda row: FORMS[row["format"]], numeric=False),
+        Column("output", lambda row: FORMATS[row["format"]].label, numeric=False),
         Column("scheme", _get("name"), numeric=False),
         Column("linears", _get("count"), number),
     ]

@@ -12,7 +12,7 @@ from mptq.formats.hf.layout import HfLayout
 from mptq.formats.hf.quantization_config import DIALECTS
 from mptq.formats.hf.verify import check_config
 from mptq.formats.hf.warnings import warnings
-from mptq.formats.protocol import OpenedOutput
+from mptq.formats.protocol import Format, OpenedOutput
 from mptq.model.architectures.families import family_of, nearest
 from mptq.model.checkpoint_keys import MTP
 from mptq.model.tensors import hf_layer
@@ -29,14 +29,15 @@ if TYPE_CHECKING:
     from mptq.recipes.recipe import Scheme
 
 
-class HfFormat:
+class HfFormat(Format):
     """safetensors shards, config.json with a quantization config, and the tokenizer."""
 
     name = "hf"
+    label = "Hugging Face"
+    short = "HF"
     layout = HfLayout
     has_tokenizer = True
     is_sharded = True
-    needs_modelopt = False
 
     def check(self, layout: Layout) -> None:
         """Raise RecipeError or UnsupportedModelError for what no engine would read."""
@@ -83,12 +84,6 @@ class HfFormat:
 
         assert isinstance(layout, HfLayout)
         return store.store_kv_cache(layout, layer, amax)
-
-    def store_rest(self, _layout: Layout) -> Stored:
-        """Nothing."""
-        from mptq.formats.protocol import Stored
-
-        return Stored({})
 
     def writer(self, layout: Layout, directory: Path, options: WriterOptions, resumed: Resumed) -> Writer:
         """Shards of at most `max_shard_bytes`."""

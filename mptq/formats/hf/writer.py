@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mptq.formats.hf.safetensors_stream import ShardFile, assign_shards
 from mptq.formats.hf.tokenizer import copy_tokenizer
+from mptq.formats.protocol import Writer
 from mptq.model.architectures.config_json import config_fields
 from mptq.model.architectures.families import family_of
 from mptq.types import LayerOutput
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from mptq.model.generation import Generation
 
 
-class HfWriter:
+class HfWriter(Writer):
     """Writes the tensors of `layout`, which come layer by layer, in files of at most `options.max_shard_bytes`.
 
     Memory: the tensors of one call to `write`; a shard is opened with its first tensor and closed with its last. `done` are
@@ -72,9 +73,6 @@ class HfWriter:
             for file in self._open.values():
                 file.sync()
         return done
-
-    def account(self) -> None:
-        """Nothing that the journal must know of the unit: the plan says where everything is."""
 
     def join(self, _accounts: Mapping[int, None]) -> None:
         """All units are written, by whatever process."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mptq.checkpoint.index import open_checkpoint
 from mptq.errors import RecipeError
 from mptq.formats.megatron.layout import MegatronLayout
-from mptq.formats.protocol import OpenedOutput
+from mptq.formats.protocol import Format, OpenedOutput
 from mptq.types import TensorSpec
 
 if TYPE_CHECKING:
@@ -22,13 +22,12 @@ if TYPE_CHECKING:
     from mptq.recipes.recipe import Scheme
 
 
-class MegatronFormat:
+class MegatronFormat(Format):
     """A file a unit, in the per-layer form of a model that ModelOpt compressed, with ModelOpt's state."""
 
     name = "megatron"
+    label = short = "Megatron"
     layout = MegatronLayout
-    has_tokenizer = False
-    is_sharded = False
     needs_modelopt = True
 
     def check(self, layout: Layout) -> None:
@@ -111,14 +110,6 @@ class MegatronFormat:
         from mptq.formats.megatron import store
 
         return store.load_linear(layout, output, layer, linear)
-
-    def lacks(self, _canonical: str) -> bool:
-        """It has every tensor of the model."""
-        return False
-
-    def verify(self, _output: OpenedOutput, _manifest: Mapping[str, Any]) -> Iterator[str]:
-        """Nothing beside the tensors, which megatron-core reads by the metadata that `open` has checked."""
-        return iter(())
 
 
 MEGATRON = MegatronFormat()

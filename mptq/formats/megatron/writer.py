@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from mptq.formats.protocol import Writer
 from mptq.output.disk import PieceFile, begin_sync
 from mptq.types import LayerOutput
 
@@ -47,7 +48,7 @@ Account = dict[str, list[Any]]
 """Name in a unit's file -> offset, length, and of a tensor (no byte item) its dtype and shape."""
 
 
-class MegatronWriter:
+class MegatronWriter(Writer):
     """Writes `iter_*` under `directory`, a checkpoint root, a file for each unit. Memory: a tensor that is a part of another.
 
     `rest` gives the files that belong to the whole checkpoint, by their names in its directory, once all units are written.
@@ -101,12 +102,6 @@ class MegatronWriter:
     def account(self) -> Account:
         """What the journal must know of the unit that was written last."""
         return self._account
-
-    def prepare(self) -> None:
-        """Nothing: each unit has a file of its own."""
-
-    def prepared(self) -> None:
-        """As `prepare`."""
 
     def join(self, accounts: Mapping[int, Account]) -> None:
         """All units are written, by whatever process."""
