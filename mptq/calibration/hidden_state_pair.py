@@ -21,6 +21,7 @@ from mptq.errors import CheckpointError, OutputError
 from mptq.layers.forward import embed, final_norm, logits, run_layer, weigh_output
 from mptq.model.tensors import megatron_layer
 from mptq.output.disk import PieceFile
+from mptq.plan.estimates import LOGITS
 from mptq.quantize.activation_quantizers import Observers
 from mptq.quantize.fp8 import E4M3_MAX, floored
 
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
     from mptq.calibration.tokens import TokenData
     from mptq.model.tensors import LinearSpec
     from mptq.plan.plan import Plan
-
-LOGITS = 2**23
-"""Logits of a stream computed at once: 32 MB in float32."""
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path, iteration: int | None = None) -> Checkpoint:
-    """Index the checkpoint at `path` (a root, of which `iteration` picks one, or one directory; see layout.py).
+    """Index the checkpoint at `path` (a root, of which `iteration` picks one, or one directory; see locate.py).
 
     Raises CheckpointError when it is damaged: unreadable metadata, a missing or truncated shard file, missing or overlapping
     chunks or records. Memory: about 2 kB a chunk while the metadata is read, and 300 bytes after.

@@ -1,7 +1,7 @@
 """The names of one model in Megatron and in Hugging Face, as data.
 
 Inner names are megatron-core's local ones, one key per layer (`decoder.layers.3.self_attention.linear_qkv.weight`) and per
-expert (`decoder.layers.3.mlp.experts.experts.5.linear_fc1.weight`). Where a checkpoint has them: places.py.
+expert (`decoder.layers.3.mlp.experts.experts.5.linear_fc1.weight`). Where a checkpoint has them: checkpoint_keys.py.
 """
 
 from __future__ import annotations

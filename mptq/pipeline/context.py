@@ -14,6 +14,7 @@ from mptq.checkpoint.reader import Reader
 from mptq.distributed import Ranks
 from mptq.formats.layout import canonical_weight
 from mptq.model.tensors import megatron_layer
+from mptq.plan.estimates import PIECE_BYTES
 from mptq.types import DTYPE_BYTES
 
 if TYPE_CHECKING:
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     from mptq.plan.plan import Plan
     from mptq.plan.units import Unit
     from mptq.report.run_log import Progress, RunLog
-
-PIECE_BYTES = 1 << 26
-"""Of the rows of a tensor outside the layers that are in memory at once."""
 
 
 @dataclass(frozen=True)

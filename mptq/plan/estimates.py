@@ -28,8 +28,10 @@ _MORE_CONFIG_BYTES = {"LlamaConfig": 170_000_000}
 """What some of its config classes import beside (transformers 5.23: this one all that generation and images need)."""
 END_BYTES = 180_000_000
 """What the report's plots add at the end, and the libraries as they are unloaded: pages of their files, in use once more."""
-_PIECE_BYTES = 1 << 26  # stream.PIECE_BYTES, which needs torch
-_LOGITS = 1 << 23  # streams.LOGITS, which needs torch
+PIECE_BYTES = 1 << 26
+"""Of the rows of a tensor outside the layers that are in memory at once."""
+LOGITS = 1 << 23
+"""Logits of one sequence of hidden states that are computed at once: 32 MB in float32."""
 _COMPONENTS = (
     ("mtp.", "multi-token prediction"),
     ("mixer", "mamba"),
@@ -128,7 +130,7 @@ def _outer_memory(plan: Plan, window: int) -> int:
     outer = _outer_bytes(plan)
     if not _by_rows(plan):
         return outer + window
-    return max(4 * min(outer, _PIECE_BYTES), window)  # a piece, two that are read ahead, one that is being written
+    return max(4 * min(outer, PIECE_BYTES), window)  # a piece, two that are read ahead, one that is being written
 
 
 def _by_rows(plan: Plan) -> bool:
@@ -178,9 +180,9 @@ def _head_memory(plan: Plan, work: ActivationBudget) -> int:
     """The output layer in its own dtype and in float32, what is read ahead of it, and logits."""
     model = plan.model
     rows, outer = model.vocab_size, _outer_bytes(plan)
-    ahead = 0 if model.tied_embeddings else outer if not _by_rows(plan) else min(outer, _PIECE_BYTES)
+    ahead = 0 if model.tied_embeddings else outer if not _by_rows(plan) else min(outer, PIECE_BYTES)
     head = (DTYPE_BYTES[model.dtype] * model.padded_vocab_size + 4 * rows) * model.hidden_size
-    tokens = min(max(1, _LOGITS // rows), work.length - 1)
+    tokens = min(max(1, LOGITS // rows), work.length - 1)
     return head + ahead + (_LOGIT_BYTES * tokens * rows if work.compares else 0)
 
 

@@ -1,4 +1,4 @@
-"""What kernels.py does, by torch's operators, on whatever device they run."""
+"""What cpu_kernels.py does, by torch's operators, on whatever device they run."""
 
 from __future__ import annotations
 

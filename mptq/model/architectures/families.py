@@ -1,7 +1,7 @@
 """The architectures of Hugging Face that mptq writes, as data: what they call their parts, and what they can express. No torch.
 
 Source: transformers' modeling and configuration files of each, and the names that `save_pretrained` writes. An architecture
-is another row of `FAMILIES`; its fields in config.json are in hf_config.py.
+is another row of `FAMILIES`; its fields in config.json are in config_json.py.
 """
 
 from __future__ import annotations

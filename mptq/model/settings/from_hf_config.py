@@ -126,7 +126,7 @@ def from_tokenizer(named: Any) -> dict[str, Any]:
 def from_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The settings in the fields of a Hugging Face config; of a model with images or speech, in those of its text.
 
-    Raises CheckpointError, naming `where` they stand, for fields that are not understood (hf_fields.py).
+    Raises CheckpointError, naming `where` they stand, for fields that are not understood (hf_config_fields.py).
     """
     family, told = understood(_text(fields, where), where)
     settings = family.settings | {_FIELDS[name]: value for name, value in told.items() if name in _FIELDS}
