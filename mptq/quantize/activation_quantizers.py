@@ -54,7 +54,7 @@ def _latent(attention: Any, visit: Visit) -> Hooks:
 
 
 CACHED: dict[str, Callable[[Any, Visit], Hooks]] = {"key": _key, "value": _value, "latent": _latent}
-"""What caches hold (`cached` of a format's layout) -> hooks on a layer's attention that visit it, all parts of one name with one scale."""
+"""What caches hold (`cached` of a layout) -> hooks on a layer's attention that visit it; parts of one name have one scale."""
 
 
 class Observers:
