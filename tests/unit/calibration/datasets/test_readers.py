@@ -174,7 +174,9 @@ def test_a_bad_row_is_named(line, said, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("make", "suffix"), [(write_json_lines, ".jsonl"), (write_parquet, ".parquet"), (write_saved, "")], ids=str
+    ("make", "suffix"),
+    [(write_json_lines, ".jsonl"), (write_parquet, ".parquet"), (write_saved, "")],
+    ids=["jsonl", "parquet", "saved"],
 )
 def test_null_is_an_empty_document(make, suffix, tmp_path):
     assert sorted(read(make(tmp_path / f"rows{suffix}", [{"text": "a"}, {"text": None}]))) == ["", "a"]
