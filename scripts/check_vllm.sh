@@ -3,7 +3,8 @@
 # and compare every weight and scale that vLLM computes with, with those of the files.
 #     scripts/check_vllm.sh [--emulate] OUT...
 # The per-channel form, which fp8-per-tensor writes too, runs on any CPU as it is. Static activations, MXFP8 and (without Intel
-# AMX) blocks need --emulate: vLLM parses, loads and prepares them, and torch computes the products (scripts/vllm_cpu.py).
+# AMX) blocks need --emulate, and so do routed experts: vLLM parses, loads and prepares them, and torch computes the products
+# (scripts/vllm_cpu.py).
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 env=${VLLM_ENV:-$here/.venv-vllm}
