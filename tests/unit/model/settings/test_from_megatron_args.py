@@ -216,11 +216,11 @@ def test_a_vocabulary_that_is_not_a_size_is_left_to_the_checks():
 
 
 def test_names_of_older_versions():
-    settings = from_args(OLD | {"hybrid_override_pattern": "M*", "untie_embeddings_and_output_weights": True})
+    settings = from_args(OLD | {"hybrid_override_pattern": "ME", "untie_embeddings_and_output_weights": True})
     assert settings["layernorm_epsilon"] == 1e-6
     assert settings["layernorm_zero_centered_gamma"] is True
     assert (settings["num_moe_experts"], settings["moe_ffn_hidden_size"]) == (8, 64)
-    assert (settings["hybrid_layer_pattern"], settings["is_hybrid_model"]) == ("M*", True)
+    assert (settings["hybrid_layer_pattern"], settings["is_hybrid_model"]) == ("ME", True)
     assert settings["share_embeddings_and_output_weights"] is False
 
 
