@@ -87,9 +87,7 @@ SCHEMES = {
             # Engines read one scale a row everywhere, and one a tensor not everywhere: it is repeated for every row.
             {"compressed-tensors": _PER_CHANNEL},
         ),
-        Scheme(
-            "row", "row", "FP8, one scale a row", (1, WHOLE), _E4M3 | {"axis": 0}, {"compressed-tensors": _PER_CHANNEL}
-        ),
+        Scheme("row", "row", "FP8, one scale a row", (1, WHOLE), _E4M3 | {"axis": 0}, {"compressed-tensors": _PER_CHANNEL}),
         Scheme(
             "block",
             "block",
