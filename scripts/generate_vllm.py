@@ -3,12 +3,14 @@
     python scripts/generate_vllm.py [--emulate] OUT        # in the environment that check_vllm.sh makes
 
 Every linear of the loaded model is asked for columns of its weight, which are compared with the file's, and so are the scales
-of the cache (hf_output.py). Exits with 1 where they differ.
+of the cache (hf_output.py) and, with --emulate, the weights of routed experts and the scales of their inputs. Exits with 1
+where they differ. Without a tokenizer in the directory, prompts and continuations are token ids.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections import Counter
@@ -59,11 +61,37 @@ def check_linears(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> b
     return max(worst.values())[0] < hf_output.NOISE
 
 
+def check_experts(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> bool:
+    """Print what became of routed experts, of which vllm_cpu.py keeps what they compute with; whether it is the file's."""
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    worst, static = 0.0, True
+    layers = [layer for layer in model.modules() if isinstance(layer, RoutedExperts) and hasattr(layer, "loaded")]
+    for layer in layers:
+        names = {
+            "w13": [name for name in (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name) if name],
+            "w2": [layer.ckpt_down_proj_name],
+        }
+        for (kind, members), loaded in zip(names.items(), layer.loaded, strict=True):
+            modules = [[f"{layer.layer_name}.{expert}.{name}" for name in members] for expert in range(len(loaded))]
+            for weight, group in zip(loaded, modules, strict=True):
+                stored = torch.cat([hf_output.weight(tensors, module) for module in group])
+                worst = max(worst, float(torch.linalg.vector_norm(weight - stored) / torch.linalg.vector_norm(stored)))
+            scales = [tensors[f"{group[0]}.input_scale"] for group in modules if f"{group[0]}.input_scale" in tensors]
+            if scales:  # one for all experts, which is their largest
+                static &= bool((getattr(layer, f"{kind}_input_scale") == torch.stack(scales).max()).all())
+    if layers:
+        kinds = sorted({str(tensors[name].dtype) for name in tensors if ".experts." in name and name.endswith(".weight")})
+        print(f"  experts of {len(layers)} layers ({', '.join(kinds)}) against the file's: {worst:.1e} at most")
+    return worst < hf_output.NOISE and static
+
+
 def check_cache(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> bool:
     """Print what became of the scales of K and V; whether they are the file's."""
     from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.attention.mla_attention import MLAAttention
 
-    layers = [layer for layer in model.modules() if isinstance(layer, Attention)]
+    layers = [layer for layer in model.modules() if isinstance(layer, Attention | MLAAttention)]
     found = [(layer._k_scale_float, layer._v_scale_float) for layer in layers]
     stored = [hf_output.kv_scales(tensors, index) for index in range(len(layers))]
     right = [
@@ -84,7 +112,27 @@ def load(folder: str, config: dict[str, Any], tensors: dict[str, torch.Tensor]) 
     from vllm import LLM
 
     asked = "fp8" if config.get("quant_method") == "fp8" and hf_output.kv_scales(tensors, 0) else "auto"
-    return LLM(folder, max_model_len=512, enforce_eager=True, dtype="bfloat16", kv_cache_dtype=asked)
+    silent = not (Path(folder) / "tokenizer_config.json").is_file()
+    return LLM(
+        folder,
+        max_model_len=min(512, longest(Path(folder))),
+        enforce_eager=True,
+        dtype="bfloat16",
+        kv_cache_dtype=asked,
+        skip_tokenizer_init=silent,
+    )
+
+
+def longest(folder: Path) -> int:
+    """How many tokens the model of a directory takes."""
+    return int(json.loads((folder / "config.json").read_text())["max_position_embeddings"])
+
+
+def prompts(folder: Path) -> list[Any]:
+    """Words, or for a model without a tokenizer the ids of some tokens."""
+    if (folder / "tokenizer_config.json").is_file():
+        return list(hf_output.PROMPTS)
+    return [{"prompt_token_ids": list(range(start, start + 12))} for start in (3, 100, 200)]
 
 
 def main() -> None:
@@ -99,15 +147,18 @@ def main() -> None:
 
         vllm_cpu.add_missing_operators()
         vllm_cpu.add_missing_kernels()
+        vllm_cpu.add_missing_experts()
     from vllm import SamplingParams
 
     config, tensors = hf_output.load_config(options.out), hf_output.load_tensors(options.out)
     model = load(str(options.out), config, tensors)
     print(f"{options.out.name}: {config.get('quant_method', 'not quantized')}{', emulated' if options.emulate else ''}")
-    checks = [check_linears, check_cache]
+    checks = [check_linears, check_experts, check_cache]
     right = [model.apply_model(lambda inner, check=check: check(inner, tensors))[0] for check in checks]
-    for request in model.generate(hf_output.PROMPTS, SamplingParams(temperature=0, max_tokens=24), use_tqdm=False):
-        print(f"  {request.prompt!r} -> {request.outputs[0].text!r}")
+    asked = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    for request in model.generate(prompts(options.out), asked, use_tqdm=False):
+        (found,) = request.outputs
+        print(f"  {request.prompt or request.prompt_token_ids!r} -> {found.text or list(found.token_ids)!r}")
     if not all(right):
         sys.exit(f"{options.out}: vLLM does not compute with the weights and scales of the file")
 

@@ -6,6 +6,7 @@ operators and matrix products named here are replaced.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -60,3 +61,76 @@ def add_missing_kernels() -> None:
 
     linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU].append(TorchBlockKernel)
     linear._POSSIBLE_MXFP8_KERNELS.setdefault(PlatformEnum.CPU, []).append(EmulationMxfp8LinearKernel)
+
+
+MIXED = (  # where vLLM's methods for FP8 experts are, and what they call to choose a kernel
+    ("fp8", "Fp8MoEMethod", "select_fp8_moe_backend"),
+    ("modelopt", "ModelOptFp8MoEMethod", "select_fp8_moe_backend"),
+    ("modelopt", "ModelOptMxFp8FusedMoE", "select_mxfp8_moe_backend"),
+    (
+        "compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w8a8_fp8",
+        "CompressedTensorsW8A8Fp8MoEMethod",
+        "select_fp8_moe_backend",
+    ),
+)
+
+
+def add_missing_experts() -> None:
+    """Routed experts: vLLM parses, loads and prepares their FP8 weights; they are dequantized and computed in BF16.
+
+    The inputs of the experts are not rounded. What is computed with stays on the layer as `loaded`: the weights w13 and w2.
+    """
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    prepared = UnquantizedFusedMoEMethod.process_weights_after_loading
+
+    def keep(self: Any, layer: torch.nn.Module) -> None:
+        layer.loaded = layer.w13_weight.float(), layer.w2_weight.float()
+        prepared(self, layer)
+
+    UnquantizedFusedMoEMethod.process_weights_after_loading = keep
+    for place, method, select in MIXED:
+        module = importlib.import_module(f"vllm.model_executor.layers.quantization.{place}")
+        setattr(module, select, lambda *_, **__: (None, object))
+        module.convert_to_fp8_moe_kernel_format = dequantized_experts
+        module.make_fp8_moe_quant_config = lambda **_: object()
+        module.make_fp8_moe_kernel = lambda **_: None
+        _compute_in_bf16(getattr(module, method))
+
+
+def _compute_in_bf16(method: Any) -> None:
+    """Hand the experts over to vLLM's own BF16 method when `method` has prepared them."""
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    prepare = method.process_weights_after_loading
+
+    def process_weights_after_loading(self: Any, layer: Any) -> None:
+        if hasattr(layer, "loaded"):
+            return
+        prepare(self, layer)
+        plain = UnquantizedFusedMoEMethod(layer.moe_config)
+        plain.process_weights_after_loading(layer)
+        layer._replace_quant_method(plain)
+
+    method.process_weights_after_loading = process_weights_after_loading
+
+
+def dequantized_experts(
+    *, w13: torch.Tensor, w2: torch.Tensor, w13_scale: torch.Tensor, w2_scale: torch.Tensor, **_: Any
+) -> tuple[torch.Tensor, ...]:
+    """In the place of vLLM's conversion for a kernel: the weights in BF16, and their scales as they are."""
+    return dequantized(w13, w13_scale), dequantized(w2, w2_scale), w13_scale, w2_scale
+
+
+def dequantized(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """BF16 [experts, rows, columns] of FP8 with scales of experts, rows, blocks of 128, or (bytes) MX blocks of 32."""
+    experts, rows, columns = weight.shape
+    if scale.dtype == torch.uint8:
+        spread = torch.exp2(scale.float() - 127).repeat_interleave(32, 2)
+    elif scale.numel() == experts:
+        spread = scale.view(experts, 1, 1)
+    elif scale.shape == (experts, rows, 1):
+        spread = scale
+    else:
+        spread = scale.repeat_interleave(BLOCK, 1)[:, :rows].repeat_interleave(BLOCK, 2)[:, :, :columns]
+    return (weight.float() * spread.float()).to(torch.bfloat16)
