@@ -42,12 +42,13 @@ class Group:
 
     def fits(self, unit: tuple[int, int]) -> bool:
         """Whether engines read every projection in cells of `unit` (rows, columns): whole ones, but for a `ragged` end."""
-        *first, last = self._distinct
-        return all(linear.fits(unit) for linear in first) and last.fits((1, unit[1]) if self.ragged else unit)
+        return _fits(self, unit)
 
-    @cached_property
-    def _distinct(self) -> tuple[LinearSpec, ...]:
-        return _of_one_expert(self.linears)
+
+@lru_cache(maxsize=4096)  # asked of each of hundreds of experts
+def _fits(group: Group, unit: tuple[int, int]) -> bool:
+    *first, last = _of_one_expert(group.linears)
+    return all(linear.fits(unit) for linear in first) and last.fits((1, unit[1]) if group.ragged else unit)
 
 
 _REPLICATED = ("linear_q_down_proj", "linear_kv_down_proj")

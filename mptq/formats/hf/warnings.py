@@ -62,7 +62,7 @@ def _ragged(layout: HfLayout) -> list[str]:
     found = {
         f"{linear.hf[-1].rpartition('.')[2]}: {linear.shape[0]} rows end in a part of a block, as in DeepSeek's own checkpoints"
         for layer, linear in layout.assignment.linears()
-        if _in_blocks(layout, layer, linear) and not linear.fits((128, 128))
+        if not linear.expert and not linear.fits((128, 128)) and _in_blocks(layout, layer, linear)
     }
     return [f"{what} (vLLM and SGLang read it; transformers cannot dequantize it)" for what in sorted(found)]
 
@@ -78,9 +78,10 @@ def _vocabulary(layout: HfLayout) -> list[str]:
 
 def _serving(layout: HfLayout) -> list[str]:
     """How far tensor parallelism goes with whole blocks on each rank, where the model itself can be served further."""
-    quantized = dict.fromkeys(linear for layer, linear in layout.assignment.linears() if _in_blocks(layout, layer, linear))
-    notes = []
     # Hundreds of experts have the same shapes: the first stands for all.
+    some = ((layer, linear) for layer, linear in layout.assignment.linears() if not linear.expert)
+    quantized = dict.fromkeys(linear for layer, linear in some if _in_blocks(layout, layer, linear))
+    notes = []
     for owner, expert, remedy in (("", None, ""), ("the experts' ", 0, ": beyond, serve them with expert parallelism")):
         last, cut = _whole(layout, [linear for linear in quantized if linear.expert == expert])
         if cut:
