@@ -130,7 +130,7 @@ def _outer_memory(plan: Plan, window: int) -> int:
     outer = _outer_bytes(plan)
     if not _by_rows(plan):
         return outer + window
-    return max(4 * min(outer, PIECE_BYTES), window)  # a piece, two that are read ahead, one that is being written
+    return max(min(outer, 4 * PIECE_BYTES), window)  # a piece, two that are read ahead, one that is being written
 
 
 def _by_rows(plan: Plan) -> bool:

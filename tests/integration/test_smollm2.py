@@ -42,7 +42,7 @@ def test_blockwise(smollm2, smollm2_checkpoints, tmp_path):
     assert 0.005 < report["fidelity"]["kl"]["mean"] < 0.04
     assert report["fidelity"]["top1_agreement"]["mean"] > 0.88
     assert report["calibration"]["default_data"]
-    assert IMPORTS_BYTES / 2 < report["peak_rss_bytes"] < 1.3 * report["predicted_peak_bytes"]
+    assert IMPORTS_BYTES / 2 < report["peak_rss_bytes"] < 1.15 * report["predicted_peak_bytes"]
     assert continued(smollm2[768]).startswith(" Paris")
     assert continued(tmp_path / "out").startswith(" Paris")
 
