@@ -7,8 +7,9 @@ from safetensors.torch import load_file
 from mptq import make_plan, run, verify
 from mptq.checkpoint.index import open_checkpoint
 from mptq.checkpoint.reader import Reader
-from mptq.plan import Plan, open_source
-from tests import reference
+from mptq.model.source import open_source
+from mptq.recipes.assignment import Assignment
+from tests.support import reference
 
 pytestmark = pytest.mark.slow
 
@@ -105,7 +106,7 @@ def test_blocks_of_the_latent_end_in_a_part_of_one(outputs, checkpoint):
 
 
 def test_a_scale_of_one_of_them_alone_is_noticed(outputs, checkpoint, monkeypatch):
-    monkeypatch.setattr(Plan, "sharing", lambda _plan, _layer, linear: (linear,))
+    monkeypatch.setattr(Assignment, "sharing", lambda _assignment, _layer, linear: (linear,))
     failures = verify(outputs["fp8-per-tensor", BOTH], checkpoint).failures
     assert len(failures) == 2 * 3  # in each layer the one whose largest magnitude is the smaller, in both outputs
     assert all("its scales are not amax / 448 of the source" in failure for failure in failures)
