@@ -12,7 +12,7 @@ from mptq.checkpoint.index import open_checkpoint
 from mptq.checkpoint.reader import Reader
 from mptq.layers.forward import run_layer
 from mptq.layers.transformer_layer import build_layer
-from mptq.pipeline.layer_stream import LayerStream
+from mptq.pipeline.context import PlannedReader
 from mptq.plan.estimates import warnings
 from mptq.quantize.activation_quantizers import Observers
 from mptq.recipes.recipe import Calibration, load_recipe
@@ -33,13 +33,13 @@ FACTORS = {"kv_layernorm.weight": LARGER, "linear_kv_up_proj.weight": 1 / LARGER
 @pytest.fixture
 def enlarged(monkeypatch):
     """Every checkpoint is read with larger latents."""
-    read = LayerStream._read
+    read = PlannedReader._read
 
     def reparametrized(self, item):
         factor = next((factor for ending, factor in FACTORS.items() if item.name.endswith(ending)), 1)
         return read(self, item) * factor
 
-    monkeypatch.setattr(LayerStream, "_read", reparametrized)
+    monkeypatch.setattr(PlannedReader, "_read", reparametrized)
 
 
 def plan_of(checkpoint, kv_cache="fp8", formats=("hf",)):
