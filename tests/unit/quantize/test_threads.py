@@ -6,8 +6,8 @@ import sys
 import pytest
 
 STRIPS = (
-    "import numpy; from mptq.quantize import strips; "
-    "strips.require_finite(torch.from_numpy(numpy.ones((3000, 3000), numpy.float32)), 'w')"  # torch.ones would ask
+    "import numpy; from mptq.quantize import quantizer; "
+    "quantizer.require_finite(torch.from_numpy(numpy.ones((3000, 3000), numpy.float32)), 'w')"  # torch.ones would ask
 )
 
 
