@@ -114,7 +114,7 @@ def _attention_variant(args: Mapping[str, Any]) -> dict[str, Any]:
     """What the positions of MLA and of YaRN, and the pattern of hybrid models, imply."""
     pattern = args.get("hybrid_layer_pattern") or args.get("hybrid_override_pattern")
     found: dict[str, Any] = {"is_hybrid_model": True} if pattern else {}
-    if pattern and "D" in pattern:
+    if isinstance(pattern, str) and "D" in pattern:
         found["experimental_attention_variant"] = "dsa"
     if args.get("multi_latent_attention") and "kv_lora_rank" in args:
         # megatron-core 0.13 took the length before YaRN from the model's own; from 0.14 on it is a field without argument.

@@ -215,6 +215,10 @@ def test_a_vocabulary_that_is_not_a_size_is_left_to_the_checks():
     assert from_args({"vocab_size": None, "tokenizer_type": "HuggingFaceTokenizer"})["vocab_size"] is None
 
 
+def test_a_pattern_that_is_no_text_is_left_for_the_checks_of_settings():
+    assert from_args({"hybrid_layer_pattern": True})["hybrid_layer_pattern"] is True
+
+
 def test_names_of_older_versions():
     settings = from_args(OLD | {"hybrid_override_pattern": "ME", "untie_embeddings_and_output_weights": True})
     assert settings["layernorm_epsilon"] == 1e-6
