@@ -21,7 +21,7 @@ import torch
 from modelopt.torch.quantization.qtensor import FP8QTensor
 
 from mptq.quantize import quantizer
-from mptq.recipes.recipe import Scheme
+from mptq.recipes.schemes import SCHEMES
 
 ARGUMENTS: dict[str, dict[str, Any]] = {"block": {"block_sizes": {-1: 128, -2: 128}}, "row": {"axis": 0}, "tensor": {}}
 """Kind of scale -> how ModelOpt calls it."""
@@ -52,7 +52,7 @@ def main() -> None:
     print(f"{os.cpu_count()} cores; torch {version('torch')}, nvidia-modelopt {version('nvidia-modelopt')}\n")
     print("| BF16 source, GB a second | strips, with the error | ModelOpt | ratio |\n|---|---|---|---|")
     for name in ARGUMENTS:
-        scheme = Scheme(name)
+        scheme = SCHEMES[name]
         ours, (data, scale) = quantizer.quantize(weight, scheme, "weight")[0], by_modelopt(weight, name)
         assert torch.equal(ours.data.view(torch.uint8), data)
         assert torch.equal(ours.scale.flatten(), scale.flatten())

@@ -20,7 +20,7 @@ from mptq.model.tensors import (
     outer_copies,
 )
 from mptq.recipes.assignment import Assignment
-from mptq.recipes.recipe import Scheme
+from mptq.recipes.schemes import Scheme
 from mptq.types import TensorSpec
 
 K_AND_V = ("key", "value")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mptq.model.generation import Generation
     from mptq.model.tensors import LinearSpec, UnquantizedTensor
     from mptq.quantize.projections import Quantized
-    from mptq.recipes.recipe import Scheme
+    from mptq.recipes.schemes import Scheme
     from mptq.types import LayerOutput, TensorSpec
 
 

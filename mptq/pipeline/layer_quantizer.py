@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mptq.model.tensors import LinearSpec
     from mptq.pipeline.context import PlannedReader, RunContext
     from mptq.plan.units import Unit
-    from mptq.recipes.recipe import Scheme
+    from mptq.recipes.schemes import Scheme
 
 
 def place(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -150,7 +150,7 @@ class LayerQuantizer:
     def _largest(self, group: Sequence[LinearSpec], sources: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """The largest magnitude of linears that share one scale, float32 []; None where scales are of blocks or rows."""
         scheme = self.plan.assignment.scheme(self.layer, group[0])
-        if scheme is None or scheme.scale != "tensor":
+        if scheme is None or not scheme.shared:
             return None
         with self.context.log.timed("quantize"):
             found = [quantizer.amax_of(sources[one.megatron], canonical_weight(self.layer, one)) for one in group]

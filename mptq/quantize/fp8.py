@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from mptq.quantize import mx
-from mptq.recipes.recipe import Scheme
+from mptq.recipes.schemes import Scheme
 from mptq.types import Fp8Weight
 
 E4M3_MAX = 448.0
@@ -44,14 +44,20 @@ def strips(weight: Fp8Weight, scheme: Scheme) -> Iterator[tuple[slice, torch.Ten
     rows, columns = weight.data.shape
     for start in range(0, rows, STRIP_ROWS):
         part = slice(start, min(start + STRIP_ROWS, rows))
-        scale = weight.scale
-        if scheme.scale == "block":
-            scale = scale[start // STRIP_ROWS].repeat_interleave(128)[:columns]
-        elif scheme.scale == "mx":
-            scale = powers_of_two(scale[part]).repeat_interleave(32, dim=1)
-        elif scale.dim():
-            scale = scale[part]
+        scale = _spread(weight.scale, scheme, part, columns)
         yield part, weight.data[part].float().mul_(scale), scale
+
+
+def _spread(scale: torch.Tensor, scheme: Scheme, rows: slice, columns: int) -> torch.Tensor:
+    """The scales of `rows`, float32, to broadcast over them: [], or those of each row or of all, by 1 or `columns`."""
+    if scheme.shared:
+        return scale
+    height, width = scheme.cell
+    cells = scale[rows.start // height : -(-rows.stop // height)]
+    cells = powers_of_two(cells) if scheme.exponents else cells
+    if width:
+        cells = cells.repeat_interleave(width, dim=1)[:, :columns]
+    return cells if len(cells) == 1 else cells.repeat_interleave(height, dim=0)[: rows.stop - rows.start]
 
 
 def powers_of_two(scale: torch.Tensor) -> torch.Tensor:
@@ -74,18 +80,12 @@ def reference_scale(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     For MX the E8M0 byte of the smallest power of two that is no less.
     """
     weight = weight.float()
-    if scheme.scale == "mx":
+    if scheme.exponents:
         return mx.scales(weight)
-    if scheme.scale == "row":
-        amax = torch.linalg.vector_norm(weight, math.inf, dim=1, keepdim=True)
-    elif scheme.scale == "tensor":
-        amax = torch.linalg.vector_norm(weight, math.inf)
-    else:
-        rows = []
-        for strip in weight.split(128):
-            columns = torch.nn.functional.pad(strip, (0, -strip.shape[1] % 128)).unflatten(1, (-1, 128))
-            rows.append(torch.linalg.vector_norm(columns, math.inf, dim=(0, 2)))
-        amax = torch.stack(rows)
+    height, width = (size or whole for size, whole in zip(scheme.cell, weight.shape, strict=True))
+    right, below = -weight.shape[1] % width, -weight.shape[0] % height
+    cells = torch.nn.functional.pad(weight, (0, right, 0, below)).unflatten(1, (-1, width)).unflatten(0, (-1, height))
+    amax = torch.linalg.vector_norm(cells, math.inf, dim=(1, 3)).reshape(scheme.grid(*weight.shape))
     return floored(amax) / E4M3_MAX
 
 

@@ -28,7 +28,7 @@ with quiet_imports():
     from modelopt.torch.quantization.qtensor.base_qtensor import QTensorWrapper
     from modelopt.torch.utils.serialization import safe_save
 
-from mptq.recipes.recipe import Scheme
+from mptq.recipes.schemes import Scheme
 from mptq.types import Fp8Weight
 
 
@@ -45,19 +45,13 @@ class _QuantCache(QuantModule):  # type: ignore[misc]
 
 
 _E4M3: dict[str, Any] = {"num_bits": (4, 3), "axis": None}
-_WEIGHTS: dict[str, dict[str, Any]] = {
-    "block": _E4M3 | {"block_sizes": {-1: 128, -2: 128}},
-    "row": _E4M3 | {"axis": 0},
-    "tensor": _E4M3,
-    "mx": {"num_bits": (4, 3), "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}},
-}
 
 
 def _rules(scheme: Scheme | None, module: str = "*") -> list[dict[str, Any]]:
     """ModelOpt's rules for the linears whose names match `module`."""
     if scheme is None:
         return [{"quantizer_name": f"{module}{kind}_quantizer", "enable": False} for kind in ("weight", "input")]
-    rules: list[dict[str, Any]] = [{"quantizer_name": f"{module}weight_quantizer", "cfg": _WEIGHTS[scheme.scale]}]
+    rules: list[dict[str, Any]] = [{"quantizer_name": f"{module}weight_quantizer", "cfg": dict(scheme.modelopt)}]
     if scheme.static:
         rules.append({"quantizer_name": f"{module}input_quantizer", "cfg": _E4M3})
     return rules
@@ -73,7 +67,7 @@ def quant_config(
     if kv_cache:
         rules.append({"quantizer_name": "*[kv]_bmm_quantizer", "cfg": _E4M3})
     rules.append({"quantizer_name": "*output_layer*", "enable": False})
-    return {"quant_cfg": rules, "algorithm": "max" if scheme is None or scheme.scale != "mx" else None}
+    return {"quant_cfg": rules, "algorithm": "max" if scheme is None or not scheme.exponents else None}
 
 
 @contextlib.contextmanager
@@ -116,11 +110,11 @@ def linear_state(
     `dtype` is what ModelOpt dequantizes to, and `input_amax` the calibrated magnitude of its input, for a scheme that is
     static. Shapes and the encoding are those of modelopt/torch/quantization/plugins/megatron.py and opt/plugins/megatron.py:
     amax of blocks without its unit axes, of rows as [rows, 1], a single one as [1], and the state as torch.save of a list of
-    one byte tensor. Memory: that of a linear of rows or columns that are no whole blocks, and 128 of the others.
+    one byte tensor. Memory: that of a linear of rows or columns that are no whole blocks, and a block of the others.
     """
     example = _example(scheme)
-    if scheme.scale == "block":  # what is not whole blocks, its state has the size of
-        example = _example(scheme, *(size if size % 128 else 128 for size in weight.data.shape))
+    if scheme.block:  # what is not whole blocks, its state has the size of
+        example = _example(scheme, *(size if size % scheme.block else scheme.block for size in weight.data.shape))
     metadata = example.weight.metadata | {"shape": weight.data.shape, "dtype": dtype}
     example.weight = QTensorWrapper(weight.data.to("meta"), metadata)
     quantizer, tensors = example.weight_quantizer, {"weight_quantizer._scale": weight.scale}
@@ -128,7 +122,7 @@ def linear_state(
     if weight.amax is not None:
         single = weight.amax.numel() == 1
         tensors["weight_quantizer._amax"] = weight.amax.reshape(1) if single else weight.amax
-        if scheme.scale == "block":  # to ModelOpt a single block is a tensor
+        if scheme.block:  # to ModelOpt a single block is a tensor
             quantizer._amax = (weight.amax.reshape(()) if single else weight.amax[:, None, :, None]).to("meta")
         else:
             quantizer._amax = weight.amax.to("meta")

@@ -14,7 +14,7 @@ from mptq.types import Fp8Weight, WeightError
 if TYPE_CHECKING:
     from mptq.model.fused import Fusion
     from mptq.model.tensors import LinearSpec
-    from mptq.recipes.recipe import Scheme
+    from mptq.recipes.schemes import Scheme
 
 Quantized = Sequence[tuple[Fp8Weight, WeightError | None]]
 """Weights and their errors, which only the rank that quantized them knows."""
@@ -35,7 +35,7 @@ def quantized_members(
     Blocks and rows belong to the projections; one scale a tensor to all that engines fuse, whose largest magnitude is `amax`,
     float32 []. Raises CheckpointError naming `name` for a weight that is not finite.
     """
-    assert (amax is not None) == (scheme.scale == "tensor"), "one scale a tensor is that of a fused group"
+    assert (amax is not None) == scheme.shared, "one scale a tensor is that of a fused group"
     named = zip(pieces, linear.members, strict=True)
     return [quantizer.quantize(rows, scheme, f"{name} ({member})", amax) for rows, (member, _) in named]
 
@@ -48,7 +48,7 @@ def fused_members(members: Quantized, fusion: Fusion, scheme: Scheme) -> tuple[F
     data = fusion.merge([weight.data.view(torch.uint8) for weight in weights]).view(torch.float8_e4m3fn)
     counts = [weight.data.numel() for weight in weights]
     error = _joined(errors, counts) if len(errors) == len(counts) else None
-    if scheme.scale == "tensor":
+    if scheme.shared:
         return Fp8Weight(data, weights[0].scale, weights[0].amax), error
     grid = fusion.coarsen(scheme.block) if scheme.block else fusion
     amax = [weight.amax for weight in weights if weight.amax is not None]

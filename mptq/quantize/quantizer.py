@@ -23,14 +23,11 @@ from mptq.model.fused import Fusion
 from mptq.quantize import mx
 from mptq.quantize.error_statistics import Sums
 from mptq.quantize.fp8 import E4M3_MAX, STRIP_ROWS, floored, powers_of_two
-from mptq.recipes.recipe import Scheme
+from mptq.recipes.schemes import Scheme
 from mptq.types import Fp8Weight, WeightError
 
 _STRIP = {"cpu": 1 << 20, "cuda": 1 << 24}
 """Elements of a strip: enough to make up for its start, few enough for a CPU's cache, and for temporaries on a GPU."""
-_ALL = 0
-_CELLS = {"block": (128, 128), "row": (1, _ALL), "tensor": (_ALL, _ALL), "mx": (1, mx.BLOCK)}
-"""Kind of scale -> the rows and columns of a strip that have one."""
 
 
 def _arithmetic(device: torch.device) -> ModuleType:
@@ -75,7 +72,7 @@ def quantize(
     """
     pieces = [weight] if isinstance(weight, torch.Tensor) else weight
     made = unfilled(pieces, scheme)
-    if scheme.scale == "tensor":
+    if scheme.shared:
         _store(torch.stack([amax_of(piece, name) for piece in pieces]).amax() if amax is None else amax, made, ...)
     sums, largest = Sums(), 0.0
     for more, magnitude in _each_strip(pieces, partial(_strip, made, scheme)):
@@ -91,7 +88,7 @@ def unfilled(pieces: Sequence[torch.Tensor], scheme: Scheme) -> Fp8Weight:
     shape, device = (sum(len(piece) for piece in pieces), pieces[0].shape[1]), pieces[0].device
     grid = scheme.grid(*shape)
     data = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
-    if scheme.scale == "mx":
+    if scheme.exponents:
         return Fp8Weight(data, torch.empty(grid, dtype=torch.uint8, device=device))
     return Fp8Weight(data, torch.empty(grid, device=device), torch.empty(grid, device=device))
 
@@ -112,7 +109,7 @@ def in_place(fusion: Fusion, scheme: Scheme, weight: torch.Tensor) -> bool:
     if fusion.repeat == 1:
         return True
     large = min(fusion.widths) * weight.shape[1] >= _STRIP[weight.device.type] // 8
-    return large and fusion.aligned(_CELLS[scheme.scale][0] or 1)
+    return large and fusion.aligned(scheme.unit[0])
 
 
 def _each_strip[Found](pieces: Sequence[torch.Tensor], work: Callable[[slice, torch.Tensor], Found]) -> Iterator[Found]:
@@ -124,37 +121,23 @@ def _each_strip[Found](pieces: Sequence[torch.Tensor], work: Callable[[slice, to
     return share(lambda strip, end: work(slice(end - len(strip), end), strip), strips, ends)
 
 
-def _block(amax: torch.Tensor, made: Fp8Weight, rows: slice) -> torch.Tensor:
-    return _store(amax, made, slice(rows.start // 128, rows.start // 128 + len(amax)))
-
-
-def _row(amax: torch.Tensor, made: Fp8Weight, rows: slice) -> torch.Tensor:
-    return _store(amax, made, rows)
-
-
-def _tensor(_amax: torch.Tensor, made: Fp8Weight, _rows: slice) -> torch.Tensor:
-    return made.scale.view(1, 1)
-
-
-def _mx(amax: torch.Tensor, made: Fp8Weight, rows: slice) -> torch.Tensor:
-    return powers_of_two(made.scale[rows].copy_(mx.scale(amax)))
-
-
-_SCALES: dict[str, Callable[[torch.Tensor, Fp8Weight, slice], torch.Tensor]] = {
-    "block": _block,
-    "row": _row,
-    "tensor": _tensor,
-    "mx": _mx,
-}
-"""Kind of scale -> the scales of cells from their magnitudes, which it stores as those of the strip with these rows."""
+def _scales(amax: torch.Tensor, made: Fp8Weight, scheme: Scheme, rows: slice) -> torch.Tensor:
+    """The scales of the cells of a strip from their magnitudes, which it stores as those of the strip's `rows`."""
+    if scheme.shared:
+        return made.scale.view(1, 1)
+    first = rows.start // scheme.cell[0]
+    cells = slice(first, first + len(amax))
+    if scheme.exponents:
+        return powers_of_two(made.scale[cells].copy_(mx.scale(amax)))
+    return _store(amax, made, cells)
 
 
 def _strip(made: Fp8Weight, scheme: Scheme, rows: slice, strip: torch.Tensor) -> tuple[Sums, float]:
     """Quantize `strip`, the `rows` of a weight, into `made`; return what it adds up to, and its largest magnitude."""
-    height, width = (size or whole for size, whole in zip(_CELLS[scheme.scale], strip.shape, strict=True))
+    height, width = (size or whole for size, whole in zip(scheme.cell, strip.shape, strict=True))
     arithmetic = _arithmetic(strip.device)
     amax = arithmetic.magnitudes(strip, height, width)
-    scale = _SCALES[scheme.scale](amax, made, rows)
+    scale = _scales(amax, made, scheme, rows)
     return arithmetic.cast(strip, scale, (height, width), made.data[rows]), float(amax.max())
 
 
@@ -181,7 +164,7 @@ def _compute_alone(count: int) -> None:
 
 def _error(made: Fp8Weight, scheme: Scheme, found: Sums, largest: float) -> WeightError:
     ratio = found.noise / found.signal if found.signal else 0.0
-    low, high = torch.aminmax(powers_of_two(made.scale) if scheme.scale == "mx" else made.scale)
+    low, high = torch.aminmax(powers_of_two(made.scale) if scheme.exponents else made.scale)
     count = made.data.numel()
     return WeightError(
         relative=math.sqrt(ratio),

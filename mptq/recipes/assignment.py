@@ -11,7 +11,8 @@ from mptq.errors import RecipeError
 from mptq.model import engines, tensors
 from mptq.model.config import ModelConfig
 from mptq.model.tensors import LinearSpec
-from mptq.recipes.recipe import Override, Recipe, Scheme
+from mptq.recipes.recipe import Override, Recipe
+from mptq.recipes.schemes import Scheme
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +47,7 @@ class Assignment:
     def sharing(self, layer: int, linear: LinearSpec) -> tuple[LinearSpec, ...]:
         """The linears that have one scale together, this one among them: fused ones, where a scale belongs to a tensor."""
         scheme, group = self.scheme(layer, linear), engines.groups(self.model, layer)[linear.megatron]
-        if scheme is None or scheme.scale != "tensor" or not group.fused:
+        if scheme is None or not scheme.shared or not group.fused:
             return (linear,)
         return tuple(other for other in group.linears if self.scheme(layer, other) == scheme)
 

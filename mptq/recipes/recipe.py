@@ -5,90 +5,26 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mptq.errors import RecipeError
 from mptq.files import require_local
+from mptq.recipes.schemes import SCHEMES, Scheme, carried
 
-Scale = Literal["block", "row", "tensor", "mx"]
 KEEP = "none"
 """The recipe by which weights keep their precision."""
-BLOCK_SIZES = {"block": 128, "mx": 32}
-"""What a scale belongs to -> the block's size: 128 x 128 in rows and columns, or 32 columns of one row."""
-CARRIED = {
-    "deepseek-fp8": ("block",),
-    "compressed-tensors": ("tensor", "row", "block", "tensor-static"),
-    "modelopt": ("tensor-static", "mx"),
-    "plain": (),
-}
-"""Dialect of the Hugging Face output -> the schemes that it carries (mptq/formats/hf/quantization_config.py)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Scheme:
-    """How one linear is quantized: what a scale of its weight belongs to, and whether its input has a calibrated scale."""
-
-    scale: Scale
-    static: bool = False
-
-    @property
-    def name(self) -> str:
-        """A word for the scheme, unique among schemes."""
-        return f"{self.scale}-static" if self.static else self.scale
-
-    @property
-    def block(self) -> int | None:
-        """Rows and columns of a square block, or None for scales that are not of square blocks."""
-        return 128 if self.scale == "block" else None
-
-    @property
-    def scale_dtype(self) -> str:
-        """Torch's name of the scales' dtype: E8M0 bytes (2 ** (byte - 127)) for MX, float32 otherwise."""
-        return "uint8" if self.scale == "mx" else "float32"
-
-    @property
-    def unit(self) -> tuple[int, int]:
-        """Rows and columns that a weight must be whole multiples of, so that engines read it."""
-        return {"block": (128, 128), "mx": (1, 32)}.get(self.scale, (1, 1))
-
-    def grid(self, rows: int, columns: int) -> tuple[int, ...]:
-        """Shape of the scales of a weight [rows, columns]: blocks ceil-divided, [rows, 1], or [] for one scale."""
-        shapes: dict[str, tuple[int, ...]] = {
-            "block": (-(-rows // 128), -(-columns // 128)),
-            "mx": (rows, columns // 32),
-            "row": (rows, 1),
-            "tensor": (),
-        }
-        return shapes[self.scale]
-
-    @property
-    def words(self) -> str:
-        """For people."""
-        scale = {
-            "block": "FP8, 128x128 blocks",
-            "mx": "MXFP8, blocks of 32",
-            "row": "FP8, one scale a row",
-            "tensor": "FP8, one scale a fused group",
-        }[self.scale]
-        return f"{scale}, static activations" if self.static else scale
-
-
-def scheme_named(name: str) -> Scheme:
-    """The scheme whose `name` that is; raises RecipeError for any other word."""
-    found = {scheme.name: scheme for scheme in (*map(Scheme, get_args(Scale)), Scheme("tensor", static=True))}
-    if name not in found:
-        raise RecipeError(f"there is no scheme {name!r}: there are {', '.join(found)}")
-    return found[name]
-
-
-ROWS = Scheme("row")
-"""What `misaligned: per-channel` falls back to: it fits every shape."""
+def _known_scale(scale: str) -> str:
+    known = list(dict.fromkeys(scheme.scale for scheme in SCHEMES.values()))
+    if scale not in known:
+        raise ValueError(f"there is no scale {scale!r}: there are {', '.join(known)}")
+    return scale
 
 
 class Weights(BaseModel):
@@ -96,14 +32,21 @@ class Weights(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    scale: Scale
-    block_size: Literal[128, 32] | None = None
+    scale: Annotated[str, AfterValidator(_known_scale)]
+    block_size: int | None = None
 
     @model_validator(mode="after")
     def _block_size_with_blocks(self) -> Self:
-        if BLOCK_SIZES.get(self.scale) != self.block_size:
-            raise ValueError("block_size is 128 with `scale: block`, 32 with `scale: mx`, and goes with no other scale")
+        sizes = {(scheme.scale, scheme.block_size): None for scheme in SCHEMES.values()}
+        if (self.scale, self.block_size) not in sizes:
+            words = ", ".join(f"{size} with `scale: {scale}`" for scale, size in sizes if size)
+            raise ValueError(f"block_size is {words}, and goes with no other scale")
         return self
+
+    def scheme(self, static: bool) -> Scheme | None:
+        """The scheme of these weights with static or dynamic activations; None where there is none."""
+        wanted = self.scale, self.block_size, static
+        return next((one for one in SCHEMES.values() if (one.scale, one.block_size, one.static) == wanted), None)
 
 
 class Calibration(BaseModel):
@@ -184,12 +127,12 @@ class Recipe(BaseModel):
         if self.weights is None:
             return self._converts()
         problems = []
-        if self.activations == "static" and self.weights.scale != "tensor":
+        if self.scheme is None:
             problems.append("`activations: static` goes with `scale: tensor` (engines read no other static form)")
-        elif self.scheme is not None and self.scheme.name not in CARRIED[self.hf]:
-            carried = " or ".join(CARRIED[self.hf]) or "no quantized"
-            problems.append(f"`hf: {self.hf}` carries {carried} weights, not {self.scheme.name}")
-        if self.misaligned == "per-channel" and self.weights.scale != "block":
+        elif self.hf not in self.scheme.forms:
+            names = " or ".join(carried(self.hf)) or "no quantized"
+            problems.append(f"`hf: {self.hf}` carries {names} weights, not {self.scheme.name}")
+        if self.misaligned == "per-channel" and self.scheme is not None and self.scheme.block is None:
             problems.append("`misaligned: per-channel` goes with `scale: block`")
         if problems:
             raise ValueError("; ".join(problems))
@@ -205,7 +148,7 @@ class Recipe(BaseModel):
     @cached_property
     def scheme(self) -> Scheme | None:
         """What a linear gets that no override matches, None for a recipe that only converts."""
-        return None if self.weights is None else Scheme(self.weights.scale, self.activations == "static")
+        return None if self.weights is None else self.weights.scheme(self.activations == "static")
 
     @property
     def needs_data(self) -> bool:

@@ -20,7 +20,7 @@ from mptq.report.manifest import read_document, write_document
 
 if TYPE_CHECKING:
     from mptq.plan.plan import Plan
-    from mptq.recipes.recipe import Scheme
+    from mptq.recipes.schemes import Scheme
     from mptq.report.run_log import RunLog
     from mptq.types import TensorSpec, WeightError
 

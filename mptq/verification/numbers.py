@@ -14,7 +14,8 @@ from mptq.formats.layout import canonical_weight
 from mptq.model.tensors import megatron_layer, outer_copies
 from mptq.plan.plan import Plan
 from mptq.quantize.fp8 import first_out_of_bound, reference_scale
-from mptq.recipes.recipe import Scheme, recipe_from
+from mptq.recipes.recipe import recipe_from
+from mptq.recipes.schemes import Scheme
 from mptq.report import manifest
 from mptq.types import Fp8Weight
 
@@ -104,7 +105,7 @@ class _Comparison:
                 failures += _same(found.name, found.data, part, name)
                 continue
             # One scale a tensor is shared by the group; blocks and rows are the projection's own.
-            group = self._group(linear, layer, source) if scheme.scale == "tensor" else part
+            group = self._group(linear, layer, source) if scheme.shared else part
             failures += quantized_failures(found.name, part, Fp8Weight(found.data, found.scale), scheme, group)
         return failures
 
@@ -123,6 +124,6 @@ def quantized_failures(name: str, source: torch.Tensor, weight: Fp8Weight, schem
     """What is wrong with one quantized weight; its scale belongs to `group`, which contains `source`."""
     scale = reference_scale(group, scheme)
     if not torch.equal(weight.scale, scale.expand(weight.scale.shape)):
-        return [f"{name}: its scales are not {'powers of two for' if scheme.scale == 'mx' else 'amax / 448 of'} the source"]
+        return [f"{name}: its scales are not {'powers of two for' if scheme.exponents else 'amax / 448 of'} the source"]
     place = first_out_of_bound(source, weight, scheme)
     return [] if place is None else [f"{name}: element {list(place)} is further from the source than E4M3 rounds"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mptq.files import sha256
 from mptq.formats import FORMATS
 from mptq.formats.protocol import OpenedOutput
-from mptq.recipes.recipe import Scheme, scheme_named
+from mptq.recipes.schemes import Scheme, scheme_named
 from mptq.report import manifest
 from mptq.types import TensorSpec
 
@@ -135,7 +135,7 @@ def _check_values(output: OpenedOutput, name: str, scheme: Scheme) -> Iterator[s
     from mptq.quantize.fp8 import E4M3_MAX, SCALE_FLOOR, powers_of_two
 
     stored = output.load(name)
-    scale = torch.where(stored == _NOT_A_NUMBER, torch.nan, powers_of_two(stored)) if scheme.scale == "mx" else stored
+    scale = torch.where(stored == _NOT_A_NUMBER, torch.nan, powers_of_two(stored)) if scheme.exponents else stored
     if not (torch.isfinite(scale) & (scale >= SCALE_FLOOR)).all():
         yield f"{name} has scales that are not finite or less than {SCALE_FLOOR:.2g}"
     amax = name.removesuffix("_scale") + "_amax"

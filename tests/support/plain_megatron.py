@@ -208,13 +208,13 @@ def dequantized(model, options):
 
 def scheme_of(data, scale):
     """What the scales of a weight belong to, by their shape."""
-    from mptq.recipes.recipe import Scheme
+    from mptq.recipes.schemes import SCHEMES
 
     if scale.dtype == torch.uint8:
-        return Scheme("mx")
+        return SCHEMES["mx"]
     if scale.numel() == 1:
-        return Scheme("tensor")
-    return Scheme("row" if scale.shape == (len(data), 1) else "block")
+        return SCHEMES["tensor"]
+    return SCHEMES["row" if scale.shape == (len(data), 1) else "block"]
 
 
 def reference(_model, _options):

@@ -17,7 +17,8 @@ from mptq.model.architectures.families import family_of, nearest
 from mptq.model.checkpoint_keys import MTP
 from mptq.model.tensors import hf_layer
 from mptq.recipes.assignment import require_whole_groups
-from mptq.recipes.recipe import CARRIED, load_recipe, recipe_names
+from mptq.recipes.recipe import load_recipe, recipe_names
+from mptq.recipes.schemes import carried
 from mptq.types import TensorSpec
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from mptq.formats.layout import Layout
     from mptq.formats.protocol import LoadedWeight, QuantizedLinear, Resumed, Stored, Writer, WriterOptions
     from mptq.model.tensors import LinearSpec, UnquantizedTensor
-    from mptq.recipes.recipe import Scheme
+    from mptq.recipes.schemes import Scheme
 
 
 class HfFormat(Format):
@@ -52,7 +53,7 @@ class HfFormat(Format):
         used = [scheme.name for scheme in layout.contents.groups]
         if not used:
             _refuse_nothing(layout)
-        if not set(used) <= set(CARRIED[layout.dialect_name]):
+        if not set(used) <= set(carried(layout.dialect_name)):
             raise RecipeError(
                 f"{recipe.name}: no Hugging Face form that engines read holds {' and '.join(used)} weights together: use one "
                 "of them, or --format megatron"

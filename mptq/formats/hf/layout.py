@@ -11,7 +11,7 @@ from typing import Any
 from mptq.formats.hf.quantization_config import DIALECTS, Contents, Dialect
 from mptq.formats.layout import K_AND_V, Layout
 from mptq.model.tensors import LinearSpec, UnquantizedTensor, hf_layer, layer_copies, megatron_layer
-from mptq.recipes.recipe import CARRIED, ROWS, Scheme
+from mptq.recipes.schemes import ROWS, Scheme, carried
 from mptq.types import TensorSpec
 
 _CACHED = {"attention": K_AND_V, "mla": ("latent", "latent")}
@@ -91,7 +91,7 @@ class HfLayout(Layout):
         if not used:
             return "plain"
         alone = wanted == "compressed-tensors" or len(used) == 1
-        return wanted if alone and set(used) <= set(CARRIED[wanted]) else "compressed-tensors"
+        return wanted if alone and set(used) <= set(carried(wanted)) else "compressed-tensors"
 
     @cached_property
     def dialect(self) -> Dialect:

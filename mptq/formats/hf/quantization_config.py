@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from mptq.recipes.recipe import Scheme
+from mptq.recipes.schemes import Scheme
 from mptq.types import TensorSpec
 
 
@@ -39,7 +39,7 @@ class Dialect:
     def scale(self, module: str, scheme: Scheme, rows: int, columns: int) -> TensorSpec:
         """The scales of a weight [rows, columns]."""
         shape = scheme.grid(rows, columns) or self.scalar
-        if scheme.scale == "tensor" and not scheme.static:
+        if scheme.shared and not scheme.static:
             # Engines read one scale a row everywhere, and one a tensor not everywhere: it is repeated for every row.
             shape = (rows, 1)
         return TensorSpec(f"{module}.{self.scale_name}", scheme.scale_dtype, shape)
@@ -55,38 +55,29 @@ class Dialect:
 
 
 def _deepseek(contents: Contents) -> dict[str, Any]:
+    (scheme,) = contents.groups
     config = {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
-        "weight_block_size": [128, 128],
+        **scheme.forms["deepseek-fp8"],
         "modules_to_not_convert": list(contents.excluded),
     }
     return config | ({"kv_cache_quant_algo": "FP8"} if contents.kv_cache else {})
 
 
 _EIGHT_BITS = {"num_bits": 8, "type": "float", "symmetric": True}
-_SCHEMES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "block": (
-        {"strategy": "block", "block_structure": [128, 128], "dynamic": False},
-        {"strategy": "group", "group_size": 128, "dynamic": True},
-    ),
-    "row": ({"strategy": "channel", "dynamic": False}, {"strategy": "token", "dynamic": True}),
-    "tensor": ({"strategy": "channel", "dynamic": False}, {"strategy": "token", "dynamic": True}),
-    "tensor-static": ({"strategy": "tensor", "dynamic": False}, {"strategy": "tensor", "dynamic": False}),
-}
-"""Scheme -> weights and input activations in compressed-tensors' words."""
 
 
 def _compressed_tensors(contents: Contents) -> dict[str, Any]:
     groups = {}
     for number, (scheme, modules) in enumerate(contents.groups.items()):
-        weights, inputs = _SCHEMES[scheme.name]
+        form = scheme.forms["compressed-tensors"]
         groups[f"group_{number}"] = {
             # A class matches every linear, so several groups name their modules.
             "targets": ["Linear"] if len(contents.groups) == 1 else list(modules),
-            "weights": _EIGHT_BITS | weights,
-            "input_activations": _EIGHT_BITS | inputs,
+            "weights": _EIGHT_BITS | form["weights"],
+            "input_activations": _EIGHT_BITS | form["input_activations"],
             "output_activations": None,
         }
     return {
@@ -99,32 +90,35 @@ def _compressed_tensors(contents: Contents) -> dict[str, Any]:
     }
 
 
-_ALGORITHMS = {"tensor-static": "FP8", "mx": "MXFP8"}
-_GROUP_SIZES = {"mx": {"group_size": 32}}
+def _modelopt_form(contents: Contents) -> tuple[Scheme, str, dict[str, Any]]:
+    """The scheme, ModelOpt's name of its algorithm, and the size of its blocks where it has any."""
+    (scheme,) = contents.groups
+    algorithm, *sizes = scheme.forms["modelopt"].items()
+    return scheme, algorithm[1], dict(sizes)
 
 
 def _modelopt(contents: Contents) -> dict[str, Any]:
-    (scheme,) = contents.groups
-    eight_bits = {"num_bits": 8, "type": "float", "dynamic": False} | _GROUP_SIZES.get(scheme.name, {})
+    scheme, algorithm, sizes = _modelopt_form(contents)
+    eight_bits = {"num_bits": 8, "type": "float", "dynamic": False} | sizes
     inputs = eight_bits | {"dynamic": not scheme.static}
     config = {
         "quant_method": "modelopt",
-        "quant_algo": _ALGORITHMS[scheme.name],
+        "quant_algo": algorithm,
         "ignore": list(contents.excluded),
         "producer": {"name": "modelopt", "version": version("nvidia-modelopt")},
         "config_groups": {"group_0": {"weights": eight_bits, "input_activations": inputs, "targets": ["Linear"]}},
-    } | _GROUP_SIZES.get(scheme.name, {})
+    } | sizes
     return config | ({"kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": False}} if contents.kv_cache else {})
 
 
 def _modelopt_files(contents: Contents) -> dict[str, Any]:
     """TensorRT-LLM prefers this file to config.json; the two say the same."""
-    (scheme,) = contents.groups
+    _, algorithm, sizes = _modelopt_form(contents)
     quantization = {
-        "quant_algo": _ALGORITHMS[scheme.name],
+        "quant_algo": algorithm,
         "kv_cache_quant_algo": "FP8" if contents.kv_cache else None,
         "exclude_modules": list(contents.excluded),
-    } | _GROUP_SIZES.get(scheme.name, {})
+    } | sizes
     producer = {"name": "modelopt", "version": version("nvidia-modelopt")}
     return {"hf_quant_config.json": {"producer": producer, "quantization": quantization}}
 

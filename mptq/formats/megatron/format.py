@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mptq.formats.layout import Layout
     from mptq.formats.protocol import LoadedWeight, QuantizedLinear, Resumed, Stored, Writer, WriterOptions
     from mptq.model.tensors import LinearSpec, UnquantizedTensor
-    from mptq.recipes.recipe import Scheme
+    from mptq.recipes.schemes import Scheme
 
 
 class MegatronFormat(Format):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from mptq.formats.layout import Layout
 from mptq.model.tensors import CORE_ATTENTION, LinearSpec, UnquantizedTensor, megatron_layer
-from mptq.recipes.recipe import ROWS, Scheme
+from mptq.recipes.schemes import ROWS, Scheme
 from mptq.types import TensorSpec
 
 
@@ -18,7 +18,7 @@ class MegatronLayout(Layout):
     def scheme(self, layer: int, linear: LinearSpec) -> Scheme | None:
         """The recipe's; a grid of blocks is ceil-divided, so that it fits every shape."""
         wanted = self.assignment.scheme(layer, linear)
-        if wanted is None or wanted.scale == "block" or linear.fits(wanted.unit):
+        if wanted is None or wanted.block is not None or linear.fits(wanted.unit):
             return wanted
         return ROWS if self.assignment.recipe.misaligned == "per-channel" else None
 
@@ -31,7 +31,7 @@ class MegatronLayout(Layout):
         if scheme is None:
             return tuple(found)
         grid = scheme.grid(rows, columns)
-        if scheme.scale != "mx":
+        if not scheme.exponents:
             found.append(TensorSpec(f"{name}.weight_quantizer._amax", "float32", grid or (1,)))
         found.append(TensorSpec(f"{name}.weight_quantizer._scale", scheme.scale_dtype, grid))
         if scheme.static:

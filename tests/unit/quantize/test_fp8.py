@@ -3,11 +3,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mptq.quantize import fp8, quantizer
-from mptq.recipes.recipe import Scheme
+from mptq.recipes.schemes import SCHEMES
 from mptq.types import Fp8Weight
 from tests.support import reference
 
-BLOCK, ROW, TENSOR, MX = (Scheme(scale) for scale in ("block", "row", "tensor", "mx"))
+BLOCK, ROW, TENSOR, MX = (SCHEMES[scale] for scale in ("block", "row", "tensor", "mx"))
 MAKE = {"block": reference.block, "row": reference.row, "tensor": reference.tensor}
 
 

@@ -9,10 +9,10 @@ from modelopt.torch.quantization.qtensor import FP8QTensor
 from mptq.quantize import quantizer as quantize_quantizer
 from mptq.quantize.fp8 import dequantize
 from mptq.quantize.modelopt import _ordered, kept_state, linear_state, modelopt_state, quant_config
-from mptq.recipes.recipe import Scheme
+from mptq.recipes.schemes import SCHEMES
 from tests.support.compressing import compress
 
-BLOCK, TENSOR, ROW, MX = (Scheme(scale) for scale in ("block", "tensor", "row", "mx"))
+BLOCK, TENSOR, ROW, MX = (SCHEMES[scale] for scale in ("block", "tensor", "row", "mx"))
 
 
 @st.composite
@@ -106,8 +106,8 @@ def test_state_does_not_depend_on_the_hash_seed():
     import sys
 
     code = (
-        "import torch, hashlib; from mptq.quantize.modelopt import *; from mptq.recipes.recipe import Scheme; "
-        "from mptq.quantize.quantizer import quantize; r = Scheme('block'); w = quantize(torch.ones(8, 8), r, 'w')[0]; "
+        "import torch, hashlib; from mptq.quantize.modelopt import *; from mptq.recipes.schemes import SCHEMES; "
+        "from mptq.quantize.quantizer import quantize; r = SCHEMES['block']; w = quantize(torch.ones(8, 8), r, 'w')[0]; "
         "print(hashlib.sha256(linear_state(r, w, torch.bfloat16)[1] + modelopt_state(r)).hexdigest())"
     )
     prints = {
@@ -129,7 +129,7 @@ def test_configs_are_weight_only_and_leave_the_output_layer_alone():
 
 
 def test_configs_name_what_deviates():
-    rules = quant_config(Scheme("tensor", static=True), kv_cache=True, others={"decoder.layers.0.mlp.linear_fc1": None})
+    rules = quant_config(SCHEMES["tensor-static"], kv_cache=True, others={"decoder.layers.0.mlp.linear_fc1": None})
     names = [(rule["quantizer_name"], rule.get("enable", True)) for rule in rules["quant_cfg"]]
     assert names == [
         ("*", False),

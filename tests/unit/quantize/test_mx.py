@@ -4,12 +4,12 @@ from hypothesis import strategies as st
 from modelopt.torch.quantization.qtensor import MXFP8QTensor
 
 from mptq.quantize import mx, quantizer
-from mptq.recipes.recipe import Scheme
+from mptq.recipes.schemes import SCHEMES
 from tests.support import reference
 
 
 def quantize(weight):
-    return quantizer.quantize(weight, Scheme("mx"), "w")[0]
+    return quantizer.quantize(weight, SCHEMES["mx"], "w")[0]
 
 
 @st.composite

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mptq.model.fused import Fusion
 from mptq.quantize import quantizer
 from mptq.quantize.projections import fused_members, member_pieces, quantized_members
-from mptq.recipes.recipe import Scheme
+from mptq.recipes.schemes import SCHEMES
 
 
 @settings(max_examples=60)
@@ -26,7 +26,7 @@ from mptq.recipes.recipe import Scheme
 def test_the_fused_matrix_from_its_members(groups, widths, columns, kind, strip, seed):
     torch.manual_seed(seed)
     fusion = Fusion(groups, tuple(width * (128 if kind == "block" else 3) for width in widths))
-    source, scheme = torch.randn(sum(fusion.rows), columns * 32), Scheme(kind)
+    source, scheme = torch.randn(sum(fusion.rows), columns * 32), SCHEMES[kind]
     source[: len(source) // 3] *= 1e-3
     linear = SimpleNamespace(fusion=fusion, members=[(str(member), None) for member in range(len(widths))])
     with pytest.MonkeyPatch.context() as patch:
@@ -42,7 +42,7 @@ def test_the_fused_matrix_from_its_members(groups, widths, columns, kind, strip,
 
 
 def test_errors_that_another_rank_knows():
-    fusion, scheme = Fusion(1, (128, 128)), Scheme("block")
+    fusion, scheme = Fusion(1, (128, 128)), SCHEMES["block"]
     members = [(quantizer.quantize(part, scheme, "w")[0], None) for part in torch.randn(2, 128, 64)]
     fused, error = fused_members(members, fusion, scheme)
     assert fused.data.shape == (256, 64)
@@ -50,7 +50,7 @@ def test_errors_that_another_rank_knows():
 
 
 def test_no_error_at_all():
-    fusion, scheme = Fusion(1, (128, 128)), Scheme("block")
+    fusion, scheme = Fusion(1, (128, 128)), SCHEMES["block"]
     source = torch.zeros(256, 64)
     members = [quantizer.quantize(part, scheme, "w") for part in source.split(128)]
     assert fused_members(members, fusion, scheme)[1] == quantizer.quantize(source, scheme, "w")[1]

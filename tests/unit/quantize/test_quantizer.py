@@ -13,11 +13,11 @@ from mptq.errors import CheckpointError
 from mptq.model.fused import Fusion
 from mptq.quantize import cpu_kernels, quantizer, torch_kernels
 from mptq.quantize.fp8 import dequantize, first_out_of_bound, powers_of_two, reference_scale
-from mptq.recipes.recipe import Scheme
+from mptq.recipes.schemes import SCHEMES
 from tests.support import reference
 from tests.unit.quantize.test_modelopt import weights
 
-SCHEMES = {scale: Scheme(scale) for scale in ("block", "row", "tensor", "mx")}
+SCHEMES = {scale: SCHEMES[scale] for scale in ("block", "row", "tensor", "mx")}
 REFERENCES = {"block": reference.block, "row": reference.row, "tensor": reference.tensor}
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 

@@ -2,7 +2,8 @@ import modelopt.torch.quantization as mtq
 import pytest
 
 from mptq.errors import RecipeError
-from mptq.recipes.recipe import Scheme, load_recipe, recipe_from, recipe_names, scheme_named
+from mptq.recipes.recipe import load_recipe, recipe_from, recipe_names
+from mptq.recipes.schemes import SCHEMES, scheme_named
 
 GOOD = "description: x\nweights: {scale: block, block_size: 128}\nhf: deepseek-fp8\n"
 
@@ -63,7 +64,7 @@ def test_unknown_name_lists_all():
         (GOOD.replace("deepseek-fp8", "plain"), "`hf: plain` carries no quantized weights, not block"),
         ("description: x\nweights: null\nhf: modelopt\n", r"there is no hf to choose \(and `hf` is plain\)"),
         ("description: x\nhf: plain\n", "weights: Field required"),
-        (GOOD.replace("128", "64"), r"weights\.block_size"),
+        (GOOD.replace("128", "64"), "block_size is 128 with `scale: block`"),
         ("- a\n", "does not hold a recipe"),
         ("a: [", "is not YAML"),
         ("1: 2\n", "Keys should be strings"),
@@ -92,7 +93,7 @@ def test_changes_of_the_command_line():
 def test_overrides_take_the_scheme_of_a_recipe(tmp_path):
     (tmp_path / "mine.yaml").write_text(GOOD + "overrides: [{pattern: 'a*', recipe: fp8}, {pattern: b, recipe: none}]\n")
     mine = load_recipe(str(tmp_path / "mine.yaml"))
-    assert [override.scheme for override in mine.overrides] == [Scheme("tensor", static=True), None]
+    assert [override.scheme for override in mine.overrides] == [SCHEMES["tensor-static"], None]
     assert mine.needs_data
 
 

@@ -2,15 +2,15 @@ import torch
 from compressed_tensors.quantization import QuantizationConfig
 
 from mptq.formats.hf.quantization_config import DIALECTS, Contents
-from mptq.recipes.recipe import CARRIED, Scheme
+from mptq.recipes.schemes import SCHEMES, carried
 from mptq.types import TensorSpec
 
-BLOCK, ROW, TENSOR, MX = (Scheme(scale) for scale in ("block", "row", "tensor", "mx"))
-STATIC = Scheme("tensor", static=True)
+BLOCK, ROW, TENSOR, MX = (SCHEMES[scale] for scale in ("block", "row", "tensor", "mx"))
+STATIC = SCHEMES["tensor-static"]
 
 
 def test_every_dialect_of_recipes_is_here():
-    assert DIALECTS.keys() == CARRIED.keys()
+    assert DIALECTS.keys() == {"plain", *(dialect for scheme in SCHEMES.values() for dialect in scheme.forms)}
 
 
 def test_deepseek_form():
@@ -89,4 +89,4 @@ def test_plain_form_says_nothing_of_quantization():
     dialect, contents = DIALECTS["plain"], Contents({}, ["lm_head"])
     assert dialect.config(contents) is None
     assert dialect.files(contents) == {}
-    assert CARRIED["plain"] == ()
+    assert carried("plain") == []
