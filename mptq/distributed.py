@@ -41,7 +41,7 @@ class Ranks:
         """Whether it is the one that plans, commits and prints."""
         return self.rank == 0
 
-    def agree(self, value: Callable[[], Any]) -> Any:
+    def broadcast_object(self, value: Callable[[], Any]) -> Any:
         """What `value` gives on rank 0, on every rank; what it raises there is raised there, and MptqError on the others."""
         if self.store is None:
             return value()
@@ -61,7 +61,7 @@ class Ranks:
         self._say(key, (True, content))
         return content
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until every rank is here; raises MptqError when one of them has ended, or does not come."""
         if self.store is not None:
             import torch
@@ -70,18 +70,18 @@ class Ranks:
             with _told():
                 self._group(torch.device("cpu")).barrier(BarrierOptions()).wait()
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """The `value` of every rank, by rank, on every rank."""
         if self.store is None:
             return [value]
         self.talks += 1
         keys = [f"mptq/{self.talks}/{rank}" for rank in range(self.size)]
         self._say(keys[self.rank], value)
-        self.wait()
+        self.barrier()
         with _told():
             return [self._hear(key) for key in keys]
 
-    def share(self, tensor: torch.Tensor, source: int) -> None:
+    def broadcast(self, tensor: torch.Tensor, source: int) -> None:
         """Fill a contiguous `tensor` with that of rank `source`, which has the same shape and dtype."""
         if self.store is None:
             return
@@ -93,7 +93,7 @@ class Ranks:
         with _told():
             self._group(tensor.device).broadcast([tensor.view(-1).view(torch.uint8)], options).wait()
 
-    def largest(self, tensor: torch.Tensor) -> torch.Tensor:
+    def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
         """The elements of `tensor` [any], each the largest of all ranks; in place."""
         if self.store is None or not tensor.numel():
             return tensor

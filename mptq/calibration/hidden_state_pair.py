@@ -118,7 +118,7 @@ class HiddenStatePair:
         with nullcontext() if self.calibrates else coverage.counting(layer):
             for batch in self.held_out:
                 self.reference.write(batch, self._run(layer, self.reference, batch))
-        coverage.join(self.options.ranks.gather(coverage.tokens))
+        coverage.join(self.options.ranks.all_gather(coverage.tokens))
         magnitudes = self._largest(observers.magnitudes(where))
         amax = {name: floored(found) for name, found in magnitudes.items()}
         for name in of_cache:
@@ -135,7 +135,7 @@ class HiddenStatePair:
         """The largest of all ranks, without what nothing passed on any."""
         nothing = torch.tensor(-1.0, device=self.options.device)
         found = [nothing if one is None else one for one in magnitudes.values()]
-        together = self.options.ranks.largest(torch.stack(found) if found else nothing[None][:0])
+        together = self.options.ranks.all_reduce_max(torch.stack(found) if found else nothing[None][:0])
         return {name: one for name, one in zip(magnitudes, together, strict=True) if one >= 0}
 
     def _collect(self, layer: TransformerLayer) -> None:
@@ -158,7 +158,7 @@ class HiddenStatePair:
                 self.quantized.write(batch, out)
                 if batch.tokens.stop <= len(self.reference.states):
                     deviation.add(self.reference.read(batch, out.device), out)
-        deviation.batches = [*chain.from_iterable(self.options.ranks.gather(deviation.batches))]
+        deviation.batches = [*chain.from_iterable(self.options.ranks.all_gather(deviation.batches))]
         if not deviation.finite:
             raise CheckpointError(f"layer {index}: the held-out data leads to activations that are not finite")
         if not self.measures:
@@ -183,7 +183,7 @@ class HiddenStatePair:
         if not self.measures:
             return None
         mine, found = found, NextTokens()
-        found.join(self.options.ranks.gather(mine))
+        found.join(self.options.ranks.all_gather(mine))
         if not found.finite:
             raise CheckpointError("output layer: the held-out data leads to probabilities whose logarithms are not finite")
         return found.document

@@ -63,11 +63,11 @@ class Committer:
 
         `writers`, by format, are made from the rows of these.
         """
-        rows: dict[int, Row] = self.ranks.agree(lambda: self._taken_over(header))
+        rows: dict[int, Row] = self.ranks.broadcast_object(lambda: self._taken_over(header))
         self._journal = Journal(self.folder, header, self.ranks.rank)
         self.writers = writers(rows)
         if self.ranks.size > 1:
-            self.ranks.agree(self._prepare)
+            self.ranks.broadcast_object(self._prepare)
             for writer in self.writers.values():
                 writer.prepared()
         else:
@@ -115,13 +115,13 @@ class Committer:
         if self.activations is None or not unit.hands_on:
             return
         self._behind.wait()
-        self._together.wait()  # the unit before is committed
+        self._together.barrier()  # the unit before is committed
         state = self._state(unit)
         with self.record.timed("keep activations"), _telling(state):
             self.activations.save(state)
             sync(state)
             sync(self.folder)
-        self._together.wait()
+        self._together.barrier()
 
     def _state(self, unit: Unit) -> Path:
         return self.folder / STATE.format(unit.number % 2)
@@ -154,9 +154,9 @@ class Committer:
         Ranks that go through the layers together stop together, whichever is asked.
         """
         together = self._together if unit.flows else Ranks()
-        if any(together.gather(asked())):
+        if any(together.all_gather(asked())):
             self._behind.wait()
-            together.wait()
+            together.barrier()
             raise StoppedError(f"stopped after {len(committed(self.folder))} of {len(self.plan.units)} steps")
 
     def wait(self) -> None:
@@ -165,7 +165,7 @@ class Committer:
 
     def finish(self) -> dict[str, Any]:
         """Let each writer write what belongs to the whole, on rank 0; return size and hash of every file."""
-        self.ranks.wait()
+        self.ranks.barrier()
         if not self.ranks.first:
             return {}
         rows = committed(self.folder)

@@ -73,7 +73,7 @@ class LayerQuantizer:
                 yield self._kv_cache()
         for number, linear in enumerate(self.plan.linears(self.layer)):
             yield self._linear(linear, number)
-        rows = chain.from_iterable(self.context.ranks.gather(self.rows))
+        rows = chain.from_iterable(self.context.ranks.all_gather(self.rows))
         self.context.log.rows.extend(row for _, row in sorted(rows, key=itemgetter(0)))
         if states:
             self._compare(states)
@@ -193,7 +193,7 @@ class LayerQuantizer:
             for weight, _ in made:
                 for tensor in (weight.data, weight.scale, weight.amax):
                     if tensor is not None:
-                        ranks.share(tensor, owner)
+                        ranks.broadcast(tensor, owner)
         return made
 
     def _kv_cache(self) -> LayerOutput:

@@ -27,16 +27,16 @@ def run(plan: Plan, out: Path, options: Options = Options(), progress: Progress 
     """
     out = out.resolve()
     ranks = started()
-    checked = ranks.agree(lambda: check(plan, out, options, ranks))
+    checked = ranks.broadcast_object(lambda: check(plan, out, options, ranks))
     if checked.complete:
         if ranks.first:
             clear(out)
         document = report.read(out)
         return document | {"gates": options.gates.check(document["fidelity"])}
     with OutputDirectory(out, options.resume) if ranks.first else nullcontext():
-        ranks.wait()
+        ranks.barrier()
         document = _run(plan, Place(out, partial_of(out), ranks), checked, options, progress)
-    ranks.wait()
+    ranks.barrier()
     return document if ranks.first else report.read(out)
 
 

@@ -67,7 +67,7 @@ def prepared(plan: Plan, place: Place, checked: Preflight, options: Options, pro
         committer = Committer(plan, place.partial, log, place.ranks)
         stack.callback(committer.close)
         account = None if tokens is None else tokens.account
-        depends = place.ranks.agree(lambda: depends_on(plan, options, checked, account))
+        depends = place.ranks.broadcast_object(lambda: depends_on(plan, options, checked, account))
         settings = WriterOptions(options.max_shard_bytes, checked.tokenizer, checked.generation)
         done = committer.begin(depends | {"versions": report.versions()}, partial(_writers, plan, place.partial, settings))
         if states is not None:

@@ -42,11 +42,11 @@ def test_shares_are_of_all_units_and_balanced(weights, size):
 def test_one_process_agrees_with_itself():
     ranks = Ranks()
     assert ranks.first
-    assert ranks.agree(lambda: 7) == 7
-    assert ranks.gather(7) == [7]
-    assert ranks.largest(torch.tensor([7.0])) == 7
-    ranks.share(torch.tensor([7.0]), 0)
-    ranks.wait()
+    assert ranks.broadcast_object(lambda: 7) == 7
+    assert ranks.all_gather(7) == [7]
+    assert ranks.all_reduce_max(torch.tensor([7.0])) == 7
+    ranks.broadcast(torch.tensor([7.0]), 0)
+    ranks.barrier()
 
 
 @pytest.mark.parametrize(
