@@ -22,7 +22,7 @@ def observed(linears: Sequence[LinearSpec], static: Sequence[LinearSpec]) -> lis
     return [linear for linear in linears if linear in static or (linear.expert is not None and linear.kind in kinds)]
 
 
-class Coverage:
+class ExpertCoverage:
     """Tokens by expert of one layer, counted as they come into the expert's first linear."""
 
     def __init__(self, linears: Sequence[LinearSpec]) -> None:

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mptq.calibration.expert_coverage import Coverage, observed
+from mptq.calibration.expert_coverage import ExpertCoverage, observed
 from mptq.calibration.fidelity import Deviation, NextTokens
-from mptq.calibration.hidden_states import Activations, Batch, batches, chunks, flat
+from mptq.calibration.hidden_states import Batch, HiddenStates, batches, chunks, flat
 from mptq.distributed import Ranks
 from mptq.errors import CheckpointError, OutputError
 from mptq.layers.forward import embed, final_norm, logits, run_layer, weigh_output
 from mptq.model.tensors import megatron_layer
 from mptq.output.disk import PieceFile
 from mptq.plan.estimates import LOGITS
-from mptq.quantize.activation_quantizers import Observers
+from mptq.quantize.activation_quantizers import ActivationQuantizers
 from mptq.quantize.fp8 import E4M3_MAX, floored
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class StreamOptions:
+class HiddenStateOptions:
     """Where and in what pieces the activations are computed; `folder` holds what is over `memory` bytes of a rank."""
 
     device: torch.device
@@ -52,7 +52,7 @@ class Calibrated:
     `rounded` are those that the quantized stream rounds by; the others only belong to an output that it does not follow.
     """
 
-    observers: Observers
+    observers: ActivationQuantizers
     amax: dict[str, torch.Tensor]
     rounded: Sequence[str]
     experts: dict[str, Any] | None = None
@@ -67,7 +67,7 @@ class HiddenStatePair:
     Memory: tokens * hidden * 2 bytes for each stream, of the rank's own, up to a budget; then they are in files.
     """
 
-    def __init__(self, plan: Plan, tokens: TokenData, options: StreamOptions) -> None:
+    def __init__(self, plan: Plan, tokens: TokenData, options: HiddenStateOptions) -> None:
         self.plan, self.options = plan, options
         self.config = plan.model
         self.propagates = plan.recipe.calibration.propagate == "quantized"
@@ -86,7 +86,7 @@ class HiddenStatePair:
         self.on_disk = self.bytes // ranks.size > options.memory
         folder = options.folder if self.on_disk else None
         self.reference, self.quantized = (
-            Activations(count, self.config.hidden_size, dtype, folder, f"{name}-{ranks.rank}")
+            HiddenStates(count, self.config.hidden_size, dtype, folder, f"{name}-{ranks.rank}")
             for count, name in zip(counts, ("reference", "quantized"), strict=True)
         )
 
@@ -110,8 +110,8 @@ class HiddenStatePair:
             weigh_output(layer.get_submodule(expert))
         cached = {form: layout.cached(index) for form, layout in self.plan.layouts.items()}
         of_cache = tuple(dict.fromkeys(chain.from_iterable(cached.values())))
-        observers = Observers((linear.module for linear in seen), of_cache, self.plan.recipe.calibration)
-        coverage = Coverage(linears)
+        observers = ActivationQuantizers((linear.module for linear in seen), of_cache, self.plan.recipe.calibration)
+        coverage = ExpertCoverage(linears)
         with observers.collecting(layer), coverage.counting(layer):
             self._collect(layer)
         # Without calibration data, the held-out tokens are those that the report counts.
@@ -226,7 +226,7 @@ class HiddenStatePair:
         self.reference.close()
         self.quantized.close()
 
-    def _run(self, layer: TransformerLayer, stream: Activations, batch: Batch) -> torch.Tensor:
+    def _run(self, layer: TransformerLayer, stream: HiddenStates, batch: Batch) -> torch.Tensor:
         return run_layer(layer, self.config, stream.read(batch, self.options.device))
 
     def _piece(

@@ -45,7 +45,7 @@ def batches(lengths: Sequence[int], size: int, start: int = 0) -> list[Batch]:
     return found
 
 
-class Activations:
+class HiddenStates:
     """Hidden states [tokens, hidden] of all sequences end to end, replaced batch by batch as a layer hands them on.
 
     With `folder`, they are in a file there, removed at `close`; without, in memory. Memory: tokens * hidden * 2 bytes (for

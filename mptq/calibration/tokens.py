@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mptq.calibration.datasets.options import DataOptions
-from mptq.calibration.datasets.sources import Source, find_sources
+from mptq.calibration.datasets.sources import Dataset, find_sources
 from mptq.calibration.tokenizer import encode, load_tokenizer, tokenizer_directory
 from mptq.errors import DataError
 
@@ -96,7 +96,7 @@ def load_tokens(options: DataOptions, tokenizer: Path | str | None, vocab_size: 
     return TokenData(calibration, held_out, account)
 
 
-def _supplies(sources: Sequence[Source], options: DataOptions, tokenizer: Path | str | None) -> list[Supply]:
+def _supplies(sources: Sequence[Dataset], options: DataOptions, tokenizer: Path | str | None) -> list[Supply]:
     """The sequences of each dataset, of which nothing is read yet."""
     from mptq.calibration.datasets.corpus import Supply
 
@@ -110,7 +110,7 @@ def _supplies(sources: Sequence[Source], options: DataOptions, tokenizer: Path |
     return [Supply(_encoded(source, options, loaded), options.seq_length, options.packed, apart) for source in sources]
 
 
-def _encoded(source: Source, options: DataOptions, tokenizer: Any) -> Iterator[np.ndarray]:
+def _encoded(source: Dataset, options: DataOptions, tokenizer: Any) -> Iterator[np.ndarray]:
     """The documents of a dataset as token ids, int64 [n] each, in the order of the seed."""
     import numpy as np
 
@@ -118,7 +118,9 @@ def _encoded(source: Source, options: DataOptions, tokenizer: Any) -> Iterator[n
         yield encode(document, tokenizer, options.packed)
 
 
-def _check_enough(source: Source, there: tuple[int, int], asked: tuple[int, int], options: DataOptions, supply: Supply) -> None:
+def _check_enough(
+    source: Dataset, there: tuple[int, int], asked: tuple[int, int], options: DataOptions, supply: Supply
+) -> None:
     if there != asked:
         kind = f"of {options.seq_length} tokens" if options.packed else "(a document each)"
         counts = {"empty documents": supply.empty, "copies of held-out documents": supply.copies}
@@ -130,7 +132,7 @@ def _check_enough(source: Source, there: tuple[int, int], asked: tuple[int, int]
         )
 
 
-def _check_vocabulary(source: Source, sequences: Sequence[np.ndarray], tokenizer: Path | str | None, vocab_size: int) -> None:
+def _check_vocabulary(source: Dataset, sequences: Sequence[np.ndarray], tokenizer: Path | str | None, vocab_size: int) -> None:
     """Raise DataError for an id that the model has no embedding of."""
     ends = [end for ids in sequences for end in (int(ids.min()), int(ids.max()))]
     strange = next((end for end in ends if not 0 <= end < vocab_size), None)

@@ -14,7 +14,7 @@ from mptq.inspection.quantized import scales
 from mptq.inspection.settings import architecture, settings_document, words
 from mptq.inspection.tree import tree
 from mptq.model.build import model_config
-from mptq.model.checkpoint_keys import dropped, locate
+from mptq.model.checkpoint_keys import locate, skipped
 from mptq.model.config import ModelConfig
 from mptq.model.settings.resolve import resolve
 from mptq.model.source import Source, SourceOptions
@@ -35,7 +35,7 @@ _ALWAYS = ("TP", "PP")
 def describe_megatron(checkpoint: Checkpoint, options: SourceOptions | None = None) -> dict[str, Any]:
     """The document of a checkpoint; that of a model which mptq does not quantize has a `problem` instead of `recipes`."""
     options, specs = options or SourceOptions(), checkpoint.specs
-    left_out = dropped([*checkpoint.tensors, *checkpoint.blobs])
+    left_out = skipped([*checkpoint.tensors, *checkpoint.blobs])
     model_specs = [spec for name, spec in specs.items() if name not in left_out]
     document: dict[str, Any] = {
         "path": str(checkpoint.directory),

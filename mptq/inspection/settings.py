@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from mptq.model.architectures.families import family_of, nearest
+from mptq.model.architectures.families import family_of, nearest_family
 from mptq.model.config import ModelConfig
 from mptq.model.features import WORDS
 from mptq.model.settings.settings import Settings
@@ -58,7 +58,7 @@ def _has_yarn(key: str, settings: Mapping[str, Any]) -> bool:
 
 def architecture(model: ModelConfig) -> dict[str, Any]:
     """The architecture of Hugging Face that the model is, or the nearest and what that lacks; what keeps it from being run."""
-    family, near = family_of(model), nearest(model)
+    family, near = family_of(model), nearest_family(model)
     return {
         "family": family.name if family else None,
         "class": family.architecture if family else None,

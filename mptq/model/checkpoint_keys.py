@@ -37,7 +37,7 @@ KEY_VARIANTS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 """Pattern in an inner name -> what else it can be in a checkpoint: one tensor, or several, by rows."""
 
-DROPPED = {
+SKIPPED = {
     "_extra_state": "Transformer Engine's FP8 state, of no meaning outside training",
     "optimizer.": "optimizer state",
     "chained_": "optimizer state",
@@ -98,7 +98,7 @@ def _alike(name: str) -> str:
     return re.sub(_NUMBER, ".N.", name)
 
 
-def carried(places: Mapping[str, tuple[TensorSlice, ...]]) -> list[str]:
+def passthrough_names(places: Mapping[str, tuple[TensorSlice, ...]]) -> list[str]:
     """The inner names that only a Megatron output has, as they are: multi-token prediction layers."""
     return [name for name in places if name.startswith(MTP)]
 
@@ -112,13 +112,13 @@ def _carried(tensors: Mapping[str, TensorSpec], prefix: str) -> dict[str, tuple[
     return found
 
 
-def dropped(keys: Iterable[str]) -> dict[str, str]:
+def skipped(keys: Iterable[str]) -> dict[str, str]:
     """The keys that the output leaves out, with the reason."""
     return {key: reason for key in keys if (reason := _drop_reason(key)) is not None}
 
 
 def _drop_reason(key: str) -> str | None:
-    for part, reason in DROPPED.items():  # there are tens of thousands of keys: a generator would take longer than all tests
+    for part, reason in SKIPPED.items():  # there are tens of thousands of keys: a generator would take longer than all tests
         if part in key:
             return reason
     return None

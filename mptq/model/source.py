@@ -9,7 +9,7 @@ from pathlib import Path
 from mptq.checkpoint.contents import require_weights
 from mptq.checkpoint.index import Checkpoint, open_checkpoint
 from mptq.model.build import model_config
-from mptq.model.checkpoint_keys import dropped, locate
+from mptq.model.checkpoint_keys import locate, skipped
 from mptq.model.config import ModelConfig
 from mptq.model.generation import GenerationSource
 from mptq.model.settings.from_hf_config import generation_sources
@@ -43,10 +43,10 @@ class Source:
     generation: tuple[GenerationSource, ...] = ()
 
     @property
-    def dropped(self) -> dict[str, str]:
+    def skipped(self) -> dict[str, str]:
         """Keys of the checkpoint that no output has, with the reason."""
         keys = [*self.checkpoint.tensors, *self.checkpoint.blobs]
-        return dropped(keys)
+        return skipped(keys)
 
     def dtype(self, inner: str) -> str:
         """The dtype in which the checkpoint stores an inner tensor."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from mptq.model.architectures.families import Family, nearest
+from mptq.model.architectures.families import Family, nearest_family
 from mptq.model.config import LayerKind, MLAConfig, ModelConfig
 from mptq.model.fused import Fusion
 
@@ -137,7 +137,7 @@ CACHED = ("attention", "mla")
 @lru_cache(maxsize=8)
 def names(config: ModelConfig) -> Family:
     """The architecture whose names the model's logical projections bear."""
-    return nearest(config)
+    return nearest_family(config)
 
 
 def layer_linears(config: ModelConfig, layer: int) -> tuple[LinearSpec, ...]:

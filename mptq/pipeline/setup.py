@@ -87,10 +87,10 @@ def _hidden_states(
     """Both sequences of hidden states; None without tokens."""
     if tokens is None:
         return None
-    from mptq.calibration.hidden_state_pair import HiddenStatePair, StreamOptions
+    from mptq.calibration.hidden_state_pair import HiddenStateOptions, HiddenStatePair
 
     memory = activation_memory(options)
-    settings = StreamOptions(device, options.batch_size, memory, place.partial, options.moe_min_tokens, place.ranks)
+    settings = HiddenStateOptions(device, options.batch_size, memory, place.partial, options.moe_min_tokens, place.ranks)
     return HiddenStatePair(plan, tokens, settings)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from mptq.errors import RecipeError, UnsupportedModelError
 from mptq.formats import FORMATS
 from mptq.formats.layout import Layout, canonical_weight
-from mptq.model.checkpoint_keys import carried
+from mptq.model.checkpoint_keys import passthrough_names
 from mptq.model.config import ModelConfig
 from mptq.model.source import Source, SourceOptions, open_source
 from mptq.model.tensors import LinearSpec, UnquantizedTensor, layer_copies
@@ -68,15 +68,20 @@ class Plan:
     def passthrough(self) -> tuple[UnquantizedTensor, ...]:
         """The tensors outside of the model (multi-token prediction) that a format of the run stores as they are."""
         places = self.source.places
-        stored = [name for name in carried(places) if not all(FORMATS[form].lacks(name) for form in self.formats)]
+        stored = [name for name in passthrough_names(places) if not all(FORMATS[form].lacks(name) for form in self.formats)]
         return tuple(UnquantizedTensor(name, (), places[name][0].shape, places[name][0].shape[0]) for name in stored)
 
     @property
     def skipped(self) -> dict[str, str]:
         """Keys of the checkpoint that no output has, with the reason."""
         stored = {tensor.megatron for tensor in self.passthrough}
-        keys = (part.key for name in carried(self.source.places) if name not in stored for part in self.source.places[name])
-        return self.source.dropped | dict.fromkeys(keys, "multi-token prediction, which only the Megatron output has")
+        keys = (
+            part.key
+            for name in passthrough_names(self.source.places)
+            if name not in stored
+            for part in self.source.places[name]
+        )
+        return self.source.skipped | dict.fromkeys(keys, "multi-token prediction, which only the Megatron output has")
 
     @property
     def differing(self) -> list[str]:

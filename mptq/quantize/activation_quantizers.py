@@ -57,7 +57,7 @@ CACHED: dict[str, Callable[[Any, Visit], Hooks]] = {"key": _key, "value": _value
 """What caches hold (`cached` of a layout) -> hooks on a layer's attention that visit it; parts of one name have one scale."""
 
 
-class Observers:
+class ActivationQuantizers:
     """Quantizers of the inputs of the linears `names` of a layer, and of what is `cached` of it (`CACHED`).
 
     They hang on the layer as hooks while `collecting` or `quantizing`, and change nothing of it otherwise.

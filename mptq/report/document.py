@@ -192,14 +192,14 @@ def manifest_of(plan: Plan, files: Mapping[str, Any], options: Mapping[str, Any]
         "formats": list(plan.formats),
         "excluded": facts(plan).get("excluded", []),
         "dialect": facts(plan).get("dialect"),
-        "tensors": tensor_account(plan),
-        "kv_cache": cache_account(plan),
+        "tensors": tensor_manifest(plan),
+        "kv_cache": cache_manifest(plan),
         "dropped": plan.skipped,
         "files": dict(files),
     }
 
 
-def tensor_account(plan: Plan) -> dict[str, dict[str, Any]]:
+def tensor_manifest(plan: Plan) -> dict[str, dict[str, Any]]:
     """Every inner tensor of the source: where it was, and the tensors that each output has of it."""
     account: dict[str, dict[str, Any]] = {}
 
@@ -233,7 +233,7 @@ def spec_rows(specs: Iterable[TensorSpec]) -> list[dict[str, Any]]:
     return [{"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)} for spec in specs]
 
 
-def cache_account(plan: Plan) -> dict[str, list[dict[str, Any]]]:
+def cache_manifest(plan: Plan) -> dict[str, list[dict[str, Any]]]:
     """The tensors that each output has of the KV cache's calibration, which no tensor of the source has."""
     layers = [layer for layer in plan.layers if plan.assignment.has_cache(layer)]
     return {

@@ -54,7 +54,7 @@ def compare(outputs: list[OpenedOutput], made: dict[str, Any], source: Source) -
 
 def _check_account(plan: Plan, made: dict[str, Any]) -> Iterator[str]:
     """The manifest says of every tensor of the source what the recipe implies, and leaves none out."""
-    account = report.tensor_account(plan)
+    account = report.tensor_manifest(plan)
     for name in sorted(account.keys() | made["tensors"].keys()):
         if account.get(name) != made["tensors"].get(name):
             yield f"{name} of the source is not in the output as the recipe implies"

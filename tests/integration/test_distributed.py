@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from mptq import Options, make_plan, run
 from mptq.calibration.datasets.options import DataOptions
-from mptq.calibration.hidden_state_pair import HiddenStatePair, StreamOptions
+from mptq.calibration.hidden_state_pair import HiddenStateOptions, HiddenStatePair
 from mptq.calibration.tokens import load_tokens
 from mptq.distributed import Ranks, is_first, shares, started
 from mptq.errors import MptqError, StoppedError
@@ -203,7 +203,7 @@ def test_ranks_keep_their_parts_of_one_file(crossing, tokens, tmp_path, monkeypa
     """Also where each finds that there is none yet, and another makes it a moment later."""
     plan = make_plan(crossing, "fp8")
     data = load_tokens(DataOptions((str(tokens),), 11, 5, 32), None, plan.model.vocab_size, calibrate=True)
-    settings = StreamOptions(torch.device("cpu"), 2, 2**30, tmp_path)
+    settings = HiddenStateOptions(torch.device("cpu"), 2, 2**30, tmp_path)
     ranks = [HiddenStatePair(plan, data, replace(settings, ranks=Ranks(rank, 2))) for rank in range(2)]
     for rank, streams in enumerate(ranks):
         for states in (streams.reference.states, streams.quantized.states):

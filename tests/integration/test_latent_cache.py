@@ -14,7 +14,7 @@ from mptq.layers.forward import run_layer
 from mptq.layers.transformer_layer import build_layer
 from mptq.pipeline.context import PlannedReader
 from mptq.plan.estimates import warnings
-from mptq.quantize.activation_quantizers import Observers
+from mptq.quantize.activation_quantizers import ActivationQuantizers
 from mptq.recipes.recipe import Calibration, load_recipe
 from tests.integration.test_calibration import fake_quantized
 from tests.integration.test_engines import distance
@@ -83,7 +83,7 @@ def test_the_magnitude_is_the_whole_models_bit_for_bit(zoo, name):
             if part.module.startswith("self_attention"):
                 weights[f"{part.module}.weight"] = read(f"{prefix}{part.megatron}.weight")
         layer.load_state_dict(weights, assign=True)
-        observers = Observers((), ("latent",), Calibration())
+        observers = ActivationQuantizers((), ("latent",), Calibration())
         with observers.collecting(layer):
             run_layer(layer.eval(), plan.model, hidden)
         assert float(observers.magnitudes("layer")["latent"]) == float(cached.max())

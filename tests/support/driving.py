@@ -9,7 +9,7 @@ import transformers
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mptq.calibration.hidden_state_pair import HiddenStatePair, StreamOptions
+from mptq.calibration.hidden_state_pair import HiddenStateOptions, HiddenStatePair
 from mptq.calibration.tokens import TokenData
 from mptq.layers.forward import final_norm, logits
 from mptq.pipeline.context import RunContext
@@ -43,7 +43,7 @@ class Driven:
 
     def __init__(self, plan, tokens, folder, memory=10**9, batch_size=2, kind=Kept):
         self.record, self.tensors = RunLog(), {form: {} for form in plan.formats}
-        self.streams = kind(plan, tokens, StreamOptions(CPU, batch_size, memory, folder, 0))
+        self.streams = kind(plan, tokens, HiddenStateOptions(CPU, batch_size, memory, folder, 0))
         for output in LayerStream(RunContext(plan, CPU, self.record, Silent(), self.streams)).outputs():
             for form, tensors in output.tensors.items():
                 self.tensors[form] |= tensors

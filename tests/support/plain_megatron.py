@@ -49,7 +49,7 @@ def restored(model, options):
 def _layers(options):
     """mptq's layers as ModelOpt compresses them, in this process, with the scales of activations that mptq calibrates."""
     from mptq.calibration.datasets.options import DataOptions
-    from mptq.calibration.hidden_state_pair import HiddenStatePair, StreamOptions
+    from mptq.calibration.hidden_state_pair import HiddenStateOptions, HiddenStatePair
     from mptq.calibration.tokens import load_tokens
     from mptq.pipeline.context import RunContext
     from mptq.pipeline.layer_stream import LayerStream
@@ -71,7 +71,7 @@ def _layers(options):
     plan = make_plan(options.checkpoint, recipe, ("hf", "megatron"))
     if recipe.needs_data:  # tests/conftest.py, `options`
         tokens = load_tokens(DataOptions((str(options.dataset),), 6, 3, 32), None, plan.model.vocab_size, calibrate=True)
-        states = Kept(plan, tokens, StreamOptions(torch.device("cpu"), 4, 2**30, options.out, 16))
+        states = Kept(plan, tokens, HiddenStateOptions(torch.device("cpu"), 4, 2**30, options.out, 16))
         for _ in LayerStream(RunContext(plan, torch.device("cpu"), RunLog(), Silent(), states)).outputs():
             pass
     _megatron_arithmetic()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Kind:
+class DatasetKind:
     """How a dataset of this kind is told from its name, and read: documents in an order drawn from the random bits."""
 
     name: str
@@ -34,13 +34,13 @@ def _file_of(*suffixes: str) -> Callable[[str], bool]:
 
 
 KINDS = (
-    Kind("megatron", megatron_indexed.is_indexed, megatron_indexed.read_indexed, tokenized=True),
-    Kind("json-lines", _file_of(".jsonl", ".json"), files.read_json_lines),
-    Kind("parquet", _file_of(".parquet"), files.read_parquet),
-    Kind("text", files.text_files, files.read_text),
-    Kind("saved", huggingface.is_saved, huggingface.read_saved),
-    Kind("directory", huggingface.is_directory, huggingface.read_streamed),
-    Kind("hub", huggingface.is_hub_name, huggingface.read_streamed),
+    DatasetKind("megatron", megatron_indexed.is_indexed, megatron_indexed.read_indexed, tokenized=True),
+    DatasetKind("json-lines", _file_of(".jsonl", ".json"), files.read_json_lines),
+    DatasetKind("parquet", _file_of(".parquet"), files.read_parquet),
+    DatasetKind("text", files.text_files, files.read_text),
+    DatasetKind("saved", huggingface.is_saved, huggingface.read_saved),
+    DatasetKind("directory", huggingface.is_directory, huggingface.read_streamed),
+    DatasetKind("hub", huggingface.is_hub_name, huggingface.read_streamed),
 )
 """The first that recognises a name reads it."""
 
@@ -49,11 +49,11 @@ DEFAULT = {"python-reference": (default.read_reference, 1.0), "python-library": 
 
 
 @dataclass(frozen=True)
-class Source:
+class Dataset:
     """A dataset that was asked for: `path` is a path or the name on the hub."""
 
     path: str
-    kind: Kind
+    kind: DatasetKind
     weight: float
 
     @property
@@ -69,11 +69,13 @@ class Source:
         )
 
 
-def find_sources(datasets: tuple[str, ...]) -> list[Source]:
+def find_sources(datasets: tuple[str, ...]) -> list[Dataset]:
     """The datasets named, or the default one; raises DataError with all that is wrong with the names, in one line."""
     if not datasets:
-        return [Source(name, Kind("default", lambda _: False, read), weight) for name, (read, weight) in DEFAULT.items()]
-    found: list[Source] = []
+        return [
+            Dataset(name, DatasetKind("default", lambda _: False, read), weight) for name, (read, weight) in DEFAULT.items()
+        ]
+    found: list[Dataset] = []
     problems: list[str] = []
     for given in datasets:
         try:
@@ -93,13 +95,13 @@ def _overlap(one: Path, other: Path) -> bool:
     return one == other or one in other.parents or other in one.parents
 
 
-def _find(given: str) -> Source:
+def _find(given: str) -> Dataset:
     path, weight = _split_weight(given)
     if not (weight > 0 and math.isfinite(weight)):
         raise DataError(f"dataset {given!r}: the weight must be a positive number")
     for kind in KINDS:
         if path and kind.recognise(path):
-            return Source(path, kind, weight)
+            return Dataset(path, kind, weight)
     raise DataError(_unknown(path))
 
 

@@ -13,7 +13,7 @@ from mptq.formats.hf.quantization_config import DIALECTS
 from mptq.formats.hf.verify import check_config
 from mptq.formats.hf.warnings import warnings
 from mptq.formats.protocol import Format, OpenedOutput
-from mptq.model.architectures.families import family_of, nearest
+from mptq.model.architectures.families import family_of, nearest_family
 from mptq.model.checkpoint_keys import MTP
 from mptq.model.tensors import hf_layer
 from mptq.recipes.assignment import require_whole_groups
@@ -142,7 +142,7 @@ def _loader(directory: Path) -> Any:
 
 def _require_family(layout: HfLayout) -> None:
     if family_of(layout.model) is None:
-        near = nearest(layout.model)
+        near = nearest_family(layout.model)
         raise UnsupportedModelError(
             f"no Hugging Face architecture that mptq writes expresses this model; the nearest, {near.name}, differs in "
             f"{'; '.join(near.missing(layout.model))}: use --format megatron"

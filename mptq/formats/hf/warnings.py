@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from mptq.model import engines
-from mptq.model.checkpoint_keys import carried
+from mptq.model.checkpoint_keys import passthrough_names
 from mptq.model.tensors import names as names_of
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def warnings(layout: HfLayout) -> list[str]:
 
 
 def _left_out(layout: HfLayout) -> list[str]:
-    notes, family, prediction = [], names_of(layout.model), carried(layout.source.places)
+    notes, family, prediction = [], names_of(layout.model), passthrough_names(layout.source.places)
     if prediction:
         notes.append(f"{len(prediction)} tensors of multi-token prediction layers are not in the hf output")
     epsilon = family.latent_epsilon

@@ -321,7 +321,7 @@ def family_of(config: ModelConfig) -> Family | None:
     return next((family for family in FAMILIES if not family.missing(config)), None)
 
 
-def nearest(config: ModelConfig) -> Family:
+def nearest_family(config: ModelConfig) -> Family:
     """The architecture that lacks fewest of the model's features; its names stand for the logical projections."""
     return family_of(config) or min(_alike(config), key=lambda family: len(family.missing(config)))
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mptq.calibration.expert_coverage import Coverage, observed
+from mptq.calibration.expert_coverage import ExpertCoverage, observed
 from mptq.calibration.hidden_state_pair import HiddenStatePair
 from mptq.errors import CheckpointError
 from mptq.layers.forward import run_layer
@@ -26,7 +26,7 @@ def mixture():
 def counted(mixture, *shapes):
     """A coverage that has counted random tokens, and how often the router chose each expert."""
     config, layer, linears = mixture
-    coverage = Coverage(linears)
+    coverage = ExpertCoverage(linears)
     chosen = torch.zeros(config.num_experts, dtype=torch.int64)
 
     def choose(_module, _arguments, out):
@@ -74,7 +74,7 @@ def modules(linears):
 @pytest.mark.parametrize("minimum", [0, 1, 5, 12])
 def test_experts_under_the_minimum_get_the_largest_of_the_others(mixture, minimum):
     _, _, linears = mixture
-    coverage = Coverage(linears)
+    coverage = ExpertCoverage(linears)
     tokens = [9, 4, 12, 0, 5, 20, 11, 3]
     coverage.tokens.update(dict(enumerate(tokens)))
     amax = magnitudes(linears, [expert for expert, count in enumerate(tokens) if count])
@@ -93,7 +93,7 @@ def test_experts_under_the_minimum_get_the_largest_of_the_others(mixture, minimu
 
 def test_without_an_expert_that_saw_enough_the_largest_of_all_stands_in(mixture):
     _, _, linears = mixture
-    coverage = Coverage(linears)
+    coverage = ExpertCoverage(linears)
     coverage.tokens.update({0: 2, 5: 3})
     amax = magnitudes(linears, [0, 5])
     assert coverage.complete(amax, 16, modules(linears)) == {"tokens": [2, 0, 0, 0, 0, 3, 0, 0], "fallback": list(range(8))}
@@ -103,7 +103,7 @@ def test_without_an_expert_that_saw_enough_the_largest_of_all_stands_in(mixture)
 
 def test_static_scales_of_one_linear_fall_back_alone(mixture):
     _, _, linears = mixture
-    coverage = Coverage(linears)
+    coverage = ExpertCoverage(linears)
     coverage.tokens.update(dict.fromkeys(range(7), 100))
     amax = {name: value for name, value in magnitudes(linears, range(7)).items() if name.endswith("linear_fc2")}
     static = [name for name in modules(linears) if name.endswith("linear_fc2")]
@@ -114,7 +114,7 @@ def test_static_scales_of_one_linear_fall_back_alone(mixture):
 
 def test_a_dense_layer_has_no_experts():
     config, layer = filled(ARGS, "bfloat16")
-    coverage = Coverage(layer_linears(config, 0))
+    coverage = ExpertCoverage(layer_linears(config, 0))
     with coverage.counting(layer):
         run_layer(layer, config, torch.randn(1, 4, config.hidden_size).bfloat16())
     amax = {"mlp.linear_fc1": torch.tensor(1.0)}
@@ -129,7 +129,7 @@ def test_an_expert_that_alone_is_static_borrows_from_those_that_need_no_scale(mi
     static = [linear for linear in linears if linear.expert == alone]
     seen = observed(linears, static)
     assert seen == [linear for linear in linears if linear.expert is not None]
-    coverage = Coverage(linears)
+    coverage = ExpertCoverage(linears)
     coverage.tokens.update(dict.fromkeys(range(8), 100) | {alone: tokens})
     amax = magnitudes(linears, [expert for expert in range(8) if expert != alone or tokens])
     assert coverage.complete(amax, 16, modules(static))["fallback"] == [alone]

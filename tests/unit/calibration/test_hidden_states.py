@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mptq.calibration.hidden_states import Activations, Batch, batches, chunks, flat
+from mptq.calibration.hidden_states import Batch, HiddenStates, batches, chunks, flat
 
 
 @given(st.lists(st.integers(1, 6), max_size=30), st.integers(1, 5), st.integers(0, 100))
@@ -39,7 +39,7 @@ def test_memory_and_file_hold_the_same(tmp_path, dtype):
     torch.manual_seed(0)
     parts = batches([3, 3, 3, 2, 2], 2)
     tokens = parts[-1].tokens.stop
-    kept = [Activations(tokens, 8, dtype, folder, "reference") for folder in (None, tmp_path)]
+    kept = [HiddenStates(tokens, 8, dtype, folder, "reference") for folder in (None, tmp_path)]
     (file,) = tmp_path.iterdir()
     assert file.stat().st_size == tokens * 8 * dtype.itemsize
     written = [torch.randn(part.count, part.length, 8).to(dtype) for part in parts]
@@ -57,7 +57,7 @@ def test_memory_and_file_hold_the_same(tmp_path, dtype):
 
 
 def test_a_write_takes_states_of_any_stride_and_touches_its_rows_only():
-    activations = Activations(12, 4, torch.float32, None, "quantized")
+    activations = HiddenStates(12, 4, torch.float32, None, "quantized")
     activations.states.fill_(-1)
     states = torch.arange(24.0).view(3, 2, 4)
     activations.write(Batch(4, 2, 3), states.transpose(0, 1))  # as run_layer hands them on
@@ -66,7 +66,7 @@ def test_a_write_takes_states_of_any_stride_and_touches_its_rows_only():
 
 
 def test_two_streams_share_a_folder(tmp_path):
-    streams = [Activations(2, 4, torch.bfloat16, tmp_path, name) for name in ("reference", "quantized")]
+    streams = [HiddenStates(2, 4, torch.bfloat16, tmp_path, name) for name in ("reference", "quantized")]
     for value, stream in enumerate(streams):
         stream.write(Batch(0, 1, 2), torch.full((1, 2, 4), value, dtype=torch.bfloat16))
     assert [float(stream.states.float().mean()) for stream in streams] == [0, 1]

@@ -9,7 +9,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mptq.layers.rope import Positions, angles
 from mptq.model.architectures.config_json import config_fields
-from mptq.model.architectures.families import nearest
+from mptq.model.architectures.families import nearest_family
 from tests.support.models import ARGS, FAMILY_ARGS, LATENT, model
 
 CPU = torch.device("cpu")
@@ -146,7 +146,7 @@ def test_yarn_of_latent_attention(mscale):
 )
 def test_transformers_turns_by_the_same_angles_from_the_config_that_is_written(name, fields):
     config = model(FAMILY_ARGS[name] | fields)
-    family = nearest(config)
+    family = nearest_family(config)
     assert family.name == name
     hf = getattr(transformers, family.config_class)(**config_fields(config, family))
     if config.latent:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mptq.errors import CheckpointError
-from mptq.model.checkpoint_keys import DROPPED, carried, dropped, locate
+from mptq.model.checkpoint_keys import SKIPPED, locate, passthrough_names, skipped
 from mptq.model.tensors import layer_linears
 from mptq.plan.estimates import actions
 from mptq.plan.plan import Source, plan_source
@@ -316,7 +316,7 @@ def test_prediction_layers_are_carried_for_megatron_only(prefix):
     extra = {prefix + name: torch.zeros(shape) for name, shape in PREDICTION.items()}
     extra[f"{prefix}mtp.layers.0.transformer_layer.mlp.linear_fc2._extra_state"] = torch.zeros(1)
     made = source(CONFIG, tensors | extra)
-    assert carried(made.places) == list(PREDICTION)
+    assert passthrough_names(made.places) == list(PREDICTION)
     plan = plan_source(made, load_recipe("fp8-per-tensor"), ("hf", "megatron"))
     assert [(copy.megatron, copy.shape) for copy in plan.passthrough] == list(PREDICTION.items())
     written = {spec.name: spec.shape for spec in plan.layouts["megatron"].specs}
@@ -345,8 +345,8 @@ def test_what_is_dropped_has_a_reason():
         "rng_state/shard_0",
         "decoder.x.weight",
     ]
-    assert dropped(keys) == {
-        keys[0]: DROPPED["_extra_state"],
+    assert skipped(keys) == {
+        keys[0]: SKIPPED["_extra_state"],
         keys[1]: "optimizer state",
         keys[2]: "random number generator state",
     }

@@ -10,7 +10,7 @@ from mptq.errors import CheckpointError
 from mptq.layers.forward import run_layer
 from mptq.layers.transformer_layer import build_layer
 from mptq.model.tensors import CORE_ATTENTION, layer_linears
-from mptq.quantize.activation_quantizers import Observers
+from mptq.quantize.activation_quantizers import ActivationQuantizers
 from mptq.recipes.recipe import Calibration
 from tests.support.models import ARGS, DEEPSEEK, LATENT, MOE_ARGS, model
 from tests.unit.layers.test_transformer_layer import filled
@@ -53,7 +53,7 @@ def test_collecting_changes_nothing_and_finds_the_exact_largest(layer):
     config, module, names, batches = layer
     with seen(module, names) as inputs:
         plain = [run_layer(module, config, batch) for batch in batches]
-    observers = Observers(names, ("key", "value"), Calibration())
+    observers = ActivationQuantizers(names, ("key", "value"), Calibration())
     observed = observe(module, config, batches, observers)
     assert all(torch.equal(left, right) for left, right in zip(plain, observed, strict=True))
     found = observers.magnitudes("layer")
@@ -79,7 +79,7 @@ def test_keys_are_observed_after_the_rotary_embedding(layer):
     config, module, _, batches = layer
     fused = []
     hook = module.self_attention.linear_qkv.register_forward_hook(lambda _module, _arguments, out: fused.append(out[0]))
-    observers = Observers((), ("key", "value"), Calibration())
+    observers = ActivationQuantizers((), ("key", "value"), Calibration())
     observe(module, config, [batches[1].repeat(1, 20, 1)], observers)
     hook.remove()
     parts = fused[0].unflatten(-1, (config.num_query_groups, -1, config.head_dim))
@@ -98,7 +98,7 @@ def test_percentile_is_torchs_quantile_within_a_bin(layer, percentile):
     with seen(module, names) as inputs:
         for batch in batches:
             run_layer(module, config, batch)
-    observers = Observers(names, ("key", "value"), Calibration(method="percentile", percentile=percentile))
+    observers = ActivationQuantizers(names, ("key", "value"), Calibration(method="percentile", percentile=percentile))
     observe(module, config, batches, observers)
     for name, amax in observers.magnitudes("layer").items():
         values = torch.cat([part.float().abs().flatten() for part in inputs[name]])
@@ -129,7 +129,7 @@ def near(found, before, amax):
 def test_quantizing_rounds_inputs_keys_and_values_to_e4m3(layer):
     """Every module gets its input rounded, and no other change: the linear's output is that of the rounded input."""
     config, module, names, batches = layer
-    observers = Observers(names, ("key", "value"), Calibration())
+    observers = ActivationQuantizers(names, ("key", "value"), Calibration())
     observe(module, config, batches, observers)
     # Half the magnitude for some: what is beyond saturates and does not become NaN.
     amax = {
@@ -149,17 +149,19 @@ def test_quantizing_rounds_inputs_keys_and_values_to_e4m3(layer):
 def test_what_nothing_passed_has_no_magnitude():
     config, module = filled(MOE_ARGS, "bfloat16")
     names = [linear.module for linear in layer_linears(config, 0)]
-    observers = Observers(names, (), Calibration())
+    observers = ActivationQuantizers(names, (), Calibration())
     observe(module, config, [torch.randn(1, 1, config.hidden_size).bfloat16()], observers)
     found = observers.magnitudes("layer")
     experts = {name: amax for name, amax in found.items() if "experts" in name}
     assert sum(amax is not None for amax in experts.values()) == 2 * config.moe_topk
     assert all(amax is not None for name, amax in found.items() if name not in experts)
-    assert all(amax is None for amax in Observers(names, ("key", "value"), Calibration()).magnitudes("layer").values())
+    assert all(
+        amax is None for amax in ActivationQuantizers(names, ("key", "value"), Calibration()).magnitudes("layer").values()
+    )
 
 
 def test_nothing_to_observe():
-    assert Observers((), (), Calibration()).magnitudes("layer") == {}
+    assert ActivationQuantizers((), (), Calibration()).magnitudes("layer") == {}
 
 
 @pytest.mark.parametrize(
@@ -168,7 +170,7 @@ def test_nothing_to_observe():
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_activations_that_are_not_finite_are_refused_by_name(calibration, value):
     config, module = filled(ARGS, "bfloat16")
-    observers = Observers(["self_attention.linear_proj", "mlp.linear_fc2"], (), calibration)
+    observers = ActivationQuantizers(["self_attention.linear_proj", "mlp.linear_fc2"], (), calibration)
     hidden = torch.randn(1, 5, config.hidden_size).bfloat16()
     with torch.no_grad():
         module.mlp.linear_fc1.weight[3] = value
@@ -186,7 +188,7 @@ def test_inputs_of_zeros_only_are_no_failure(method):
     module.load_state_dict(weights, assign=True)
     calibration = Calibration() if method == "max" else Calibration(method="percentile", percentile=99.0)
     names = [linear.module for linear in layer_linears(config, 0)]
-    observers = Observers(names, ("key", "value"), calibration)
+    observers = ActivationQuantizers(names, ("key", "value"), calibration)
     hidden = torch.randn(1, 5, config.hidden_size).bfloat16()
     observe(module, config, [hidden, hidden], observers)
     amax = observers.magnitudes("layer")
@@ -216,7 +218,7 @@ def rows_of(config, module, hidden):
 def test_latents_are_observed_as_they_are_cached(latent):
     config, module, batches = latent
     plain = [run_layer(module, config, batch) for batch in batches]
-    observers = Observers((), ("latent",), Calibration())
+    observers = ActivationQuantizers((), ("latent",), Calibration())
     observed = observe(module, config, batches, observers)
     assert all(torch.equal(left, right) for left, right in zip(plain, observed, strict=True))
     rows = [rows_of(config, module, batch) for batch in batches]
@@ -239,7 +241,7 @@ def test_one_magnitude_covers_the_latent_and_the_shared_key(latent, part):
             module.self_attention.kv_layernorm.weight *= 64
         else:
             module.self_attention.linear_kv_down_proj.weight[config.latent.kv_rank :] *= 64
-    observers = Observers((), ("latent",), Calibration())
+    observers = ActivationQuantizers((), ("latent",), Calibration())
     observe(module, config, batches, observers)
     hook.remove()
     largest = {
@@ -253,7 +255,7 @@ def test_one_magnitude_covers_the_latent_and_the_shared_key(latent, part):
 def test_a_percentile_counts_the_shared_key_once(latent):
     """Not once for each head: the histogram is of what is cached."""
     config, module, batches = latent
-    observers = Observers((), ("latent",), Calibration(method="percentile", percentile=99.0))
+    observers = ActivationQuantizers((), ("latent",), Calibration(method="percentile", percentile=99.0))
     observe(module, config, batches, observers)
     counted = int(observers.quantizers["latent"]._calibrator._calib_hist.sum())
     assert counted == sum(batch[..., 0].numel() for batch in batches) * (config.latent.kv_rank + config.latent.rotary_dim)
@@ -261,7 +263,7 @@ def test_a_percentile_counts_the_shared_key_once(latent):
 
 def test_quantizing_rounds_latents_as_engines_cache_them(latent):
     config, module, batches = latent
-    observers = Observers((), ("latent",), Calibration())
+    observers = ActivationQuantizers((), ("latent",), Calibration())
     observe(module, config, batches, observers)
     attention, sizes, seen = module.self_attention, config.latent, {}
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from mptq.formats.hf.format import _require_family
-from mptq.model.architectures.families import FAMILIES, PLAIN, family_of, nearest
+from mptq.model.architectures.families import FAMILIES, PLAIN, family_of, nearest_family
 from mptq.model.features import WORDS
 from tests.support.models import ARGS, FAMILY_ARGS, LATENT, MOE_ARGS, OSS_ARGS, SHARED, model
 
@@ -13,8 +13,8 @@ from tests.support.models import ARGS, FAMILY_ARGS, LATENT, MOE_ARGS, OSS_ARGS, 
 @pytest.mark.parametrize("name", FAMILY_ARGS)
 def test_each_family_is_chosen_for_its_features(name):
     config = model(FAMILY_ARGS[name])
-    assert family_of(config).name == nearest(config).name == name
-    assert nearest(config).missing(config) == []
+    assert family_of(config).name == nearest_family(config).name == name
+    assert nearest_family(config).missing(config) == []
 
 
 def test_every_family_has_an_example_and_words_of_its_own():
@@ -94,8 +94,10 @@ def test_deepseek_v2_is_written_though_megatron_core_chooses_its_groups_otherwis
 def test_the_nearest_stands_in_where_there_is_none(args):
     config = model(args)
     assert family_of(config) is None
-    assert nearest(config).missing(config) != []
-    assert all(len(nearest(config).missing(config)) <= len(family.missing(config)) for family in _with_the_names_of(config))
+    assert nearest_family(config).missing(config) != []
+    assert all(
+        len(nearest_family(config).missing(config)) <= len(family.missing(config)) for family in _with_the_names_of(config)
+    )
 
 
 def _with_the_names_of(config):
