@@ -332,8 +332,8 @@ def test_prediction_layers_are_listed_as_dropped_where_no_output_has_them():
     made = source(CONFIG, tensors | {name: torch.zeros(shape) for name, shape in PREDICTION.items()})
     alone = plan_source(made, load_recipe("fp8-per-tensor"), ("hf",))
     reason = "multi-token prediction, which only the Megatron output has"
-    assert alone.dropped == made.dropped | dict.fromkeys(PREDICTION, reason)
-    assert plan_source(made, load_recipe("fp8-per-tensor"), ("megatron",)).dropped == made.dropped
+    assert alone.skipped == made.skipped | dict.fromkeys(PREDICTION, reason)
+    assert plan_source(made, load_recipe("fp8-per-tensor"), ("megatron",)).skipped == made.skipped
     assert actions(alone)["multi-token prediction"] == "left out"
     assert alone.bytes_in == sum(tensor.nbytes for tensor in tensors.values())
 
