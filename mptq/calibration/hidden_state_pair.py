@@ -121,13 +121,13 @@ class HiddenStatePair:
         coverage.join(self.options.ranks.all_gather(coverage.tokens))
         magnitudes = self._largest(observers.magnitudes(where))
         amax = {name: floored(found) for name, found in magnitudes.items()}
-        for name in of_cache:
-            amax[name] = _representable(amax[name], self.compute_dtype)
         modules = [linear.module for linear in static]
         experts = coverage.complete(amax, self.options.moe_min_tokens, modules)
-        for name in modules:
+        for name in (*modules, *of_cache):
             if name not in amax:
                 raise CheckpointError(f"{where}.{name}: no token of the calibration data came to it: give more data")
+        for name in of_cache:
+            amax[name] = _representable(amax[name], self.compute_dtype)
         # The quantized stream is what the first of the formats stores.
         return Calibrated(observers, amax, tuple(dict.fromkeys((*modules, *cached[self.plan.formats[0]]))), experts)
 
