@@ -50,8 +50,8 @@ def strips(weight: Fp8Weight, scheme: Scheme) -> Iterator[tuple[slice, torch.Ten
 
 def _spread(scale: torch.Tensor, scheme: Scheme, rows: slice, columns: int) -> torch.Tensor:
     """The scales of `rows`, float32, to broadcast over them: [], or those of each row or of all, by 1 or `columns`."""
-    if scheme.shared:
-        return scale
+    if scheme.shared:  # a format may repeat it for every row
+        return scale[rows] if scale.dim() else scale
     height, width = scheme.cell
     cells = scale[rows.start // height : -(-rows.stop // height)]
     cells = powers_of_two(cells) if scheme.exponents else cells

@@ -36,6 +36,13 @@ def test_dequantize_is_data_times_scale(rows, columns, scheme):
     assert torch.equal(rounded, fp8.dequantize(found, scheme).bfloat16())
 
 
+@given(st.integers(1, 300))
+def test_a_shared_scale_may_be_repeated_for_every_row(rows):
+    _, found = make(rows, 32, TENSOR)
+    repeated = Fp8Weight(found.data, found.scale.expand(rows, 1))
+    assert torch.equal(fp8.dequantize(repeated, TENSOR), fp8.dequantize(found, TENSOR))
+
+
 @given(st.integers(1, 300), st.integers(1, 9), schemes, st.integers(0, 99))
 def test_reference_scale_and_bound_accept_right_weights(rows, columns, scheme, seed):
     weight, found = make(rows, columns * 32, scheme, seed)
