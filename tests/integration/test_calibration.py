@@ -14,7 +14,7 @@ from mptq.calibration.datasets.options import DataOptions
 from mptq.calibration.tokens import load_tokens
 from mptq.errors import CheckpointError
 from mptq.layers.forward import run_layer
-from mptq.pipeline.layer_stream import LayerStream
+from mptq.pipeline.context import PlannedReader
 from mptq.plan.plan import make_plan
 from mptq.recipes.recipe import Calibration, load_recipe
 from tests.integration.test_engines import distance
@@ -194,13 +194,13 @@ def test_documents_are_each_on_their_own(crossing, documents, tmp_path):
 
 def break_weight(monkeypatch, name, factor):
     """Let the run read this weight times `factor`."""
-    read = LayerStream._read
+    read = PlannedReader._read
 
     def broken(self, item):
         tensor = read(self, item)
         return tensor * factor if item.name == name else tensor
 
-    monkeypatch.setattr(LayerStream, "_read", broken)
+    monkeypatch.setattr(PlannedReader, "_read", broken)
 
 
 BROKEN = [
