@@ -104,7 +104,7 @@ def test_every_architecture(zoo, name):
     assert (name == "deepseek-v3-mtp") == ("multi-token prediction" in rows_of(document))
     for row in document["recipes"]:
         for form, found in row["bytes"].items():
-            assert found == make_plan(path, row["recipe"], (form,)).bytes_out(form)
+            assert found == make_plan(path, row["recipe"], (form,)).layouts[form].nbytes
         if document["architecture"]["family"] is None and row["recipe"] != "none":
             with pytest.raises(UnsupportedModelError) as error:
                 make_plan(path, row["recipe"], ("hf",))

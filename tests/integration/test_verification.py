@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from mptq.errors import CheckpointError, OutputError
 from mptq.files import sha256
-from mptq.verification import structure
+from mptq.formats import FORMATS
 from mptq.verification.structure import verify
 
 
@@ -154,12 +154,12 @@ def test_forged_account(out, aligned):
 def test_a_magnitude_of_modelopts_that_is_not_of_its_scale(out, monkeypatch):
     """ModelOpt takes either."""
     name = "decoder.layers.1.mlp.linear_fc2.weight_quantizer._amax"
-    opened = structure._open
+    opened = FORMATS["megatron"].open
 
-    def changed(*arguments):
-        found = opened(*arguments)
+    def changed(directory):
+        found = opened(directory)
         return replace(found, load=lambda key: found.load(key) * (2 if key == name else 1))
 
-    monkeypatch.setattr(structure, "_open", changed)
+    monkeypatch.setattr(FORMATS["megatron"], "open", changed)
     scale = name.removesuffix("_amax") + "_scale"
     assert [line.partition(":")[0] for line in verify(out).failures] == [f"{name} is not 448 times {scale}"]

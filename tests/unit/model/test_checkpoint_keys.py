@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mptq.errors import CheckpointError
 from mptq.model.checkpoint_keys import SKIPPED, locate, passthrough_names, skipped
 from mptq.model.tensors import layer_linears
-from mptq.plan.estimates import actions
+from mptq.plan.estimates import actions, bytes_in
 from mptq.plan.plan import Source, plan_source
 from mptq.recipes.recipe import load_recipe
 from mptq.types import TensorSlice
@@ -236,7 +236,7 @@ def test_hugging_faces_tensors_are_the_same_whatever_the_layout(name, data):
     plain = stored(config, inner, Layout())
     other = stored(config, inner, data.draw(layouts(config)))
     plans = [plan_source(source(config, tensors), load_recipe("none"), ("hf",)) for tensors in (plain, other)]
-    assert plans[0].specs("hf") == plans[1].specs("hf")
+    assert plans[0].layouts["hf"].specs == plans[1].layouts["hf"].specs
     first, second = (hf_output(plan, tensors) for plan, tensors in zip(plans, (plain, other), strict=True))
     assert first.keys() == second.keys()
     for key, value in first.items():
@@ -335,7 +335,7 @@ def test_prediction_layers_are_listed_as_dropped_where_no_output_has_them():
     assert alone.skipped == made.skipped | dict.fromkeys(PREDICTION, reason)
     assert plan_source(made, load_recipe("fp8-per-tensor"), ("megatron",)).skipped == made.skipped
     assert actions(alone)["multi-token prediction"] == "left out"
-    assert alone.bytes_in == sum(tensor.nbytes for tensor in tensors.values())
+    assert bytes_in(alone) == sum(tensor.nbytes for tensor in tensors.values())
 
 
 def test_what_is_dropped_has_a_reason():

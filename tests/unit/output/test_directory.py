@@ -36,10 +36,11 @@ def test_the_error_of_a_run_is_not_replaced_by_what_goes_wrong_after_it(tmp_path
     def failing(_path):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    with pytest.raises(ValueError, match="^the first$") as caught, OutputDirectory(tmp_path / "two") as target:
+    with pytest.raises(ValueError, match="^the first") as caught, OutputDirectory(tmp_path / "two") as target:
         (target.partial / ".journal").touch()
         monkeypatch.setattr("pathlib.Path.read_bytes", failing)
         raise ValueError("the first")
+    assert caught.value.args == ("the first",)
     assert "Input/output error" in caught.value.__notes__[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", ".two.partial"]
     with (tmp_path / ".two.partial" / ".lock").open("w") as lock:

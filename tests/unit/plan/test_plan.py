@@ -132,11 +132,11 @@ def test_misaligned_weights_can_have_one_scale_a_row():
     }
     assert "gate_proj, up_proj, down_proj: not multiples of 128, so they get one scale a row" in estimates.warnings(plan)[0]
     whole = plan_source(source(256, 384, 4, 2, 128), recipe_from(fields, "x"), ("hf",))
-    assert whole.dialect == "deepseek-fp8"
+    assert whole.layouts["hf"].dialect_name == "deepseek-fp8"
     with pytest.raises(RecipeError, match=r"model\.layers\.0\.mlp\.gate_proj.* are not whole blocks"):
         plan_source(source(256, 320, 4, 2, 64), recipe_from(fields | {"misaligned": "error"}, "x"), ("hf",))
     small = plan_source(source(576, 1536, 9, 3, 64), recipe_from(fields, "x"), ("hf",))
-    assert (small.dialect, small.excluded) == ("compressed-tensors", ["lm_head"])
+    assert (small.layouts["hf"].dialect_name, small.layouts["hf"].excluded) == ("compressed-tensors", ["lm_head"])
 
 
 def test_overrides_by_pattern():
@@ -221,8 +221,8 @@ def test_modules_of_engines_are_not_torn_apart(family, pattern, message):
     ],
 )
 def test_the_patterns_that_are_named_are_taken(family, patterns):
-    plan = planned(whole(family), "fp8-per-channel", *patterns)
-    assert len(plan.layouts["hf"].excluded) > len(planned(whole(family), "fp8-per-channel").excluded)
+    plan, plain = planned(whole(family), "fp8-per-channel", *patterns), planned(whole(family), "fp8-per-channel")
+    assert len(plan.layouts["hf"].excluded) > len(plain.layouts["hf"].excluded)
 
 
 def test_a_compressed_query_goes_into_blocks_with_the_latent():
@@ -251,7 +251,7 @@ def test_a_ragged_query_takes_the_latent_along():
         f"model.layers.0.self_attn.{name}" for name in names
     ]
     rows = planned(args, recipe_from(BLOCK.model_dump() | {"misaligned": "per-channel"}, "x"))
-    (kept,) = [modules for scheme, modules in rows.contents.groups.items() if scheme.name == "row"]
+    (kept,) = [modules for scheme, modules in rows.layouts["hf"].contents.groups.items() if scheme.name == "row"]
     assert [name for name in kept if ".0." in name] == [f"model.layers.0.self_attn.{name}" for name in names]
 
 
@@ -278,10 +278,10 @@ def test_one_scale_a_tensor_is_of_what_engines_fuse():
     expert = by_name["mlp.experts.experts.0.linear_fc1"]
     assert plan.assignment.sharing(1, expert) == (expert,)
     blocks = planned(whole("DeepSeek-V3"), "fp8-blockwise")
-    assert blocks.sharing(1, pair[0]) == pair[:1]
+    assert blocks.assignment.sharing(1, pair[0]) == pair[:1]
     # Where Megatron's output alone is written, one of them may be ignored.
     alone = planned(whole("DeepSeek-V3"), "fp8", "*linear_q_down_proj", formats=("megatron",))
-    assert alone.sharing(1, pair[1]) == pair[1:]
+    assert alone.assignment.sharing(1, pair[1]) == pair[1:]
 
 
 def test_mixtures_that_no_engine_reads_are_refused_for_hf():
@@ -289,7 +289,7 @@ def test_mixtures_that_no_engine_reads_are_refused_for_hf():
     recipe = recipe_from(fields, "x")
     with pytest.raises(RecipeError, match="no Hugging Face form that engines read holds mx and row weights together"):
         plan_source(source(256, 384, 4, 2, 128), recipe, ("hf",))
-    assert plan_source(source(256, 384, 4, 2, 128), recipe, ("megatron",)).bytes_out("megatron")
+    assert plan_source(source(256, 384, 4, 2, 128), recipe, ("megatron",)).layouts["megatron"].nbytes
 
 
 def test_nothing_to_quantize_in_hf_suggests_what_works():
@@ -306,7 +306,7 @@ def test_nothing_to_quantize_in_hf_suggests_what_works():
 def test_without_quantization_the_checkpoint_is_converted():
     checkpoint, none = source(576, 1536, 9, 3, 64, tied=False), load_recipe("none")
     plan = plan_source(checkpoint, none, ("hf",))
-    assert (plan.layouts["hf"].dialect_name, plan.layouts["megatron"].other_schemes, plan.differing) == ("plain", {}, [])
+    assert (plan.layouts["hf"].dialect_name, plan.layouts["hf"].contents.groups, plan.differing) == ("plain", {}, [])
     assert set(estimates.actions(plan).values()) == {"copied"}
     assert {spec.dtype for spec in plan.layouts["hf"].specs} == {"bfloat16"}
     assert not [spec.name for spec in plan.layouts["hf"].specs if "scale" in spec.name]
@@ -347,7 +347,7 @@ def test_scales_of_a_cache_are_of_layers_with_attention():
     plan = plan_source(source(256, 384, 4, 2, 128), BLOCK.changed(kv_cache="fp8"), ("hf", "megatron"))
     assert [plan.assignment.has_cache(layer) for layer in plan.layers] == [True, True]
     assert sum("_bmm_quantizer" in spec.name for spec in plan.layouts["megatron"].specs) == 4
-    assert not plan_source(source(256, 384, 4, 2, 128), BLOCK, ("hf",)).has_cache(0)
+    assert not plan_source(source(256, 384, 4, 2, 128), BLOCK, ("hf",)).assignment.has_cache(0)
 
 
 def test_unknown_format(aligned):

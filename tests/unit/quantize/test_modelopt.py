@@ -1,7 +1,7 @@
 import io
 
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from modelopt.torch.quantization.plugins.megatron import quant_module_get_extra_state
 from modelopt.torch.quantization.qtensor import FP8QTensor
@@ -58,6 +58,7 @@ def test_equals_what_modelopt_makes_of_a_linear(weight, scheme):
 @given(weights(), st.integers(-130, -20), st.sampled_from([BLOCK, TENSOR, ROW]))
 def test_modelopt_finds_the_scale_from_the_magnitude(weight, exponent, scheme):
     """Whichever of the two it takes: of next to nothing too, it gives the same scale, bytes and dequantized numbers."""
+    assume(scheme is not BLOCK or max(weight.shape) > 128)  # of a single block ModelOpt takes the magnitude anew
     weight = torch.where(weight == 0, 1.0, weight) * 2.0**exponent  # of zeros alone ModelOpt makes the scale 0
     theirs = converted(weight, scheme)  # compressed by the magnitudes that are ours (tests/support/compressing.py)
     ours, _ = quantize_quantizer.quantize(weight, scheme, "w")
