@@ -13,7 +13,6 @@ import psutil
 from mptq import report
 from mptq.calibration.tokenizer import generation_config, special_ids
 from mptq.calibration.tokens import check_datasets, load_tokens, needs_tokenizer
-from mptq.distributed import Ranks
 from mptq.errors import DataError, MptqError, OutputError
 from mptq.formats import FORMATS
 from mptq.formats.hf.tokenizer import tokenizer_files
@@ -55,8 +54,8 @@ class Preflight:
     complete: bool = False
 
 
-def check(plan: Plan, out: Path, options: Options, ranks: Ranks = Ranks()) -> Preflight:  # noqa: B008
-    """What must hold before the first tensor is read.
+def check(plan: Plan, out: Path, options: Options, processes: int = 1) -> Preflight:
+    """What must hold before the first tensor is read, by a run of so many `processes`.
 
     Raises OutputError for an output that cannot be written and for a `--tokenizer` that holds none, and DataError for data
     that the recipe or a gate needs and that is not there.
@@ -76,7 +75,7 @@ def check(plan: Plan, out: Path, options: Options, ranks: Ranks = Ranks()) -> Pr
     if tokenizer is None and _has_tokenizer(plan):
         notes.append(f"no tokenizer in the output ({missing}): pass --tokenizer DIR")
     runs = plan.runs and has_data and (plan.recipe.needs_data or options.data.eval_size > 0)
-    if runs and ranks.size > 1 and plan.recipe.calibration.method != "max":
+    if runs and processes > 1 and plan.recipe.calibration.method != "max":
         raise DataError("a percentile is of all samples together: calibrate with method max, or start one process")
     work = _work(plan, options) if runs else None
     checked = Preflight(tokenizer, work, notes, generation)

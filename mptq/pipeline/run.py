@@ -17,7 +17,7 @@ from mptq.report import html, manifest
 from mptq.report.run_log import Progress, Silent
 
 
-def run(plan: Plan, out: Path, options: Options = Options(), progress: Progress = Silent()) -> dict[str, Any]:  # noqa: B008
+def run(plan: Plan, out: Path, options: Options = Options(), progress: Progress = Silent()) -> dict[str, Any]:
     """Quantize the planned checkpoint into `out` and return the report.
 
     Raises OutputError when `out` cannot be written, CheckpointError when a tensor cannot be read or holds NaN, and DataError
@@ -27,7 +27,7 @@ def run(plan: Plan, out: Path, options: Options = Options(), progress: Progress 
     """
     out = out.resolve()
     ranks = started()
-    checked = ranks.broadcast_object(lambda: check(plan, out, options, ranks))
+    checked = ranks.broadcast_object(lambda: check(plan, out, options, ranks.size))
     if checked.complete:
         if ranks.first:
             clear(out)

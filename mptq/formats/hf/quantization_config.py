@@ -93,8 +93,8 @@ def _compressed_tensors(contents: Contents) -> dict[str, Any]:
 def _modelopt_form(contents: Contents) -> tuple[Scheme, str, dict[str, Any]]:
     """The scheme, ModelOpt's name of its algorithm, and the size of its blocks where it has any."""
     (scheme,) = contents.groups
-    algorithm, *sizes = scheme.forms["modelopt"].items()
-    return scheme, algorithm[1], dict(sizes)
+    sizes = dict(scheme.forms["modelopt"])
+    return scheme, sizes.pop("quant_algo"), sizes
 
 
 def _modelopt(contents: Contents) -> dict[str, Any]:

@@ -55,7 +55,10 @@ def other(crossing, aligned_hf, tokenizer, tmp_path):
             place["rope_theta"] = 20_000.0
     (tmp_path / "config.json").write_text(json.dumps(document))
     more = write_indexed(tmp_path / "more", [[list(range(i, i + 60))] for i in range(40)])
-    data = lambda **change: {"data": change}  # noqa: E731
+
+    def data(**change):
+        return {"data": change}
+
     return {
         "CKPT": {"checkpoint": crossing},
         "--iteration": {"source": {"iteration": 200}},
