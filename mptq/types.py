@@ -66,7 +66,7 @@ class Fp8Weight:
     """A quantized weight: the original is close to `data * scale`, the scale broadcast over its block.
 
     `data` is float8_e4m3fn [out, in]. `scale` is float32 and multiplies (amax / 448): [] for one scale a tensor, [out, 1]
-    for rows, [ceil(out / 128), ceil(in / 128)] for blocks. For MX it is uint8 [out, in / 32] and means 2 ** (byte - 127).
+    for rows, a ceil-divided grid for blocks (`Scheme.grid`). For MX it is uint8 [out, in / 32] and means 2 ** (byte - 127).
     `amax`, of the same shape, is what the scale is of (448 for zeros alone); None where nobody wants it, and for MX.
     """
 

@@ -5,10 +5,13 @@ import torch
 from modelopt.torch.quantization.qtensor import FP8QTensor
 
 from mptq import make_plan, run, verify
+from mptq.plan.estimates import warnings
 from mptq.quantize import quantizer
 from mptq.recipes.recipe import recipe_from
 from mptq.recipes.schemes import SCHEMES, Scheme
 from tests.conftest import read_json
+from tests.support.models import ARGS
+from tests.support.planning import planned, sized, whole
 
 BLOCKS = {"num_bits": (4, 3), "axis": None, "block_sizes": {-1: 64, -2: 64}}
 
@@ -28,9 +31,25 @@ def test_its_numbers_are_modelopts(scheme):
     assert torch.equal(ours.scale, scale.reshape(3, 5))
 
 
-def test_both_formats_hold_it_and_verify(scheme, crossing, options, tmp_path):
-    fields = {"name": "blocks of 64", "description": "x", "weights": {"scale": "block", "block_size": 64}, "hf": "deepseek-fp8"}
-    run(make_plan(crossing, recipe_from(fields, "test"), ("hf", "megatron")), tmp_path / "out", options)
+@pytest.fixture
+def recipe(scheme):
+    fields = {"weights": {"scale": "block", "block_size": scheme.block}, "hf": "deepseek-fp8"}
+    return recipe_from(fields | {"name": "blocks of 64", "description": "x"}, "test")
+
+
+def test_warnings_are_of_its_blocks(recipe):
+    """11008 = 172 * 64: four tensor-parallel ranks have 43 blocks each, eight none that is whole."""
+    args = sized(ARGS, 4096, 11008, 32, 32)
+    (warning,) = warnings(planned(args, recipe))
+    assert warning == (
+        "blocks of 64 of gate_proj, up_proj, down_proj split evenly over tensor-parallel servers only up to TP=4"
+    )
+    ragged = planned(whole("DeepSeek-V3") | {"kv_lora_rank": 448, "qk_pos_emb_head_dim": 32}, recipe)
+    assert any("kv_a_proj_with_mqa: 480 rows end in a part of a block" in line for line in warnings(ragged))
+
+
+def test_both_formats_hold_it_and_verify(recipe, crossing, options, tmp_path):
+    run(make_plan(crossing, recipe, ("hf", "megatron")), tmp_path / "out", options)
     assert verify(tmp_path / "out", crossing).failures == []
     config = read_json(tmp_path / "out/hf/config.json")["quantization_config"]
     assert (config["weight_block_size"], config["modules_to_not_convert"]) == ([64, 64], ["lm_head"])

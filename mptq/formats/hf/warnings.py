@@ -62,7 +62,7 @@ def _ragged(layout: HfLayout) -> list[str]:
     found = {
         f"{linear.hf[-1].rpartition('.')[2]}: {linear.shape[0]} rows end in a part of a block, as in DeepSeek's own checkpoints"
         for layer, linear in layout.assignment.linears()
-        if not linear.expert and not linear.fits((128, 128)) and _in_blocks(layout, layer, linear)
+        if not linear.expert and (block := _block(layout, layer, linear)) and not linear.fits((block, block))
     }
     return [f"{what} (vLLM and SGLang read it; transformers cannot dequantize it)" for what in sorted(found)]
 
@@ -80,22 +80,24 @@ def _serving(layout: HfLayout) -> list[str]:
     """How far tensor parallelism goes with whole blocks on each rank, where the model itself can be served further."""
     # Hundreds of experts have the same shapes: the first stands for all.
     some = ((layer, linear) for layer, linear in layout.assignment.linears() if not linear.expert)
-    quantized = dict.fromkeys(linear for layer, linear in some if _in_blocks(layout, layer, linear))
+    quantized = {linear: block for layer, linear in some if (block := _block(layout, layer, linear))}
     notes = []
     for owner, expert, remedy in (("", None, ""), ("the experts' ", 0, ": beyond, serve them with expert parallelism")):
-        last, cut = _whole(layout, [linear for linear in quantized if linear.expert == expert])
-        if cut:
-            names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for linear in cut for name in linear.hf))
-            limit = f"split evenly over tensor-parallel servers only up to TP={last}"
-            notes.append(f"blocks of 128 of {owner}{names} {limit}{remedy}")
+        for block in dict.fromkeys(quantized.values()):
+            linears = [linear for linear, size in quantized.items() if (linear.expert, size) == (expert, block)]
+            last, cut = _whole(layout, linears, block)
+            if cut:
+                names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for linear in cut for name in linear.hf))
+                limit = f"split evenly over tensor-parallel servers only up to TP={last}"
+                notes.append(f"blocks of {block} of {owner}{names} {limit}{remedy}")
     return notes
 
 
-def _whole(layout: HfLayout, linears: Sequence[LinearSpec]) -> tuple[int, list[LinearSpec]]:
+def _whole(layout: HfLayout, linears: Sequence[LinearSpec], block: int) -> tuple[int, list[LinearSpec]]:
     """The last of SERVING_TP with whole blocks of `linears` on each rank, and those that the next would cut."""
     sizes = [1, *(tp for tp in SERVING_TP if engines.serves(layout.model, tp))]
     for last, tp in pairwise(sizes):
-        cut = [linear for linear in linears if not engines.splits(layout.model, linear, tp, 128)]
+        cut = [linear for linear in linears if not engines.splits(layout.model, linear, tp, block)]
         if cut:
             return last, cut
     return sizes[-1], []
@@ -138,6 +140,7 @@ def _positions(layout: HfLayout) -> list[str]:
     return notes
 
 
-def _in_blocks(layout: HfLayout, layer: int, linear: LinearSpec) -> bool:
+def _block(layout: HfLayout, layer: int, linear: LinearSpec) -> int | None:
+    """Rows and columns of the square blocks of a linear, None without."""
     scheme = layout.scheme(layer, linear)
-    return scheme is not None and scheme.block is not None
+    return scheme.block if scheme else None
