@@ -48,8 +48,8 @@ class Committer:
     a layer's forward passes take minutes, and its hidden states seconds to write. Memory: the output that is being written.
     """
 
-    def __init__(self, plan: Plan, folder: Path, record: RunLog, ranks: Ranks) -> None:
-        self.plan, self.folder, self.record, self.ranks = plan, folder, record, ranks
+    def __init__(self, plan: Plan, folder: Path, log: RunLog, ranks: Ranks) -> None:
+        self.plan, self.folder, self.log, self.ranks = plan, folder, log, ranks
         self.writers: Mapping[str, Writer] = {}
         self.activations: HiddenStatePair | None = None
         self._together = Ranks()
@@ -107,7 +107,7 @@ class Committer:
             if not mine:
                 return
             work = partial(self._commit, output, row)
-        with self.record.timed("waiting to write"):
+        with self.log.timed("waiting to write"):
             self._behind.do(work)
 
     def _keep(self, unit: Unit) -> None:
@@ -117,7 +117,7 @@ class Committer:
         self._behind.wait()
         self._together.barrier()  # the unit before is committed
         state = self._state(unit)
-        with self.record.timed("keep activations"), _telling(state):
+        with self.log.timed("keep activations"), _telling(state):
             self.activations.save(state)
             sync(state)
             sync(self.folder)
@@ -127,14 +127,14 @@ class Committer:
         return self.folder / STATE.format(unit.number % 2)
 
     def _row(self, unit: Unit) -> Row:
-        rows = self.record.rows[self._reported :]
+        rows = self.log.rows[self._reported :]
         self._reported += len(rows)
-        layers = [row for row in self.record.layers if row["layer"] == unit.layer]
-        return {"rank": self.ranks.rank, "tensors": rows, "layers": layers, "fidelity": self.record.fidelity}
+        layers = [row for row in self.log.layers if row["layer"] == unit.layer]
+        return {"rank": self.ranks.rank, "tensors": rows, "layers": layers, "fidelity": self.log.fidelity}
 
     def _write(self, output: LayerOutput) -> None:
-        with self.record.timed("write"), _telling(self.folder):
-            self.record.bytes["write"] += output.nbytes
+        with self.log.timed("write"), _telling(self.folder):
+            self.log.bytes["write"] += output.nbytes
             # Each format at the same time: none waits for another's arithmetic or disk. All end before an error is raised.
             with ThreadPoolExecutor(len(self.writers), "format") as pool:
                 for files in pool.map(lambda writer: writer.write(output), self.writers.values()):
@@ -143,7 +143,7 @@ class Committer:
     def _commit(self, output: LayerOutput, row: Row) -> None:
         assert self._journal is not None
         self._write(output)
-        with self.record.timed("write"), _telling(self.folder):
+        with self.log.timed("write"), _telling(self.folder):
             sync_folders(self.folder)  # the journal's own name among those of new files
             accounts = {form: writer.account() for form, writer in self.writers.items()}
             self._journal.commit(output.index, row | {"accounts": accounts})
@@ -170,7 +170,7 @@ class Committer:
             return {}
         rows = committed(self.folder)
         self._report(rows)
-        with self.record.timed("finish"), _telling(self.folder):
+        with self.log.timed("finish"), _telling(self.folder):
             for form, writer in self.writers.items():
                 writer.join({unit: row["accounts"][form] for unit, row in rows.items()})
                 self._hashes.add(writer.finish())
@@ -179,13 +179,13 @@ class Committer:
             return self._hashes.collect()
 
     def _report(self, rows: Mapping[int, Row]) -> None:
-        """Make the record that of all units, in their order, whatever process made them."""
-        record, weights = self.record, unit_bytes(self.plan)
-        record.rows[:] = [entry for row in rows.values() for entry in row["tensors"]]
-        record.layers[:] = [entry for row in rows.values() for entry in row["layers"]]
+        """Make the log that of all units, in their order, whatever process made them."""
+        log, weights = self.log, unit_bytes(self.plan)
+        log.rows[:] = [entry for row in rows.values() for entry in row["tensors"]]
+        log.layers[:] = [entry for row in rows.values() for entry in row["layers"]]
         for unit, row in rows.items():
-            record.fidelity = row["fidelity"] or record.fidelity
-            share = record.ranks.setdefault(row["rank"], {"rank": row["rank"], "units": 0, "bytes": 0})
+            log.fidelity = row["fidelity"] or log.fidelity
+            share = log.ranks.setdefault(row["rank"], {"rank": row["rank"], "units": 0, "bytes": 0})
             share["units"] += 1
             share["bytes"] += weights[unit]
 

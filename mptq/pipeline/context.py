@@ -73,7 +73,7 @@ class PlannedReader:
         """A tensor outside the layers, or some rows after the others of a large one, where every format takes it so."""
         plan = self.context.plan
         row = math.prod(tensor.shape[1:]) * DTYPE_BYTES[plan.source.dtype(tensor.megatron)]
-        by_rows = tensor.by_rows and all(layout.takes_rows for layout in plan.layouts.values())
+        by_rows = tensor.by_rows and plan.by_rows
         height = max(1, PIECE_BYTES // row) if by_rows else tensor.shape[0]
         for first in range(0, tensor.shape[0], height):
             yield Item(tensor.megatron, (min(height, tensor.shape[0] - first), *tensor.shape[1:]), first)

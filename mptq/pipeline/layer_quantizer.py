@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
     from mptq.calibration.hidden_state_pair import Calibrated, HiddenStatePair
-    from mptq.formats.layout import Layout
     from mptq.model.tensors import LinearSpec
     from mptq.pipeline.context import PlannedReader, RunContext
     from mptq.plan.units import Unit
@@ -127,7 +126,7 @@ class LayerQuantizer:
             stored = FORMATS[form].store_linear(layout, QuantizedLinear(self.layer, linear, source, weights, input_amax))
             add(output, form, stored)
             if scheme is not None and weights is not None:
-                self._report(number, (form, layout), linear, weights)
+                self._report(number, form, linear, weights)
         self._show(linear, source, made)
         return output
 
@@ -161,7 +160,7 @@ class LayerQuantizer:
 
         Projections are made once for all formats of the same scheme; a fused matrix of the same numbers is put together.
         """
-        name, found = canonical_weight(self.layer, linear), dict[str, Quantized]()
+        found: dict[str, Quantized] = {}
         made: dict[tuple[Scheme, bool], Quantized] = {}
         for form, layout in sorted(self.plan.layouts.items(), key=lambda item: not item[1].splits):
             scheme = layout.scheme(self.layer, linear)
@@ -172,12 +171,12 @@ class LayerQuantizer:
                 with self.context.log.timed("quantize"):
                     made[key] = [fused_members(made[scheme, True], linear.fusion, scheme)]
             elif key not in made:
-                made[key] = self._made(linear, source, key, (name, owner))
+                made[key] = self._made(linear, source, scheme, layout.splits, owner)
             found[form] = made[key]
         return found
 
-    def _made(self, linear: LinearSpec, source: torch.Tensor, key: tuple[Scheme, bool], where: tuple[str, int]) -> Quantized:
-        (scheme, splits), (name, owner) = key, where
+    def _made(self, linear: LinearSpec, source: torch.Tensor, scheme: Scheme, splits: bool, owner: int) -> Quantized:
+        name = canonical_weight(self.layer, linear)
         if not splits:
             return self._shared(scheme, [[source]], lambda: [quantizer.quantize(source, scheme, name, self.amax)], owner)
         pieces = member_pieces(source, linear, scheme)
@@ -222,16 +221,16 @@ class LayerQuantizer:
             ((fused, _),) = weights
             dequantize(fused, scheme, out)
 
-    def _report(self, number: int, stored: tuple[str, Layout], linear: LinearSpec, weights: Quantized) -> None:
+    def _report(self, number: int, form: str, linear: LinearSpec, weights: Quantized) -> None:
         """Add a row to the report for each weight that a format stores; without its error, it is another rank's to."""
-        form, layout = stored
+        layout = self.plan.layouts[form]
         scheme, source = layout.scheme(self.layer, linear), canonical_weight(self.layer, linear)
         assert scheme is not None
         for name, (weight, error) in zip(layout.weights(self.layer, linear), weights, strict=True):
             if error is None:
                 continue
             before = TensorSpec(source, self.plan.source.dtype(source), tuple(weight.data.shape))
-            row = report.tensor_row((form, name), before, scheme, error)
+            row = report.tensor_row(form, name, before, scheme, error)
             row["input_amax"] = float(self._input_amax(linear)) if scheme.static else None
             self.rows.append((number, row))
             self.context.progress.tensor(row)

@@ -128,14 +128,9 @@ def _window(items: list[_Item]) -> int:
 def _outer_memory(plan: Plan, window: int) -> int:
     """The most that is there with the largest tensor outside the layers: its rows one after another, or the whole of it."""
     outer = _outer_bytes(plan)
-    if not _by_rows(plan):
+    if not plan.by_rows:
         return outer + window
     return max(min(outer, 4 * PIECE_BYTES), window)  # a piece, two that are read ahead, one that is being written
-
-
-def _by_rows(plan: Plan) -> bool:
-    """Whether large tensors outside the layers are read and written some rows at a time."""
-    return all(layout.takes_rows for layout in plan.layouts.values())
 
 
 def _outer_bytes(plan: Plan) -> int:
@@ -180,7 +175,7 @@ def _head_memory(plan: Plan, work: ActivationBudget) -> int:
     """The output layer in its own dtype and in float32, what is read ahead of it, and logits."""
     model = plan.model
     rows, outer = model.vocab_size, _outer_bytes(plan)
-    ahead = 0 if model.tied_embeddings else outer if not _by_rows(plan) else min(outer, PIECE_BYTES)
+    ahead = 0 if model.tied_embeddings else outer if not plan.by_rows else min(outer, PIECE_BYTES)
     head = (DTYPE_BYTES[model.dtype] * model.padded_vocab_size + 4 * rows) * model.hidden_size
     tokens = min(max(1, LOGITS // rows), work.length - 1)
     return head + ahead + (_LOGIT_BYTES * tokens * rows if work.compares else 0)

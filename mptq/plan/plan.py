@@ -56,6 +56,11 @@ class Plan:
         """What is read, written and committed together, in order."""
         return Units(self.model, self.passthrough)
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether large tensors outside the layers are read and written some rows at a time."""
+        return all(layout.takes_rows for layout in self.layouts.values())
+
     def linears(self, layer: int) -> tuple[LinearSpec, ...]:
         """The linears of a layer."""
         return self.assignment.layer(layer)

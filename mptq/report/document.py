@@ -29,9 +29,8 @@ SCHEMA = 2
 _PACKAGES = ("mptq", "torch", "megatron-core", "nvidia-modelopt", "transformers", "safetensors")
 
 
-def tensor_row(stored: tuple[str, str], before: TensorSpec, scheme: Scheme, error: WeightError) -> dict[str, Any]:
-    """One quantized tensor, `stored` as (format, name): before, after, amax and error (relative to the source's norm)."""
-    form, name = stored
+def tensor_row(form: str, name: str, before: TensorSpec, scheme: Scheme, error: WeightError) -> dict[str, Any]:
+    """The quantized tensor `name` of a format: before, after, amax and error (relative to the source's norm)."""
     return {
         "format": form,
         "name": name,
