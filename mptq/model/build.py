@@ -45,18 +45,26 @@ def model_config(settings: Settings, tensors: Mapping[str, TensorSpec]) -> Model
         ) from error
 
 
+def _needed(settings: Settings, key: str) -> int:
+    """A setting without a default; raises KeyError where it is absent or None."""
+    value = settings.get(key)
+    if value is None:
+        raise KeyError(key)
+    return int(value)
+
+
 def _config(settings: Settings, tensors: Mapping[str, TensorSpec]) -> ModelConfig:
-    heads, hidden = int(settings["num_attention_heads"]), int(settings["hidden_size"])
+    heads, hidden = _needed(settings, "num_attention_heads"), _needed(settings, "hidden_size")
     # The optimizer has a copy of every parameter under its own prefix.
     tables = [name for name in tensors if name.endswith("word_embeddings.weight") and not name.startswith("optimizer.")]
     embedding = tensors[tables[0]] if tables else None
-    padded = embedding.shape[0] if embedding else int(settings["padded_vocab_size"])
+    padded = embedding.shape[0] if embedding else _needed(settings, "padded_vocab_size")
     experts = int(settings.get("num_moe_experts") or 0)
     ffn = int(settings.get("ffn_hidden_size") or 4 * hidden)
     return ModelConfig(
         settings=settings,
         kinds=_kinds(settings),
-        num_layers=int(settings["num_layers"]),
+        num_layers=_needed(settings, "num_layers"),
         hidden_size=hidden,
         ffn_hidden_size=ffn,
         num_attention_heads=heads,
@@ -98,7 +106,7 @@ def _latent(settings: Settings) -> MLAConfig | None:
     if not settings.get("multi_latent_attention"):
         return None
     names = ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
-    kv_rank, qk_dim, rotary_dim, v_dim = (int(settings[name]) for name in names)
+    kv_rank, qk_dim, rotary_dim, v_dim = (_needed(settings, name) for name in names)
     return MLAConfig(int(settings.get("q_lora_rank") or 0), kv_rank, qk_dim, rotary_dim, v_dim)
 
 
@@ -113,7 +121,7 @@ _LETTERS = {
 
 
 def _kinds(settings: Settings) -> tuple[LayerKind, ...]:
-    layers = int(settings["num_layers"])
+    layers = _needed(settings, "num_layers")
     pattern = settings.get("hybrid_layer_pattern")
     if pattern:
         letters = str(pattern).partition("/")[0].replace("|", "")

@@ -46,7 +46,7 @@ def features(config: ModelConfig) -> dict[str, Any]:
         | {
             "norm": config.get("normalization"),
             "zero centred": bool(config.get("layernorm_zero_centered_gamma")),
-            "mlp": f"{'gated ' if config.gated else ''}{config.get('activation_func')}",
+            "mlp": ("gated " if config.gated else "") + config.get("activation_func"),
             "bias": config.bias,
             "tied": config.tied_embeddings,
             "glu clamp": bool(config.get("activation_func_clamp_value") or config.get("glu_linear_offset")),

@@ -65,7 +65,7 @@ class Rope(BaseModel):
 
     @property
     def kind(self) -> RopeKind:
-        """How frequencies are scaled; `type` counts where both are given, as in transformers before 5."""
+        """How frequencies are scaled."""
         return self.rope_type or self.type or "default"
 
     @model_validator(mode="after")

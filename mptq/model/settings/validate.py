@@ -5,12 +5,14 @@ Source: the checks of megatron/core/transformer/transformer_config.py and the mo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import chain
 from typing import Any
 
 from mptq.errors import CheckpointError
-from mptq.model.settings.settings import LARGEST, Settings
+from mptq.model.settings.settings import KINDS, LARGEST, Settings
 from mptq.model.settings.values import short
 
 _COUNTS = """
@@ -71,6 +73,18 @@ _TESTS: dict[str, Test] = {
     **{key: (words.__contains__, " or ".join(words)) for key, words in WORDS.items()},
 }
 _ANYTHING: Test = (lambda _: True, "")
+
+
+def _plain(value: Any, kinds: tuple[type, ...]) -> bool:
+    finite = not isinstance(value, float) or math.isfinite(value)
+    return finite and isinstance(value, kinds) and not isinstance(value, bool)
+
+
+_OF_KIND: dict[tuple[type, ...], Test] = {
+    kinds: (partial(_plain, kinds=kinds), wanted)
+    for kinds, wanted in {(int,): "a whole number", (float, int): "a number", (str,): "a word"}.items()
+}
+"""Types of `KINDS` -> the test of the settings that have no other. Of a flag, only its truth counts."""
 _MULTIPLES = (
     ("num_attention_heads", "num_query_groups"),
     ("num_moe_experts", "moe_router_num_groups"),
@@ -91,7 +105,7 @@ def check(settings: Settings) -> None:
 
 def _alone(settings: Settings) -> Iterator[str]:
     for key, value in settings.items():
-        fits, wanted = _TESTS.get(key, _ANYTHING)
+        fits, wanted = _TESTS.get(key) or _OF_KIND.get(KINDS.get(key, ()), _ANYTHING)
         if value is not None and not fits(value):
             yield f"{_told(settings, key)}, and must be {wanted}"
 

@@ -1,12 +1,15 @@
+import itertools
+import re
+
 import pytest
 
 from mptq.errors import CheckpointError, UnsupportedModelError
 from mptq.model.build import model_config
 from mptq.model.config import Context, LayerKind, MLAConfig
 from mptq.model.settings.from_megatron_args import from_args
-from mptq.model.settings.settings import OPTIONS, SettingsSource, merge
+from mptq.model.settings.settings import KINDS, OPTIONS, SettingsSource, merge
 from mptq.types import TensorSpec
-from tests.support.models import ARGS, HYBRID, LATENT, MOE_ARGS, TENSORS, model
+from tests.support.models import ARGS, FAMILY_ARGS, HYBRID, LATENT, MOE_ARGS, TENSORS, model
 
 ATTENTION_MLP, ATTENTION_MOE = LayerKind("attention", "mlp"), LayerKind("attention", "moe")
 
@@ -179,3 +182,19 @@ def test_missing_arguments():
 def test_values_of_no_use_are_named(fields, message):
     with pytest.raises(CheckpointError, match=message):
         model(MOE_ARGS | fields)
+
+
+ODD_VALUES = (7, -1, 1.5, "x", "", [], {}, [1, "a"], [None], True, None, 0, float("nan"), 2**70, {"a": 1})
+
+
+@pytest.mark.parametrize("args", FAMILY_ARGS.values(), ids=FAMILY_ARGS)
+def test_whatever_a_setting_holds_the_message_is_of_that_setting(args):
+    """Of the value's type too, never of the Python that stumbles over it."""
+    messages = []
+    for key, value in itertools.product(KINDS, ODD_VALUES):
+        try:
+            model(args, **{key: value})
+        except (CheckpointError, UnsupportedModelError) as error:
+            messages.append(str(error))
+    assert len(messages) > len(KINDS)
+    assert [text for text in messages if re.search("argument|convert|operand|object|attribute", text)] == []

@@ -46,7 +46,12 @@ def test_a_feature_that_is_off_is_accepted(name, value):
     assert model(MOE_ARGS | ({} if value else {name: value})).num_experts == 8
 
 
-ODD = {"hybrid_layer_pattern": "M*", "moe_router_load_balancing_type": "sinkhorn", "position_embedding_type": "mrope"}
+ODD = {
+    "activation_func": "sinh",
+    "hybrid_layer_pattern": "M*",
+    "moe_router_load_balancing_type": "sinkhorn",
+    "position_embedding_type": "mrope",
+}
 
 
 @pytest.mark.parametrize("name", NOT_RUN)
