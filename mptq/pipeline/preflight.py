@@ -18,7 +18,7 @@ from mptq.formats import FORMATS
 from mptq.formats.hf.tokenizer import tokenizer_files
 from mptq.model.generation import Generation, resolve
 from mptq.output.directory import check_output
-from mptq.pipeline.options import Options, decisive, differences
+from mptq.pipeline.options import MAX_SHARD_BYTES, Options, decisive, differences
 from mptq.plan import estimates
 from mptq.plan.plan import Plan
 from mptq.report import manifest
@@ -57,10 +57,12 @@ class Preflight:
 def check(plan: Plan, out: Path, options: Options, processes: int = 1) -> Preflight:
     """What must hold before the first tensor is read, by a run of so many `processes`.
 
-    Raises OutputError for an output that cannot be written and for a `--tokenizer` that holds none, and DataError for data
-    that the recipe or a gate needs and that is not there.
+    Raises OutputError for an output that cannot be written and for a `--tokenizer` that holds none, DataError for data that
+    the recipe or a gate needs and that is not there, and MptqError for a device that is not there.
     """
     plan.require_runnable()
+    if options.device not in ("auto", "cpu"):  # these are always there, and looking takes an import of torch
+        pick_device(options.device)
     check_datasets(options.data)
     tokenizer, missing = _tokenizer(plan, options)
     generation = _generation(plan, tokenizer)
@@ -77,6 +79,7 @@ def check(plan: Plan, out: Path, options: Options, processes: int = 1) -> Prefli
     runs = plan.runs and has_data and (plan.recipe.needs_data or options.data.eval_size > 0)
     if runs and processes > 1 and plan.recipe.calibration.method != "max":
         raise DataError("a percentile is of all samples together: calibrate with method max, or start one process")
+    notes += _without_effect(plan, options, runs)
     work = _work(plan, options) if runs else None
     checked = Preflight(tokenizer, work, notes, generation)
     if finished(plan, out, options, checked):
@@ -84,6 +87,21 @@ def check(plan: Plan, out: Path, options: Options, processes: int = 1) -> Prefli
     needed = _needed_bytes(plan, work)
     check_output(out, plan.source.checkpoint.location.root, needed, options.overwrite, options.resume)
     return checked
+
+
+def _without_effect(plan: Plan, options: Options, runs: bool) -> list[str]:
+    """Options that were given and that nothing of this run reads."""
+    notes = []
+    if options.data.datasets and not runs:
+        reason = "nothing calibrates, and --eval-size is 0"
+        if plan.recipe.scheme is None:
+            reason = f"recipe {plan.recipe.name} quantizes nothing"
+        elif plan.model.not_run:
+            reason = "mptq does not run this model"
+        notes.append(f"--calib-dataset has no effect: {reason}")
+    if options.max_shard_bytes != MAX_SHARD_BYTES and not any(FORMATS[form].is_sharded for form in plan.formats):
+        notes.append(f"--max-shard-size has no effect: {' and '.join(plan.formats)} output has a file for each layer")
+    return notes
 
 
 def _has_tokenizer(plan: Plan) -> bool:

@@ -8,7 +8,7 @@ import pytest
 
 from mptq import Options
 from mptq.calibration.datasets.options import DataOptions
-from mptq.errors import DataError, OptionError, OutputError
+from mptq.errors import DataError, MptqError, OptionError, OutputError
 from mptq.pipeline.preflight import check
 from mptq.plan.plan import plan_source
 from mptq.recipes.recipe import load_recipe
@@ -65,3 +65,28 @@ def test_disk_is_asked_for_activations_only_where_there_will_be_any(tokens, tmp_
     }
     for name, (made, wanted) in impossible.items():
         assert check(made, tmp_path / "out", wanted).work is None, name
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(tmp_path, device):
+    """Before a dry run too."""
+    with pytest.raises(MptqError, match=f"^--device {device}"):
+        check(plan(), tmp_path / "out", Options(device=device))
+
+
+def test_options_without_effect_are_named(tokens, tmp_path):
+    data = DataOptions((str(tokens),), eval_size=0)
+
+    def notes(made, wanted):
+        return [note for note in check(made, tmp_path / "out", wanted).notes if "has no effect" in note]
+
+    unread = "--calib-dataset has no effect: "
+    assert notes(plan(), Options(data=data)) == [f"{unread}nothing calibrates, and --eval-size is 0"]
+    assert notes(plan("none"), Options(data=data)) == [f"{unread}recipe none quantizes nothing"]
+    assert notes(plan(**NOT_RUN), Options(data=data)) == [f"{unread}mptq does not run this model"]
+    assert notes(plan("fp8"), Options(data=data)) == []
+    assert notes(plan(), Options(data=replace(data, eval_size=1), max_shard_bytes=1 << 20)) == []
+    alone = plan_source(source(256, 384, 4, 2, 64), load_recipe("fp8"), ("megatron",))
+    assert notes(alone, Options(data=data, max_shard_bytes=1 << 20)) == [
+        "--max-shard-size has no effect: megatron output has a file for each layer"
+    ]
