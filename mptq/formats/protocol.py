@@ -128,6 +128,8 @@ class Format(ABC):
     """Whether it holds the tokenizer, and the ids with which generation begins and ends."""
     is_sharded: ClassVar[bool] = False
     """Whether its files are at most of the size that the user says."""
+    input_scale: ClassVar[str] = ""
+    """How the names of the calibrated scales (or largest magnitudes) of inputs end; "" where it has none."""
     needs_modelopt: ClassVar[bool] = False
     """Whether writing it imports megatron-core and ModelOpt."""
 

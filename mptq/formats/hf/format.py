@@ -39,6 +39,7 @@ class HfFormat(Format):
     layout = HfLayout
     has_tokenizer = True
     is_sharded = True
+    input_scale = ".input_scale"
 
     def check(self, layout: Layout) -> None:
         """Raise RecipeError or UnsupportedModelError for what no engine would read."""

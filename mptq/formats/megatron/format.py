@@ -28,6 +28,7 @@ class MegatronFormat(Format):
     name = "megatron"
     label = short = "Megatron"
     layout = MegatronLayout
+    input_scale = ".input_quantizer._amax"
     needs_modelopt = True
 
     def check(self, layout: Layout) -> None:
@@ -110,6 +111,12 @@ class MegatronFormat(Format):
         from mptq.formats.megatron import store
 
         return store.load_linear(layout, output, layer, linear)
+
+    def verify(self, output: OpenedOutput, _manifest: Mapping[str, Any]) -> Iterator[str]:
+        """ModelOpt's magnitudes beside the scales are theirs: it restores by either."""
+        from mptq.formats.megatron import store
+
+        return store.check_magnitudes(output)
 
 
 MEGATRON = MegatronFormat()

@@ -12,6 +12,7 @@ from mptq.formats.layout import canonical_weight
 from mptq.formats.megatron.writer import BACKEND
 from mptq.formats.protocol import LoadedWeight, OpenedOutput, QuantizedLinear, Stored
 from mptq.model.tensors import CORE_ATTENTION, megatron_layer
+from mptq.quantize.fp8 import E4M3_MAX
 from mptq.quantize.modelopt import attention_state, kept_state, linear_state, modelopt_state
 from mptq.quantize.quantizer import require_finite
 
@@ -76,3 +77,13 @@ def load_linear(layout: Layout, output: OpenedOutput, layer: int, linear: Linear
     data = torch.cat([output.load(owner + key).view(torch.uint8) for key in linear.keys]).view(dtype)
     quantized = layout.scheme(layer, linear) is not None
     yield LoadedWeight(name, data, output.load(f"{owner}weight_quantizer._scale") if quantized else None)
+
+
+def check_magnitudes(output: OpenedOutput) -> Iterator[str]:
+    """A line for each `_amax` of a weight that is not 448 times its `_scale`; MX has none."""
+    for name in output.specs:
+        scale = f"{name.removesuffix('_amax')}_scale"
+        if not name.endswith(".weight_quantizer._amax") or scale not in output.specs:
+            continue
+        if not torch.equal((output.load(name) / E4M3_MAX).flatten(), output.load(scale).flatten()):
+            yield f"{name} is not 448 times {scale}: ModelOpt would restore other numbers by one than by the other"
