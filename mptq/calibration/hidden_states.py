@@ -33,7 +33,7 @@ class Batch:
 
 
 def batches(lengths: Sequence[int], size: int, start: int = 0) -> list[Batch]:
-    """Neighbouring sequences of the same length, at most `size` together: nothing is padded, so padding is never computed."""
+    """Neighboring sequences of the same length, at most `size` together: nothing is padded, so padding is never computed."""
     found: list[Batch] = []
     for length in lengths:
         last = found[-1] if found else None

@@ -1,7 +1,7 @@
 """The safe metadata index: every tensor and byte item of a torch_dist checkpoint, and where its bytes are. No torch.
 
 Format: `.metadata` says what there is (metadata.py); shards are `*.distcp` files in which each chunk is a whole
-`torch.save` file at an offset (torch/distributed/checkpoint/filesystem.py, records.py).
+`torch.save` file at an offset (torch/distributed/checkpoint/filesystem.py, torch_zip.py).
 """
 
 from __future__ import annotations

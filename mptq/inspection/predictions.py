@@ -9,7 +9,7 @@ from typing import Any
 from mptq.errors import RecipeError, UnsupportedModelError
 from mptq.formats import FORMATS
 from mptq.model.source import Source
-from mptq.model.tensors import megatron_layer
+from mptq.model.tensors import LAYERS, megatron_layer
 from mptq.plan import estimates
 from mptq.plan.plan import plan_source
 from mptq.recipes.recipe import Recipe, load_recipe, recipe_names
@@ -29,7 +29,7 @@ class Representatives:
         self.counts = [len(layers) for layers in groups.values()]
         # Its features stay those of the whole model: where among the layers those with experts are.
         model = replace(source.model, num_layers=len(chosen), kinds=tuple(source.model.kinds[layer] for layer in chosen))
-        places = {name: parts for name, parts in source.places.items() if not name.startswith("decoder.layers.")}
+        places = {name: parts for name, parts in source.places.items() if not name.startswith(LAYERS)}
         for number, layer in enumerate(chosen):
             old, new = megatron_layer(layer), megatron_layer(number)
             places |= {new + name.removeprefix(old): at for name, at in source.places.items() if name.startswith(old)}
@@ -43,7 +43,7 @@ class Representatives:
         plan = plan_source(self.source, recipe, (form,))
         total = 0
         for inner, specs in plan.layouts[form].by_canonical_name():
-            prefix, layer, _ = inner.partition("decoder.layers.")
+            prefix, layer, _ = inner.partition(LAYERS)
             count = self.counts[int(inner.split(".")[2])] if layer and not prefix else 1
             total += count * sum(spec.nbytes for spec in specs)
         return total, estimates.peak_memory(plan)
@@ -53,7 +53,7 @@ def _signatures(source: Source) -> Iterator[Any]:
     """Of each layer what makes it like others: its kind, and the dtypes of its tensors."""
     dtypes: list[list[str]] = [[] for _ in source.model.kinds]
     for name in source.places:
-        if name.startswith("decoder.layers."):
+        if name.startswith(LAYERS):
             dtypes[int(name.split(".", 3)[2])].append(source.dtype(name))
     return ((kind, tuple(found)) for kind, found in zip(source.model.kinds, dtypes, strict=True))
 

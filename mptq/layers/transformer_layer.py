@@ -79,14 +79,14 @@ class Norm:
         kinds = {
             ("RMSNorm", False): torch.nn.RMSNorm,
             ("LayerNorm", False): torch.nn.LayerNorm,
-            ("RMSNorm", True): ZeroCentredRMSNorm,
-            ("LayerNorm", True): ZeroCentredLayerNorm,
+            ("RMSNorm", True): ZeroCenteredRMSNorm,
+            ("LayerNorm", True): ZeroCenteredLayerNorm,
         }
         kind = kinds[config.normalization, config.layernorm_zero_centered_gamma]
         return kind(hidden_size, eps=eps, dtype=config.params_dtype)
 
 
-class ZeroCentredRMSNorm(torch.nn.RMSNorm):
+class ZeroCenteredRMSNorm(torch.nn.RMSNorm):
     """RMSNorm by 1 + weight, in float32 as Transformer Engine computes it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -95,7 +95,7 @@ class ZeroCentredRMSNorm(torch.nn.RMSNorm):
         return out.to(x.dtype)
 
 
-class ZeroCentredLayerNorm(torch.nn.LayerNorm):
+class ZeroCenteredLayerNorm(torch.nn.LayerNorm):
     """LayerNorm by 1 + weight ("LayerNorm1P"), in float32 as Transformer Engine computes it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Where a checkpoint has the tensors of a model, and which of its items are no part of the model.
 
 Checkpoints stack layers and experts into one tensor, number experts in the last part of a name, fuse norms into Transformer
-Engine's linears and split fused matrices in parts; these are the alternatives of `SPELLINGS`.
+Engine's linears and split fused matrices in parts; these are the alternatives of `KEY_VARIANTS`.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def _choices(numbers: tuple[int, ...]) -> tuple[_Chosen, ...]:
 
 
 def _spelled(inner: str, spelling: int) -> tuple[str, ...]:
-    """The names of an inner tensor in one of the `SPELLINGS`, counted from 1; 0 is its own. Empty where it has none there."""
+    """The names of an inner tensor in one of the `KEY_VARIANTS`, counted from 1; 0 is its own. Empty where it has none."""
     if spelling == 0:
         return (inner,)
     pattern, words = KEY_VARIANTS[spelling - 1]

@@ -46,8 +46,8 @@ def input_amax(document: Mapping[str, Any]) -> Plot | None:
 
 def _by_layer(title: str, unit: str, lines: Mapping[str, Sequence[float]], words: Any) -> Plot:
     figure, axes = svg.axes(*_SIZE, "layer", unit)
-    for (name, values), colour in zip(lines.items(), SERIES * len(lines), strict=False):
-        axes.plot(range(len(values)), values, color=colour, marker="o" if len(values) <= 40 else "", label=name)
+    for (name, values), color in zip(lines.items(), SERIES * len(lines), strict=False):
+        axes.plot(range(len(values)), values, color=color, marker="o" if len(values) <= 40 else "", label=name)
     everything = views.known(value for values in lines.values() for value in values)
     if min(everything) > 0 and max(everything) > 8 * min(everything):
         axes.set_yscale("log")
@@ -105,9 +105,9 @@ def sizes(document: Mapping[str, Any]) -> Plot | None:
     unit, name = next((10.0**power, name) for power, name in ((9, "GB"), (6, "MB"), (0, "bytes")) if largest >= 10**power)
     figure, axes = svg.axes(_SIZE[0], 120 + _BAR * len(bars), f"size [{name}]", "", grid="x")
     left = dict.fromkeys(bars, 0.0)
-    for (component, row), colour in zip(components.items(), SERIES * len(components), strict=False):
+    for (component, row), color in zip(components.items(), SERIES * len(components), strict=False):
         widths = [row.get(key, 0) / unit for key in bars]
-        axes.barh(list(bars.values()), widths, left=list(left.values()), height=0.62, color=colour, label=component)
+        axes.barh(list(bars.values()), widths, left=list(left.values()), height=0.62, color=color, label=component)
         left = {key: start + width for (key, start), width in zip(left.items(), widths, strict=True)}
     for index, key in enumerate(bars):
         axes.annotate(size(left[key] * unit), (left[key], index), (5, 0), textcoords="offset points", va="center")

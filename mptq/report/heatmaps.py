@@ -19,7 +19,7 @@ _EMPTY = "#8d8d8d"
 _NONE = 0.5
 """Stands for 0 tokens on the logarithmic scale, which begins at 1."""
 FALLBACK = "#ff3b30"
-"""Colour of the marks over experts without enough tokens: apart from viridis in hue and in lightness."""
+"""Color of the marks over experts without enough tokens: apart from viridis in hue and in lightness."""
 
 
 def signal_to_noise(document: Mapping[str, Any], form: str) -> Plot | None:
@@ -72,8 +72,8 @@ def _draw_tokens(figure: Figure, axes: Axes, tokens: list[list[float]], marks: l
 
     experts, layers = len(tokens), len(tokens[0])
     most = max(views.known(value for line in tokens for value in line))
-    colours = mpl.colormaps[svg.HEAT].with_extremes(under=_EMPTY)
-    svg.heat(figure, axes, tokens, "tokens (log scale)", norm=LogNorm(1, max(most, 2)), cmap=colours)
+    colors = mpl.colormaps[svg.HEAT].with_extremes(under=_EMPTY)
+    svg.heat(figure, axes, tokens, "tokens (log scale)", norm=LogNorm(1, max(most, 2)), cmap=colors)
     svg.cell_lines(axes, experts, layers)
     svg.whole_ticks(axes.xaxis)
     svg.whole_ticks(axes.yaxis)

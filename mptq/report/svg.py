@@ -1,7 +1,7 @@
-"""Drawing: matplotlib figures as inline SVG in the colours and the font of the page around them.
+"""Drawing: matplotlib figures as inline SVG in the colors and the font of the page around them.
 
-Figures are drawn in colours that stand for roles; `inline` replaces these by the page's CSS variables, so that one drawing
-serves light and dark pages. Pixels of heat maps cannot be recoloured: their colour map reads well on both.
+Figures are drawn in colors that stand for roles; `inline` replaces these by the page's CSS variables, so that one drawing
+serves light and dark pages. Pixels of heat maps cannot be recolored: their color map reads well on both.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ INK, LINE, CARD = "#010201", "#010202", "#010203"
 SERIES = tuple(f"#0103{number:02x}" for number in range(1, 9))
 HEAT = "viridis"
 _VARIABLES = {INK: "var(--ink)", LINE: "var(--line)", CARD: "var(--card)"} | {
-    colour: f"var(--series-{number})" for number, colour in enumerate(SERIES, 1)
+    color: f"var(--series-{number})" for number, color in enumerate(SERIES, 1)
 }
 _STYLE: dict[Any, Any] = (
     {
@@ -91,13 +91,13 @@ def legend(figure: Figure, target: Axes) -> None:
     """The names above the axes, outside them: it never hides data."""
     handles, labels = target.get_legend_handles_labels()
     if len(labels) > 1:
-        # About 6 pixels a letter, and 36 for the sample of the colour and the gap.
+        # About 6 pixels a letter, and 36 for the sample of the color and the gap.
         columns = int(figure.bbox.width / (6 * max(map(len, labels)) + 36))
         figure.legend(handles, labels, loc="outside upper left", ncols=max(1, columns), handlelength=1.4, columnspacing=1.2)
 
 
 def heat(figure: Figure, target: Axes, values: list[list[float]], label: str, **options: Any) -> AxesImage:
-    """A heat map of rows from top to bottom, NaN left empty, with its colour bar."""
+    """A heat map of rows from top to bottom, NaN left empty, with its color bar."""
     from matplotlib.ticker import FuncFormatter
 
     image = target.imshow(values, **{"cmap": HEAT, "aspect": "auto", "interpolation": "none"} | options)
@@ -133,8 +133,8 @@ def inline(figure: Figure, name: str) -> str:
     text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", text)
     text = re.sub(r"; font-family: [^;\"]*", "", text)
     text = _own_ids(text, name)
-    for colour, variable in _VARIABLES.items():
-        text = text.replace(colour, variable)
+    for color, variable in _VARIABLES.items():
+        text = text.replace(color, variable)
     return re.sub(r"\s*\n\s*", "\n", text).strip()
 
 

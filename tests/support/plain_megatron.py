@@ -79,7 +79,7 @@ def _layers(options):
 
 
 def _megatron_arithmetic():
-    """megatron-core's products bit for bit: mptq's own makes the sums on a CPU in float32 (arch/layer.py)."""
+    """megatron-core's products bit for bit: mptq's own makes the sums on a CPU in float32 (layers/transformer_layer.py)."""
     import mptq.layers.transformer_layer
 
     mptq.layers.transformer_layer.project = torch.nn.functional.linear

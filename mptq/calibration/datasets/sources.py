@@ -24,7 +24,7 @@ class DatasetKind:
     """How a dataset of this kind is told from its name, and read: documents in an order drawn from the random bits."""
 
     name: str
-    recognise: Callable[[str], object]
+    recognize: Callable[[str], object]
     read: Callable[[str, DataOptions, np.random.PCG64], Iterator[Document]]
     tokenized: bool = False
 
@@ -42,7 +42,7 @@ KINDS = (
     DatasetKind("directory", huggingface.is_directory, huggingface.read_streamed),
     DatasetKind("hub", huggingface.is_hub_name, huggingface.read_streamed),
 )
-"""The first that recognises a name reads it."""
+"""The first that recognizes a name reads it."""
 
 DEFAULT = {"python-reference": (default.read_reference, 1.0), "python-library": (default.read_library, 2.0)}
 """What is read when nothing is named, and its weight: the two together hold some 700 sequences of 512 tokens."""
@@ -100,7 +100,7 @@ def _find(given: str) -> Dataset:
     if not (weight > 0 and math.isfinite(weight)):
         raise DataError(f"dataset {given!r}: the weight must be a positive number")
     for kind in KINDS:
-        if path and kind.recognise(path):
+        if path and kind.recognize(path):
             return Dataset(path, kind, weight)
     raise DataError(_unknown(path))
 
@@ -117,7 +117,7 @@ def _split_weight(given: str) -> tuple[str, float]:
 
 
 def _unknown(path: str) -> str:
-    """Why no kind recognises it."""
+    """Why no kind recognizes it."""
     if remote_url(path):
         return f"dataset {path!r}: remote paths are not read: mount or copy it"
     if path.endswith((".bin", ".idx")) and Path(path).exists():

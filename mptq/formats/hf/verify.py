@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mptq.formats.protocol import OpenedOutput
+from mptq.model.tensors import LAYERS
 
 
 def check_config(output: OpenedOutput, made: Mapping[str, Any]) -> Iterator[str]:
@@ -22,7 +23,7 @@ def check_config(output: OpenedOutput, made: Mapping[str, Any]) -> Iterator[str]
         yield "config.json has no quantization_config that engines read"
         return
     plain = {"lm_head"}
-    for items in (entry.get("hf", []) for inner, entry in made["tensors"].items() if inner.startswith("decoder.layers.")):
+    for items in (entry.get("hf", []) for inner, entry in made["tensors"].items() if inner.startswith(LAYERS)):
         weights = [item for item in items if item["name"].endswith(".weight") and len(item["shape"]) == 2]
         plain |= {item["name"].removesuffix(".weight") for item in weights if item["dtype"] != "float8_e4m3fn"}
     if listed != plain:

@@ -15,7 +15,7 @@ RECORDED = json.loads(RECORD.read_text())["cases"]
 CASES = cases()
 OF_FAMILIES = [name for name in CASES if name not in MODELS]
 REFUSED = {"Nemotron-H fp8-per-channel even": "All MoE projections need to have same quantization scheme"}
-"""vLLM asks for the scheme of a gate, by an empty name, of experts that have none: see forecast.py, `_gateless`."""
+"""vLLM asks for the scheme of a gate, by an empty name, of experts that have none: see formats/hf/warnings.py, `_gateless`."""
 
 
 def made_of(module, case, found):

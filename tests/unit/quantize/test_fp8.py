@@ -55,11 +55,11 @@ def test_bound_sees_one_step_of_e4m3(row, column, scheme, step):
     weight, found = make(200, 160, scheme)
     code = int(found.data.view(torch.uint8)[row, column])
     if (code & 0x7F) in (0, 0x7E) or (code + step) & 0x7F == 0x7F:
-        return  # the ends of the range have no neighbour on one side
+        return  # the ends of the range have no neighbor on one side
     found.data.view(torch.uint8)[row, column] = code + step
-    neighbour = fp8.dequantize(found, scheme)[row, column]
+    neighbor = fp8.dequantize(found, scheme)[row, column]
     original = weight[row, column]
-    halfway = abs(neighbour - original) <= max(abs(original) / 16, 0) * (1 + 2**-20)
+    halfway = abs(neighbor - original) <= max(abs(original) / 16, 0) * (1 + 2**-20)
     if not halfway:
         assert fp8.first_out_of_bound(weight, found, scheme) == (row, column)
 

@@ -110,7 +110,7 @@ def test_every_plot_has_words_labels_and_its_own_ids(pages):
         ids = re.findall(r' id="([^"]*)"', page)
         assert len(ids) == len(set(ids))
         assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', page)) <= set(ids)
-        assert not re.search(r"#010[0-9a-f]{3}", page)  # a colour that stands for a role
+        assert not re.search(r"#010[0-9a-f]{3}", page)  # a color that stands for a role
         for label in ("layer", "relative error [%]", "SNR [dB]", "time [s]"):
             assert f">{label}</text>" in page
 

@@ -1,4 +1,4 @@
-"""What Megatron-Bridge and NeMo 2 write beside the weights; what megatron-core itself writes is in test_arguments.py."""
+"""What Megatron-Bridge and NeMo 2 write beside the weights; megatron-core's own is in test_from_megatron_args.py."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What tensors tell, under the names and in the stacks of every layout; megatron-core's own are in test_arguments.py."""
+"""What tensors tell, under the names and in the stacks of every layout; megatron-core's are in test_from_megatron_args.py."""
 
 import pytest
 from hypothesis import given
