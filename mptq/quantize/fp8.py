@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from mptq.quantize import mx
-from mptq.recipes.schemes import Scheme
+from mptq.recipes.schemes import STRIP_ROWS, Scheme
 from mptq.types import Fp8Weight
 
 E4M3_MAX = 448.0
@@ -27,8 +27,6 @@ or 2 ** -4 of themselves, whichever is more. Nothing that float16 holds but zero
 """
 LARGEST_CODE = 0x7E
 """The bits of 448, without the sign."""
-STRIP_ROWS = 128
-"""Rows handled at once, a multiple of every block: small enough for temporaries to stay in cache, however tall the matrix."""
 
 
 def floored(amax: torch.Tensor) -> torch.Tensor:

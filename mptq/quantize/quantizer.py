@@ -22,8 +22,8 @@ from mptq.errors import CheckpointError
 from mptq.model.fused import Fusion
 from mptq.quantize import mx
 from mptq.quantize.error_statistics import Sums
-from mptq.quantize.fp8 import E4M3_MAX, STRIP_ROWS, floored, powers_of_two
-from mptq.recipes.schemes import Scheme
+from mptq.quantize.fp8 import E4M3_MAX, floored, powers_of_two
+from mptq.recipes.schemes import STRIP_ROWS, Scheme
 from mptq.types import Fp8Weight, WeightError
 
 _STRIP = {"cpu": 1 << 20, "cuda": 1 << 24}

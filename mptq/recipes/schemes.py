@@ -13,6 +13,8 @@ from mptq.errors import RecipeError
 
 WHOLE = 0
 """All rows or all columns, as a size of a cell."""
+STRIP_ROWS = 128
+"""Rows that are quantized at once, whole cells: few enough for temporaries to stay in cache, however tall the matrix."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -20,9 +22,10 @@ class Scheme:
     """How one linear's weight is stored in FP8 (E4M3), and whether its input has a calibrated scale.
 
     `name` is unique, and what the manifest has; `scale` is what a recipe calls the kind of its scales (`weights.scale`).
-    `cell` are the rows and columns of a weight that have one scale. `modelopt` are the attributes of ModelOpt's weight
-    quantizer. `forms` are the dialects of the Hugging Face format that carry it, with what their configs say of it
-    (formats/hf/quantization_config.py). With `exponents`, scales are powers of two, stored as E8M0 bytes.
+    `cell` are the rows and columns of a weight that have one scale; the rows divide `STRIP_ROWS`. `modelopt` are the
+    attributes of ModelOpt's weight quantizer. `forms` are the dialects of the Hugging Face format that carry it, with what
+    their configs say of it (formats/hf/quantization_config.py). With `exponents`, scales are powers of two, stored as E8M0
+    bytes.
     """
 
     name: str
@@ -33,6 +36,10 @@ class Scheme:
     forms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     static: bool = False
     exponents: bool = False
+
+    def __post_init__(self) -> None:
+        if self.cell[0] and STRIP_ROWS % self.cell[0]:
+            raise ValueError(f"{self.name}: the rows of a cell must divide {STRIP_ROWS}, and {self.cell[0]} do not")
 
     @property
     def shared(self) -> bool:
