@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from mptq.model.architectures.families import family_of, nearest_family
+from mptq.model.architectures.registry import family_of, nearest_family
 from mptq.model.config import ModelConfig
 from mptq.model.features import WORDS
 from mptq.model.settings.settings import Settings

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from mptq.model.architectures.families import Family, nearest_family
+from mptq.model.architectures.family import Family
+from mptq.model.architectures.registry import nearest_family
 from mptq.model.config import LayerKind, MLAConfig, ModelConfig
 from mptq.model.fused import Fusion
 
@@ -347,9 +348,9 @@ def _before(config: ModelConfig) -> Iterator[UnquantizedTensor]:
     yield _vocabulary(config, "embedding.word_embeddings")
     if config.get("position_embedding_type") == "learned_absolute":
         module, count = "embedding.position_embeddings", config.max_position_embeddings
-        hf = names(config).modules(module) if names(config).positions else (module,)
+        hf = names(config).modules(module) if names(config).reserved_positions else (module,)
         yield UnquantizedTensor(
-            f"{module}.weight", (f"{hf[0]}.weight",), (count, hidden), count, before=names(config).positions
+            f"{module}.weight", (f"{hf[0]}.weight",), (count, hidden), count, before=names(config).reserved_positions
         )
 
 

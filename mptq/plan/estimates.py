@@ -10,7 +10,7 @@ from mptq.checkpoint.contents import foreign_code
 from mptq.formats import FORMATS
 from mptq.formats.layout import canonical_weight
 from mptq.model import tensors
-from mptq.model.architectures.families import family_of
+from mptq.model.architectures.registry import family_of
 from mptq.model.settings.from_run_config import unread
 from mptq.types import DTYPE_BYTES, TensorSpec
 

@@ -16,7 +16,7 @@ from mptq import Options, make_plan, run
 from mptq.calibration.datasets.options import DataOptions
 from mptq.errors import UnsupportedModelError
 from mptq.model.architectures.config_json import config_fields
-from mptq.model.architectures.families import family_of
+from mptq.model.architectures.registry import family_of
 from mptq.plan.estimates import components, warnings
 from mptq.plan.plan import SourceOptions, open_source
 from mptq.recipes.recipe import load_recipe

@@ -13,7 +13,7 @@ from mptq.formats.hf.quantization_config import DIALECTS
 from mptq.formats.hf.verify import check_config
 from mptq.formats.hf.warnings import warnings
 from mptq.formats.protocol import Format, OpenedOutput
-from mptq.model.architectures.families import family_of, nearest_family
+from mptq.model.architectures.registry import family_of, nearest_family
 from mptq.model.checkpoint_keys import MTP
 from mptq.model.tensors import hf_layer
 from mptq.recipes.assignment import require_whole_groups

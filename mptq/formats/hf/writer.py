@@ -11,7 +11,7 @@ from mptq.formats.hf.safetensors_stream import ShardFile, assign_shards
 from mptq.formats.hf.tokenizer import copy_tokenizer
 from mptq.formats.protocol import Writer
 from mptq.model.architectures.config_json import config_fields
-from mptq.model.architectures.families import family_of
+from mptq.model.architectures.registry import family_of
 from mptq.types import LayerOutput
 
 if TYPE_CHECKING:

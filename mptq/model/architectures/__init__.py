@@ -1,1 +1,1 @@
-"""The architectures of Hugging Face that mptq writes."""
+"""The architectures of Hugging Face: a file for each, which registry.py lists."""

@@ -1,4 +1,4 @@
-"""The fields of Hugging Face's config.json, from the model's config. No torch.
+"""The fields of config.json that many families write, from the model's config. No torch.
 
 Source: the configuration files of transformers' families; `rope_parameters` as in its modeling_rope_utils.py.
 """
@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from mptq.model.architectures.families import Family
+from mptq.model.architectures.family import Family
 from mptq.model.config import ModelConfig
 
 _ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh", "squared_relu": "relu2"}
@@ -31,15 +31,16 @@ def config_fields(config: ModelConfig, family: Family) -> dict[str, Any]:
         "eos_token_id": None,
         "pad_token_id": None,
     }
-    return fields | _FIELDS[family.name](config)
+    return fields | family.config_json(config)
 
 
-def _activation(config: ModelConfig) -> str:
+def activation(config: ModelConfig) -> str:
+    """The activation function, by transformers' name."""
     word = str(config.get("activation_func"))
     return _ACTIVATIONS.get(word, word)
 
 
-def _rope(config: ModelConfig) -> dict[str, Any]:
+def rope(config: ModelConfig) -> dict[str, Any]:
     """`rope_parameters`, and the older names that engines and transformers before 5 read."""
     theta = config.get("rotary_base")
     scaling = _SCALINGS[config.features["rope scaling"]](config)
@@ -109,177 +110,29 @@ _SCALINGS: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
 }
 
 
-def _window(config: ModelConfig) -> int | None:
+def window(config: ModelConfig) -> int | None:
     """Tokens that a token sees, itself among them: megatron-core's window counts those before it."""
     window = config.get("window_size")
     return None if not window else int(window[0]) + 1
 
 
-def _decoder(config: ModelConfig) -> dict[str, Any]:
+def decoder(config: ModelConfig) -> dict[str, Any]:
     """What most families share."""
-    return _rope(config) | {
+    return rope(config) | {
         "num_key_value_heads": config.num_query_groups,
         "head_dim": config.head_dim,
         "intermediate_size": config.ffn_hidden_size,
-        "hidden_act": _activation(config),
+        "hidden_act": activation(config),
         "rms_norm_eps": config.norm_epsilon,
     }
 
 
-def _llama(config: ModelConfig) -> dict[str, Any]:
-    return _decoder(config) | {"attention_bias": False, "mlp_bias": False}
-
-
-def _mistral(config: ModelConfig) -> dict[str, Any]:
-    return _decoder(config) | {"sliding_window": _window(config)}
-
-
-def _qwen(config: ModelConfig) -> dict[str, Any]:
-    return _decoder(config) | {"use_sliding_window": False, "sliding_window": None, "attention_bias": False}
-
-
-def _nemotron(config: ModelConfig) -> dict[str, Any]:
-    fields = _decoder(config) | {"norm_eps": config.norm_epsilon, "attention_bias": False, "mlp_bias": False}
-    fields["rope_parameters"] |= {"partial_rotary_factor": config.get("rotary_percent")}
-    return fields | {"partial_rotary_factor": config.get("rotary_percent")}
-
-
-def _opt(config: ModelConfig) -> dict[str, Any]:
-    return {
-        "ffn_dim": config.ffn_hidden_size,
-        "word_embed_proj_dim": config.hidden_size,
-        "activation_function": _activation(config),
-        "do_layer_norm_before": True,
-        "enable_bias": True,
-        "layer_norm_elementwise_affine": True,
-    }
-
-
-def _starcoder(config: ModelConfig) -> dict[str, Any]:
-    return _decoder(config) | {
-        "norm_epsilon": config.norm_epsilon,
-        "use_bias": True,
-        "mlp_type": "default",
-        "sliding_window": _window(config),
-    }
-
-
-def _mixtral(config: ModelConfig) -> dict[str, Any]:
-    return _decoder(config) | {
-        "intermediate_size": config.moe_ffn_hidden_size,
-        "num_local_experts": config.num_experts,
-        "num_experts_per_tok": config.moe_topk,
-        "sliding_window": _window(config),
-    }
-
-
-def _qwen_moe(config: ModelConfig) -> dict[str, Any]:
-    return _qwen(config) | {
-        "qkv_bias": config.features["qkv bias"],
-        "moe_intermediate_size": config.moe_ffn_hidden_size,
-        "shared_expert_intermediate_size": config.shared_ffn_hidden_size,
-        "num_experts": config.num_experts,
-        "num_experts_per_tok": config.moe_topk,
-        "norm_topk_prob": config.features["router"] == "softmax of the chosen",
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [layer for layer, kind in enumerate(config.kinds) if kind.ffn == "mlp"],
-    }
-
-
-def _groups(config: ModelConfig) -> dict[str, Any]:
+def expert_groups(config: ModelConfig) -> dict[str, Any]:
     """The groups of experts; one group limits nothing."""
     found = config.expert_groups
     return {"n_group": found.groups if found else 1, "topk_group": found.chosen if found else 1}
 
 
-def _deepseek(config: ModelConfig) -> dict[str, Any]:
-    sizes = config.latent
-    assert sizes is not None
-    return (
-        _rope(config)
-        | _groups(config)
-        | {
-            "num_key_value_heads": config.num_attention_heads,
-            "intermediate_size": config.ffn_hidden_size,
-            "hidden_act": _activation(config),
-            "rms_norm_eps": config.norm_epsilon,
-            "attention_bias": False,
-            "mlp_bias": False,
-            "q_lora_rank": sizes.q_rank or None,
-            "kv_lora_rank": sizes.kv_rank,
-            "qk_nope_head_dim": sizes.qk_dim,
-            "qk_rope_head_dim": sizes.rotary_dim,
-            "v_head_dim": sizes.v_dim,
-            "moe_intermediate_size": config.moe_ffn_hidden_size,
-            "n_routed_experts": config.num_experts,
-            "n_shared_experts": config.shared_ffn_hidden_size // config.moe_ffn_hidden_size,
-            "num_experts_per_tok": config.moe_topk,
-            "routed_scaling_factor": float(config.get("moe_router_topk_scaling_factor") or 1),
-            "first_k_dense_replace": sum(kind.ffn == "mlp" for kind in config.kinds),
-            "moe_layer_freq": 1,
-        }
-    )
-
-
-def _deepseek2(config: ModelConfig) -> dict[str, Any]:
-    return _deepseek(config) | {
-        "topk_method": "group_limited_greedy" if config.expert_groups else "greedy",
-        "scoring_func": "softmax",
-        "norm_topk_prob": False,
-    }
-
-
-def _deepseek3(config: ModelConfig) -> dict[str, Any]:
-    return _deepseek(config) | {
-        "topk_method": "noaux_tc",
-        "scoring_func": "sigmoid",
-        "norm_topk_prob": True,
-        "rope_interleave": True,
-        "num_mtp_layers": 0,
-        "num_nextn_predict_layers": 0,
-    }
-
-
-_BLOCKS = {("mamba", ""): "mamba", ("attention", ""): "attention", ("", "mlp"): "mlp", ("", "moe"): "moe"}
-
-
-def _nemotron_h(config: ModelConfig) -> dict[str, Any]:
-    heads = int(config.get("mamba_num_heads") or 2 * config.hidden_size // config.get("mamba_head_dim"))
-    experts = {
-        "n_routed_experts": config.num_experts,
-        "num_experts_per_tok": config.moe_topk,
-        "moe_intermediate_size": config.moe_ffn_hidden_size,
-        "moe_shared_expert_intermediate_size": config.shared_ffn_hidden_size,
-        "n_shared_experts": 1,
-        "routed_scaling_factor": float(config.get("moe_router_topk_scaling_factor") or 1),
-        "norm_topk_prob": True,
-    } | _groups(config)
-    return {
-        "layers_block_type": [_BLOCKS[kind.mixer, kind.ffn] for kind in config.kinds],
-        "num_key_value_heads": config.num_query_groups,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.ffn_hidden_size,
-        "mlp_hidden_act": _activation(config),
-        "layer_norm_epsilon": config.norm_epsilon,
-        "ssm_state_size": config.get("mamba_state_dim"),
-        "mamba_num_heads": heads,
-        "mamba_head_dim": config.get("mamba_head_dim"),
-        "n_groups": config.get("mamba_num_groups"),
-    } | (experts if config.num_experts else {})
-
-
-_FIELDS: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
-    "Llama": _llama,
-    "Mistral": _mistral,
-    "Qwen2": _qwen,
-    "Qwen3": _qwen,
-    "Nemotron": _nemotron,
-    "OPT": _opt,
-    "StarCoder2": _starcoder,
-    "Mixtral": _mixtral,
-    "Qwen2-MoE": _qwen_moe,
-    "Qwen3-MoE": _qwen_moe,
-    "DeepSeek-V2": _deepseek2,
-    "DeepSeek-V3": _deepseek3,
-    "Nemotron-H": _nemotron_h,
-}
+def routed_scaling(config: ModelConfig) -> float:
+    """The factor on the weights of a token's experts."""
+    return float(config.get("moe_router_topk_scaling_factor") or 1)

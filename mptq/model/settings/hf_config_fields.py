@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
 from mptq.errors import CheckpointError
 from mptq.model.architectures.config_json import concentration
+from mptq.model.architectures.config_type import ConfigType
+from mptq.model.architectures.registry import CONFIG_TYPES
 from mptq.model.settings.settings import LARGEST
 
 MOST_LAYERS = 1 << 14
@@ -176,21 +177,52 @@ class Fields(BaseModel):
         return self
 
 
-@dataclass(frozen=True)
-class HfFamily:
-    """One `model_type`. `keys` are the fields that its code reads, `settings` what it does where none of them says otherwise.
-
-    `fixed` are fields that no setting expresses, with the values at which the family is what the settings say. `ignored` are
-    fields that its configs have and that change nothing. `derived` are those that follow from others where they are absent;
-    other families have constants there.
-    """
-
-    keys: str
-    settings: dict[str, Any]
-    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    ignored: str = ""
-    derived: str = "head_dim num_key_value_heads"
-
+SETTINGS = {
+    "num_hidden_layers": "num_layers",
+    "n_layer": "num_layers",
+    "hidden_size": "hidden_size",
+    "n_embd": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "n_inner": "ffn_hidden_size",
+    "ffn_dim": "ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "n_head": "num_attention_heads",
+    "num_key_value_heads": "num_query_groups",
+    "head_dim": "kv_channels",
+    "attention_head_dim": "kv_channels",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_position_embeddings",
+    "n_positions": "max_position_embeddings",
+    "tie_word_embeddings": "share_embeddings_and_output_weights",
+    "rope_theta": "rotary_base",
+    "partial_rotary_factor": "rotary_percent",
+    "num_local_experts": "num_moe_experts",
+    "num_experts": "num_moe_experts",
+    "n_routed_experts": "num_moe_experts",
+    "num_experts_per_tok": "moe_router_topk",
+    "moe_intermediate_size": "moe_ffn_hidden_size",
+    "shared_expert_intermediate_size": "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_intermediate_size": "moe_shared_expert_intermediate_size",
+    "routed_scaling_factor": "moe_router_topk_scaling_factor",
+    "n_group": "moe_router_num_groups",
+    "topk_group": "moe_router_group_topk",
+    "q_lora_rank": "q_lora_rank",
+    "kv_lora_rank": "kv_lora_rank",
+    "qk_nope_head_dim": "qk_head_dim",
+    "qk_rope_head_dim": "qk_pos_emb_head_dim",
+    "v_head_dim": "v_head_dim",
+    "num_nextn_predict_layers": "mtp_num_layers",
+    "use_bias": "add_bias_linear",
+    "enable_bias": "add_bias_linear",
+    "qkv_bias": "add_qkv_bias",
+    "ssm_state_size": "mamba_state_dim",
+    "mamba_num_heads": "mamba_num_heads",
+    "mamba_head_dim": "mamba_head_dim",
+    "n_groups": "mamba_num_groups",
+}
+"""Field -> the setting that it is, by megatron-core's name (settings.py)."""
+EPSILONS = ("rms_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
+ACTIVATIONS = ("hidden_act", "mlp_hidden_act", "activation_function")
 
 _NEUTRAL = """
 model_type architectures auto_map transformers_version torch_dtype dtype name_or_path _name_or_path tokenizer_class
@@ -227,173 +259,46 @@ _OFF: dict[str, tuple[Any, ...]] = {
 }
 """Fields of features that a family has only where it reads them: the values, beside None, at which they are off."""
 
-_SIZES = (
-    "num_hidden_layers hidden_size intermediate_size num_attention_heads vocab_size max_position_embeddings tie_word_embeddings"
-)
-_ROTARY = "rope_theta rope_scaling rope_parameters"
-_DECODER = f"{_SIZES} {_ROTARY} num_key_value_heads head_dim hidden_act rms_norm_eps layer_types"
-_WINDOW = "sliding_window use_sliding_window max_window_layers"
-_EXPERTS = "num_local_experts num_experts n_routed_experts num_experts_per_tok moe_intermediate_size norm_topk_prob"
-_ROUTING = "n_shared_experts routed_scaling_factor n_group topk_group"
-_SPARSE = f"{_EXPERTS} shared_expert_intermediate_size decoder_sparse_step mlp_only_layers"
-_DEEPSEEK = (
-    f"{_SIZES} {_ROTARY} hidden_act rms_norm_eps {_EXPERTS} {_ROUTING} topk_method "
-    "first_k_dense_replace num_nextn_predict_layers q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim"
-)
-_MAMBA = "layers_block_type hybrid_override_pattern ssm_state_size mamba_num_heads mamba_head_dim n_groups"
 
-_LLAMA: dict[str, Any] = {
-    "normalization": "RMSNorm",
-    "gated_linear_unit": True,
-    "position_embedding_type": "rope",
-    "rotary_percent": 1.0,
-    "rotary_interleaved": False,
-    "add_bias_linear": False,
-    "add_qkv_bias": False,
-    "qk_layernorm": False,
-}
-_GPT = _LLAMA | {"normalization": "LayerNorm", "gated_linear_unit": False, "add_bias_linear": True}
-_LEARNED = _GPT | {"position_embedding_type": "learned_absolute"}
-_LATENT = _LLAMA | {"multi_latent_attention": True, "qk_layernorm": True}
-SIGMOID: dict[str, Any] = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
-_DEEPSEEK3 = HfFamily(
-    _DEEPSEEK,
-    _LATENT | SIGMOID,
-    {
-        "moe_layer_freq": (1,),
-        "rope_interleave": (True,),
-        "scoring_func": ("sigmoid",),
-        "topk_method": ("noaux_tc",),
-        "norm_topk_prob": (True,),
-    },
-    "head_dim qk_head_dim num_key_value_heads",
-    derived="",
-)
+def understood(fields: Mapping[str, Any], where: str) -> tuple[ConfigType, dict[str, Any]]:
+    """The type of a config and those of its fields that say something, as `Fields` validates them.
 
-FAMILIES = {
-    "llama": HfFamily(_DECODER, _LLAMA),
-    "mistral": HfFamily(f"{_DECODER} sliding_window", _LLAMA, derived="head_dim"),
-    "mixtral": HfFamily(
-        f"{_DECODER} {_EXPERTS} sliding_window", _LLAMA | {"moe_router_pre_softmax": False}, derived="head_dim"
-    ),
-    "qwen2": HfFamily(f"{_DECODER} {_WINDOW}", _LLAMA | {"add_qkv_bias": True}, ignored="attention_bias", derived="head_dim"),
-    "qwen2_moe": HfFamily(
-        f"{_DECODER} {_WINDOW} {_SPARSE} qkv_bias",
-        _LLAMA | {"add_qkv_bias": True, "moe_shared_expert_gate": True},
-        ignored="attention_bias",
-        derived="head_dim",
-    ),
-    "qwen3": HfFamily(f"{_DECODER} {_WINDOW}", _LLAMA | {"qk_layernorm": True}, derived=""),
-    "qwen3_moe": HfFamily(
-        f"{_DECODER} {_WINDOW} {_SPARSE}", _LLAMA | {"qk_layernorm": True}, ignored="qkv_bias", derived="head_dim"
-    ),
-    "deepseek_v2": HfFamily(
-        _DEEPSEEK,
-        _LATENT | {"moe_router_pre_softmax": True},
-        {
-            "moe_layer_freq": (1,),
-            "scoring_func": ("softmax",),
-            "topk_method": ("greedy", "group_limited_greedy"),
-            "norm_topk_prob": (False,),
-        },
-        "head_dim qk_head_dim num_key_value_heads",
-        derived="",
-    ),
-    "deepseek_v3": _DEEPSEEK3,
-    "kimi_k2": _DEEPSEEK3,
-    "nemotron": HfFamily(
-        f"{_SIZES} {_ROTARY} num_key_value_heads head_dim hidden_act norm_eps partial_rotary_factor",
-        _LLAMA
-        | {
-            "normalization": "LayerNorm",
-            "layernorm_zero_centered_gamma": True,
-            "gated_linear_unit": False,
-            "rotary_percent": 0.5,
-        },
-        ignored="rms_norm_eps",
-    ),
-    "nemotron_h": HfFamily(
-        f"{_SIZES} {_EXPERTS} {_ROUTING} {_MAMBA} num_key_value_heads head_dim attention_head_dim mlp_hidden_act "
-        "layer_norm_epsilon moe_shared_expert_intermediate_size num_nextn_predict_layers",
-        _LLAMA | {"gated_linear_unit": False, "position_embedding_type": "none"},
-        {
-            "use_bias": (False,),
-            "use_conv_bias": (True,),
-            "mamba_proj_bias": (False,),
-            "mamba_hidden_act": ("silu",),
-            "conv_kernel": (4,),
-            "time_step_limit": ([0, float("inf")], [0, {"__float__": "Infinity"}]),
-            "residual_in_fp32": (False,),
-            "moe_latent_size": (),
-            "norm_topk_prob": (True,),
-        },
-        "rms_norm_eps rope_theta rope_scaling num_query_groups expand chunk_size time_step_rank time_step_min time_step_max "
-        "time_step_floor use_mamba_kernels mamba_ssm_cache_dtype rescale_prenorm_residual num_logits_to_keep "
-        "moe_shared_expert_overlap mtp_layers_block_type mtp_hybrid_override_pattern",
-        derived="",
-    ),
-    "starcoder2": HfFamily(
-        f"{_SIZES} {_ROTARY} num_key_value_heads hidden_act norm_epsilon sliding_window use_bias layer_types",
-        _GPT,
-        {"norm_type": ("layer_norm",), "mlp_type": ("default",)},
-        "head_dim rms_norm_eps",
-        "head_dim",
-    ),
-    "gpt2": HfFamily(
-        "n_layer n_embd n_inner n_head n_positions vocab_size activation_function layer_norm_epsilon tie_word_embeddings",
-        _LEARNED | {"share_embeddings_and_output_weights": True},
-        {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)},
-        "n_ctx reorder_and_upcast_attn summary_type summary_use_proj summary_activation summary_proj_to_labels "
-        "summary_first_dropout",
-    ),
-    "opt": HfFamily(
-        "num_hidden_layers hidden_size ffn_dim num_attention_heads vocab_size max_position_embeddings tie_word_embeddings "
-        "activation_function enable_bias word_embed_proj_dim",
-        _LEARNED | {"layernorm_epsilon": 1e-5},
-        {"do_layer_norm_before": (True,), "_remove_final_layer_norm": (False,), "layer_norm_elementwise_affine": (True,)},
-    ),
-}
-"""`model_type` -> what is known of it."""
-
-
-def understood(fields: Mapping[str, Any], where: str) -> tuple[HfFamily, dict[str, Any]]:
-    """The family of a config and those of its fields that say something, in the forms of `Fields`.
-
-    Raises CheckpointError for a family that is not known and for every field that is not understood or has a value that no
-    model can have, together.
+    Raises CheckpointError for a `model_type` that is not known, and for all fields together that are not understood or have
+    a value that no model can have.
     """
-    kind = fields.get("model_type")
-    family = FAMILIES.get(kind) if isinstance(kind, str) else None
-    if family is None:
-        raise CheckpointError(f"{where}: {_unknown_family(kind)}")
-    told = {key: value for key, value in fields.items() if value is not None}
-    problems = list(_foreign(told, family))
-    wanted = {key: value for key, value in told.items() if key in family.keys.split()}
+    model_type = fields.get("model_type")
+    config_type = CONFIG_TYPES.get(model_type) if isinstance(model_type, str) else None
+    if config_type is None:
+        raise CheckpointError(f"{where}: {_unknown_type(model_type)}")
+    given = {key: value for key, value in fields.items() if value is not None}
+    problems = list(_foreign(given, config_type))
+    read = {key: value for key, value in given.items() if key in config_type.fields.split()}
     try:
-        found = Fields.model_validate(wanted)
+        found = Fields.model_validate(read)
     except ValidationError as error:
         problems += _wrong(error)
     if problems:
         more = f"; and {len(problems) - _MOST_PROBLEMS} more" if len(problems) > _MOST_PROBLEMS else ""
         raise CheckpointError(f"{where}: {'; '.join(problems[:_MOST_PROBLEMS])}{more}")
-    return family, {key: getattr(found, key) for key in wanted}
+    return config_type, {key: getattr(found, key) for key in read}
 
 
-def _unknown_family(kind: Any) -> str:
-    known = ", ".join(sorted(FAMILIES))
-    if not isinstance(kind, str):
+def _unknown_type(model_type: Any) -> str:
+    known = ", ".join(sorted(CONFIG_TYPES))
+    if not isinstance(model_type, str):
         return f"it has no model_type: mptq understands the configs of {known}"
     return (
-        f"mptq does not understand the config of model_type {_short(kind)}, only those of {known}: leave --hf-config out, and "
-        "give what the checkpoint does not say as --config key=value"
+        f"mptq does not understand the config of model_type {_short(model_type)}, only those of {known}: leave --hf-config "
+        "out, and give what the checkpoint does not say as --config key=value"
     )
 
 
-def _foreign(told: Mapping[str, Any], family: HfFamily) -> Iterator[str]:
+def _foreign(given: Mapping[str, Any], config_type: ConfigType) -> Iterator[str]:
     """What is wrong with the fields that `Fields` does not check."""
-    fixed = _OFF | dict(family.fixed)
-    known = {*_NEUTRAL.split(), *family.ignored.split()} | (set(family.keys.split()) - set(family.fixed))
-    for key, value in told.items():
+    fixed = _OFF | dict(config_type.fixed)
+    read = set(config_type.fields.split()) - set(config_type.fixed)
+    known = read.union(_NEUTRAL.split(), config_type.ignored.split())
+    for key, value in given.items():
         if key in known:
             continue
         if key not in fixed:

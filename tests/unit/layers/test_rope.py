@@ -9,7 +9,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mptq.layers.rope import Positions, angles
 from mptq.model.architectures.config_json import config_fields
-from mptq.model.architectures.families import nearest_family
+from mptq.model.architectures.registry import nearest_family
 from tests.support.models import ARGS, FAMILY_ARGS, LATENT, model
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mptq.model import engines, tensors
-from mptq.model.architectures.families import family_of
+from mptq.model.architectures.registry import family_of
 from mptq.plan import estimates
 from tests.support.engine_cases import RECIPES, RECORD, cases
 from tests.support.models import ARGS, FAMILY_ARGS, model

@@ -7,7 +7,7 @@ import pytest
 import transformers
 
 from mptq.model.architectures.config_json import config_fields
-from mptq.model.architectures.families import family_of
+from mptq.model.architectures.registry import family_of
 from mptq.model.tensors import hf_layer, layer_copies, layer_linears, outer_copies
 from tests.support.models import ARGS, FAMILY_ARGS, MOE_ARGS, SHARED, model
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from mptq.checkpoint.index import open_checkpoint
 from mptq.errors import CheckpointError, MptqError
 from mptq.model.architectures.config_json import config_fields
-from mptq.model.architectures.families import family_of
+from mptq.model.architectures.registry import family_of
 from mptq.model.build import model_config
 from mptq.model.settings.from_hf_config import from_fields, from_hf_config
 from mptq.model.settings.from_megatron_args import from_args
-from mptq.model.settings.hf_config_fields import FAMILIES, Fields, Rope
+from mptq.model.settings.hf_config_fields import CONFIG_TYPES, Fields, Rope
 from mptq.model.settings.settings import SettingsSource, merge
 from mptq.model.settings.supported import REFUSED, obstacles
 from mptq.plan.plan import open_source
@@ -282,7 +282,7 @@ def test_problems_are_not_listed_without_end():
 
 
 def test_every_field_that_a_family_reads_is_typed_and_every_typed_one_is_read():
-    assert {key for family in FAMILIES.values() for key in family.keys.split()} == set(Fields.model_fields)
+    assert {key for family in CONFIG_TYPES.values() for key in family.fields.split()} == set(Fields.model_fields)
 
 
 def small(family):
@@ -298,7 +298,7 @@ def small(family):
     return CONFIG_MAPPING["deepseek_v3" if family == "kimi_k2" else family](**sizes)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONFIG_TYPES)
 def test_what_transformers_saves_of_every_family_is_understood(family, tmp_path):
     small(family).save_pretrained(tmp_path)
     settings, _ = from_hf_config(tmp_path)
@@ -381,11 +381,11 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
     max_leaves=6,
 )
-KEYS = sorted({key for family in FAMILIES.values() for key in (*family.keys.split(), *family.fixed)})
+KEYS = sorted({key for family in CONFIG_TYPES.values() for key in (*family.fields.split(), *family.fixed)})
 
 
 @given(
-    family=st.sampled_from(sorted(FAMILIES)),
+    family=st.sampled_from(sorted(CONFIG_TYPES)),
     changes=st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=20), JSON | st.integers(-1, 300), max_size=4),
     rope=st.none() | st.dictionaries(st.sampled_from(sorted(Rope.model_fields)), JSON | st.integers(0, 9), max_size=4),
 )

@@ -5,7 +5,8 @@ import re
 import pytest
 
 from mptq.formats.hf.format import _require_family
-from mptq.model.architectures.families import FAMILIES, PLAIN, family_of, nearest_family
+from mptq.model.architectures.family import PLAIN
+from mptq.model.architectures.registry import FAMILIES, family_of, nearest_family
 from mptq.model.features import WORDS
 from tests.support.models import ARGS, FAMILY_ARGS, LATENT, MOE_ARGS, OSS_ARGS, SHARED, model
 

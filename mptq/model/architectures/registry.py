@@ -1,0 +1,55 @@
+"""Every architecture that mptq knows: a row here is one more. No torch."""
+
+from __future__ import annotations
+
+from mptq.model.architectures import (
+    deepseek,
+    gpt2,
+    llama,
+    mistral,
+    mixtral,
+    nemotron,
+    nemotron_h,
+    opt,
+    qwen,
+    starcoder2,
+)
+from mptq.model.architectures.family import PLAIN, Family
+from mptq.model.config import ModelConfig
+
+FAMILIES = (
+    llama.FAMILY,
+    mistral.FAMILY,
+    qwen.QWEN2,
+    qwen.QWEN3,
+    nemotron.FAMILY,
+    opt.FAMILY,
+    starcoder2.FAMILY,
+    mixtral.FAMILY,
+    qwen.QWEN2_MOE,
+    qwen.QWEN3_MOE,
+    deepseek.V3,
+    deepseek.V2,
+    nemotron_h.FAMILY,
+)
+"""The first that expresses a model is what it is written as."""
+
+CONFIG_TYPES = gpt2.CONFIG_TYPES | {kind: found for family in FAMILIES for kind, found in family.config_types.items()}
+"""`model_type` of config.json -> what is known of it."""
+
+
+def family_of(config: ModelConfig) -> Family | None:
+    """The first architecture that expresses every feature of the model, or None."""
+    return next((family for family in FAMILIES if not family.missing(config)), None)
+
+
+def nearest_family(config: ModelConfig) -> Family:
+    """The architecture that lacks fewest of the model's features; its names stand for the logical projections."""
+    return family_of(config) or min(_alike(config), key=lambda family: len(family.missing(config)))
+
+
+def _alike(config: ModelConfig) -> list[Family]:
+    """The architectures whose names cover the model's modules."""
+    kinds = {name for name in ("attention", "hybrid", "position") if config.features[name] not in PLAIN[name]}
+    found = [family for family in FAMILIES if all(config.features[name] in family.expressed(name) for name in kinds)]
+    return found or list(FAMILIES)
