@@ -74,6 +74,7 @@ FAMILY_ARGS = {
     "Mistral": ARGS | {"window_size": (7, 0)},
     "Qwen2": ARGS | {"add_qkv_bias": True},
     "Qwen3": ARGS | {"qk_layernorm": True, "kv_channels": 32},
+    "Arcee": ARGS | {"swiglu": False, "squared_relu": True},
     "Nemotron": ARGS
     | {
         "normalization": "LayerNorm",

@@ -140,6 +140,11 @@ ZOO: dict[str, Row] = {
         "none",
         "the first half of each head is rotated. transformers' LlamaForCausalLM reads no partial_rotary_factor",
     ),
+    "arcee": Row(
+        f"--num-layers 2 --normalization RMSNorm --squared-relu --disable-bias-linear {ROPE} {GQA}",
+        "ArceeForCausalLM",
+        "an MLP without a gate: hidden_act relu2, up_proj and down_proj",
+    ),
     "nemotron": Row(
         f"--num-layers 2 --squared-relu --apply-layernorm-1p --rotary-percent 0.5 --disable-bias-linear {ROPE} {GQA}",
         "NemotronForCausalLM",

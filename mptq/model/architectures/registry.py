@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mptq.model.architectures import (
+    arcee,
     deepseek,
     gpt2,
     llama,
@@ -22,6 +23,7 @@ FAMILIES = (
     mistral.FAMILY,
     qwen.QWEN2,
     qwen.QWEN3,
+    arcee.FAMILY,
     nemotron.FAMILY,
     opt.FAMILY,
     starcoder2.FAMILY,

@@ -180,8 +180,8 @@ def test_the_text_part_of_a_model_with_images_is_read():
 
 
 KNOWN = (
-    "deepseek_v2, deepseek_v3, gpt2, kimi_k2, llama, mistral, mixtral, nemotron, nemotron_h, opt, qwen2, qwen2_moe, qwen3, "
-    "qwen3_moe, starcoder2"
+    "arcee, deepseek_v2, deepseek_v3, gpt2, kimi_k2, llama, mistral, mixtral, nemotron, nemotron_h, opt, qwen2, qwen2_moe, "
+    "qwen3, qwen3_moe, starcoder2"
 )
 MAY_CHANGE = "mptq does not understand it, and it may change what the model computes"
 

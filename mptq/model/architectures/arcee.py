@@ -1,0 +1,24 @@
+"""Arcee (AFM): Llama whose MLP has no gate, and squares what its ReLU passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mptq.model.architectures.config_json import decoder
+from mptq.model.architectures.config_type import DECODER, LLAMA, ConfigType
+from mptq.model.architectures.family import Family
+from mptq.model.config import ModelConfig
+
+
+def _config_json(config: ModelConfig) -> dict[str, Any]:
+    return decoder(config) | {"attention_bias": False, "mlp_bias": False}
+
+
+FAMILY = Family(
+    name="Arcee",
+    config_class="ArceeConfig",
+    architecture="ArceeForCausalLM",
+    config_json=_config_json,
+    config_types={"arcee": ConfigType(fields=DECODER, settings={**LLAMA, "gated_linear_unit": False})},
+    accepts={"mlp": ("squared_relu",)},
+)
