@@ -3,12 +3,12 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.support.processes import checked, python
 from tests.support.zoo import Builder
 
 ROOT = Path(__file__).parent.parent
@@ -44,22 +44,18 @@ CROSSING = ALIGNED | {"head_dim": 64, "intermediate_size": 320, "num_hidden_laye
 
 def run(*command, **environment) -> subprocess.CompletedProcess:
     """Run a command; fail with its output when it fails."""
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ | environment, check=False)
-    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return done
+    command = list(map(str, command))
+    return checked(subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False))
 
 
-def mptq(*arguments) -> subprocess.CompletedProcess:
-    """Run the command line as a user does; the caller looks at its exit code."""
-    return subprocess.run([sys.executable, "-m", "mptq", *map(str, arguments)], capture_output=True, text=True, check=False)
+def mptq(*arguments, **options) -> subprocess.CompletedProcess:
+    """Run the command line as a user does, with the options of `python`; the caller looks at its exit code."""
+    return python("-m", "mptq", *arguments, **options)
 
 
 def make_checkpoint(hf: Path, out: Path, *options, processes: int = 1) -> Path:
     """Save the Hugging Face model `hf` as a Megatron checkpoint at `out`."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    run(*launcher, SCRIPTS / "make_checkpoint.py", "--hf", hf, "--out", out, *options, OMP_NUM_THREADS="1")
+    checked(python(SCRIPTS / "make_checkpoint.py", "--hf", hf, "--out", out, *options, processes=processes))
     return out
 
 
@@ -214,7 +210,7 @@ def smollm2(tmp_path_factory) -> dict[int, Path]:
     """SmolLM2-135M-Instruct as Hugging Face directories: as it is (576 wide) and widened to 768."""
     folder = tmp_path_factory.mktemp("smollm2")
     for hidden in (576, 768):
-        run(sys.executable, SCRIPTS / "smollm2.py", "--out", folder / str(hidden), "--hidden", hidden)
+        checked(python(SCRIPTS / "smollm2.py", "--out", folder / str(hidden), "--hidden", hidden))
     return {hidden: folder / str(hidden) for hidden in (576, 768)}
 
 
@@ -228,7 +224,7 @@ def smollm2_checkpoints(smollm2, tmp_path_factory) -> dict[int, Path]:
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory) -> Builder:
     """`zoo(name)` is the folder of a tiny model of tests/support/zoo.py, built by megatron-core: checkpoint and logits."""
-    return Builder(tmp_path_factory.mktemp("zoo"), run)
+    return Builder(tmp_path_factory.mktemp("zoo"))
 
 
 def files(root: Path) -> dict[str, bytes]:

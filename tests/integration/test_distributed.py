@@ -26,7 +26,8 @@ from mptq.output.directory import partial_of
 from mptq.output.journal import NAME as JOURNAL
 from mptq.recipes.recipe import load_recipe
 from mptq.report import read
-from tests.conftest import ROOT
+from tests.conftest import ROOT, mptq
+from tests.conftest import run as run_command
 from tests.integration.test_resume import BOTH, PLAIN, stopped, whole
 from tests.support.killing import check, comparable, contents
 
@@ -76,10 +77,9 @@ def test_a_rank_that_is_alone_is_the_first(monkeypatch):
     assert not is_first()
 
 
-def torchrun(size, *arguments):
-    """The command in several processes; the finished process."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}", "-m", "mptq", "quantize", *arguments]
-    return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
+def quantize_in(size, *arguments):
+    """The command in several processes; all of them, ended."""
+    return mptq("quantize", *arguments, processes=size)
 
 
 COMMON = ("--recipe", "fp8-blockwise", "--eval-size", "0", "--format", "hf,megatron", "--max-shard-size", "200000", "--json")
@@ -88,7 +88,7 @@ COMMON = ("--recipe", "fp8-blockwise", "--eval-size", "0", "--format", "hf,megat
 @pytest.mark.slow
 def test_same_bytes_from_several_processes(mixtral, tmp_path, tmp_path_factory):
     checkpoint, size, out = mixtral, 3, tmp_path / "out"
-    done = torchrun(size, checkpoint, *COMMON, "-o", out)
+    done = quantize_in(size, checkpoint, *COMMON, "-o", out)
     assert done.returncode == 0, done.stderr
     plan = make_plan(checkpoint, "fp8-blockwise", BOTH)
     check(out, whole(plan, tmp_path_factory.mktemp("one")), apart=["report.json: ranks"])
@@ -104,8 +104,8 @@ def test_same_bytes_from_several_processes(mixtral, tmp_path, tmp_path_factory):
 def test_another_number_of_processes_goes_on(crossing, tmp_path, tmp_path_factory):
     plan, out = make_plan(crossing, "fp8-blockwise", BOTH), tmp_path / "out"
     stopped(plan, out, 2)
-    done = torchrun(2, crossing, *COMMON, "-o", out, "--resume")
-    assert done.returncode == 0, done.stderr
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "mptq", "quantize")
+    run_command(sys.executable, *torchrun, crossing, *COMMON, "-o", out, "--resume")
     check(out, whole(plan, tmp_path_factory.mktemp("one")), apart=["report.json: ranks"])
 
 
@@ -140,7 +140,7 @@ def test_samples_and_linears_are_shared_out(request, tokens, model, size, more, 
     checkpoint, out = request.getfixturevalue(model), tmp_path / "out"
     recipe = load_recipe("fp8").changed(kv_cache="fp8")
     arguments = ("--format", "hf,megatron", "--max-shard-size", 200000, "--json", "--kv-cache", "fp8")
-    done = torchrun(size, checkpoint, "--recipe", "fp8", "--calib-dataset", tokens, *DATA, *arguments, *more, "-o", out)
+    done = quantize_in(size, checkpoint, "--recipe", "fp8", "--calib-dataset", tokens, *DATA, *arguments, *more, "-o", out)
     assert done.returncode == 0, done.stderr
     whole = tmp_path_factory.mktemp("one") / "out"
     alone = run(make_plan(checkpoint, recipe, BOTH), whole, with_data(tokens))
@@ -166,7 +166,7 @@ def test_another_number_of_processes_goes_on_with_activations(crossing, tokens, 
     with pytest.raises(StoppedError):
         run(plan, out, with_data(tokens, stop=lambda: next(asked)))
     arguments = ("--format", "hf,megatron", "--max-shard-size", 200000, "--calib-dataset", tokens, *DATA, "--resume")
-    done = torchrun(2, crossing, "--recipe", recipe, *arguments, "-o", out)
+    done = quantize_in(2, crossing, "--recipe", recipe, *arguments, "-o", out)
     assert done.returncode == 0, done.stderr
     whole = tmp_path_factory.mktemp("one") / "out"
     alone = run(plan, whole, with_data(tokens))
@@ -241,7 +241,7 @@ def test_ranks_that_go_together_end_together(aligned, tokens, tmp_path, sent, co
 @pytest.mark.slow
 def test_what_cannot_be_shared_out_is_one_line(crossing, tokens, tmp_path):
     recipe = calibrated(tmp_path, "method: percentile, percentile: 99.9")
-    done = torchrun(2, crossing, "--recipe", recipe, "--calib-dataset", tokens, "-o", tmp_path / "out")
+    done = quantize_in(2, crossing, "--recipe", recipe, "--calib-dataset", tokens, "-o", tmp_path / "out")
     assert done.returncode == 1
     assert "mptq: a percentile is of all samples together" in done.stderr
     assert contents(tmp_path) == {"recipe.yaml": recipe.read_bytes()}

@@ -1,6 +1,5 @@
 """The outputs, loaded by megatron-core + ModelOpt and by transformers, against each other's logits."""
 
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -14,8 +13,9 @@ from mptq import Options, make_plan, verify
 from mptq import run as run_plan
 from mptq.quantize.fp8 import dequantize
 from mptq.types import Fp8Weight
-from tests.conftest import RECIPES, ROOT, run
+from tests.conftest import RECIPES
 from tests.support.plain_megatron import scheme_of
+from tests.support.processes import checked, python
 
 MODES = "inprocess", "layers", "reference"
 
@@ -23,7 +23,7 @@ MODES = "inprocess", "layers", "reference"
 def plain_all(modes, tmp_path, hf, checkpoints, *options):
     """Token ids and logits by recipe and mode, from one fresh process of megatron-core; `checkpoints` by recipe."""
     options = ["--hf", hf, "--recipe", *checkpoints, "--checkpoint", *checkpoints.values(), "--out", tmp_path, *options]
-    run(sys.executable, "-m", "tests.support.plain_megatron", *modes, *options, PYTHONPATH=str(ROOT))
+    checked(python("-m", "tests.support.plain_megatron", *modes, *options))
     return {
         str(recipe): {mode: torch.load(tmp_path / Path(recipe).stem / f"{mode}.pt") for mode in modes} for recipe in checkpoints
     }

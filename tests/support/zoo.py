@@ -19,11 +19,11 @@ What megatron-core 0.19.2 does, for all of them:
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from tests.support.processes import checked, python
 
 if TYPE_CHECKING:
     import torch
@@ -253,10 +253,10 @@ for _name in ("mixtral", "moe-freq-list", "deepseek-v2-lite", "deepseek-v3-mtp")
 
 
 class Builder:
-    """Builds models in processes of their own, once: `run` is what runs a command (tests/conftest.py)."""
+    """Builds models in processes of their own, once."""
 
-    def __init__(self, folder: Path, run: Callable[..., object]) -> None:
-        self.folder, self.run, self.built = folder, run, set[Path]()
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.built = folder, set[Path]()
 
     def __call__(self, name: str, *, tp: int = 1, pp: int = 1, ep: int = 1, per_layer: bool = False) -> Path:
         """The folder of the model: `ckpt`, and `logits.pt` where it was built in one process.
@@ -273,10 +273,7 @@ class Builder:
         return folder / name
 
     def _build(self, names: list[str], folder: Path, options: list[str], processes: int) -> None:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-        self.run(
-            sys.executable, *launcher, "-m", "tests.support.build_zoo", *names, "--out", folder, *options, OMP_NUM_THREADS="1"
-        )
+        checked(python("-m", "tests.support.build_zoo", *names, "--out", folder, *options, processes=processes))
         self.built |= {folder / name for name in names}
 
 

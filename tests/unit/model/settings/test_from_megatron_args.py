@@ -1,7 +1,6 @@
 """Arguments become what megatron-core's own translation makes of them."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from mptq.model.settings.from_tensor_shapes import from_tensors
 from mptq.model.settings.run_config_fields import NEUTRAL
 from mptq.model.settings.settings import KINDS, agree
 from mptq.types import TensorSpec
-from tests.conftest import ROOT, run
+from tests.support.processes import ROOT, checked, python
 
 BASE = {
     "num-layers": 4, "hidden-size": 64, "num-attention-heads": 4, "seq-length": 32, "max-position-embeddings": 128,
@@ -97,7 +96,7 @@ def built(tmp_path_factory) -> Path:
         for name, (options, flags) in CASES.items()
     }
     (out / "cases.json").write_text(json.dumps(cases))
-    run(sys.executable, ROOT / "tests/support/megatron_configs.py", out / "cases.json", out, OMP_NUM_THREADS="1")
+    checked(python(ROOT / "tests/support/megatron_configs.py", out / "cases.json", out))
     return out
 
 
