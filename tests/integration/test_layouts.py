@@ -321,13 +321,13 @@ def test_positions_taken_from_the_tokenizer_are_a_warning(aligned, given, tmp_pa
     assert (length, len(notes)) == (131072, 1)
     assert "max_position_embeddings is 131072, the tokenizer's model_max_length" in notes[0]
 
-    """As written by AutoBridge; megatron-core treats None as False, while Hugging Face rounds unless told otherwise."""
+
 LONG = {"position_embedding_type": "yarn", "yarn_rotary_scaling_factor": 4.0, "yarn_original_max_position_embeddings": 32768}
 
 
 @pytest.mark.parametrize(("said", "warned"), [(None, True), (True, False), (False, False)])
 def test_unspecified_yarn_rounding_is_a_warning(aligned, said, warned, tmp_path):
-    """As AutoBridge writes it; megatron-core takes None for False, and Hugging Face rounds where nothing is said."""
+    """As written by AutoBridge; megatron-core treats None as False, while Hugging Face rounds unless told otherwise."""
     root = bridge(aligned, tmp_path / "copy", seq_length=4096, yarn_correction_range_round_to_int=said, **LONG)
     assert positions(root) == (131072, [])
     plan = make_plan(root, "none")
