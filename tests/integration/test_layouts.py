@@ -327,7 +327,7 @@ LONG = {"position_embedding_type": "yarn", "yarn_rotary_scaling_factor": 4.0, "y
 
 @pytest.mark.parametrize(("said", "warned"), [(None, True), (True, False), (False, False)])
 def test_unspecified_yarn_rounding_is_a_warning(aligned, said, warned, tmp_path):
-    """As written by AutoBridge; megatron-core treats None as False, while Hugging Face rounds unless told otherwise."""
+    """As written by AutoBridge; megatron-core treats None as False, while Hugging Face rounds by default."""
     root = bridge(aligned, tmp_path / "copy", seq_length=4096, yarn_correction_range_round_to_int=said, **LONG)
     assert positions(root) == (131072, [])
     plan = make_plan(root, "none")

@@ -1,6 +1,6 @@
 """Runs that are killed and resumed, forked from one process so that the imports are done.
 
-    python -m tests.support.killing moments|points CHECKPOINT WORK SEED [--recipe fp8] [--dataset PREFIX] [--kills 20]
+    python -m tests.support.killing moments|points CHECKPOINT WORK [--seed 0] [--recipe fp8] [--dataset PREFIX] [--kills 20]
 
 Prints the number of kills and of units that were written at each kill; fails if an output differs.
 """
