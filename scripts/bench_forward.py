@@ -1,10 +1,10 @@
-"""The arithmetic of the fidelity figures, in FLOP/s, beside plain float32 products of the same shapes in the same process.
+"""Measure the forward passes of the fidelity metrics in FLOP/s, against float32 products of the same shapes.
 
     python scripts/bench_forward.py CKPT [--sequences 8] [--length 512] [--recipe fp8-blockwise]
 
-Counted are the products of the linears and of the output layer, for both streams (2 * parameters * tokens each); what
-attention, norms and the comparison of logits take is in the time and not in the count. The plain products are of one layer's
-linears and of the output layer, and are scaled to the layers. Runs on a CPU.
+The FLOP count covers the products of the linears and of the output layer, for both streams (2 * parameters * tokens
+each). The time also includes attention, norms and the comparison of logits. The plain products are those of one layer's
+linears, multiplied by the number of layers, and of the output layer. Runs on a CPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mptq.calibration.datasets.options import DataOptions
 
 
 def plain(shapes: list[tuple[int, int]], tokens: int) -> float:
-    """Seconds of `tokens` rows through matrices of these shapes, each the best of three."""
+    """Seconds to multiply `tokens` rows by matrices of these shapes, each the best of three."""
     total = 0.0
     for rows, columns in shapes:
         weight, states = torch.randn(rows, columns), torch.randn(tokens, columns)
@@ -56,7 +56,7 @@ def main() -> None:
     some = min(tokens, 1024)
     wanted = 2 * (plain(layers[0], tokens) * len(layers) + plain([head], some) * tokens / some)
     print(f"{os.cpu_count()} cores; mptq {version('mptq')}, torch {version('torch')}; {tokens} tokens, both streams\n")
-    print("| | seconds | GFLOP a second |\n|---|---|---|")
+    print("| | seconds | GFLOP/s |\n|---|---|---|")
     print(f"| forward passes and comparison | {seconds:.1f} | {flop / seconds / 1e9:.0f} |")
     print(f"| plain float32 products of the same shapes | {wanted:.1f} | {flop / wanted / 1e9:.0f} |")
     print(f"| ratio | {seconds / wanted:.2f} | |")

@@ -1,4 +1,4 @@
-"""Time and peak memory of `mptq inspect` and `mptq --help`, as whole processes.
+"""Measure time and peak memory of `mptq inspect` and `mptq --help`, as whole processes.
 
 python scripts/make_metadata.py --out trillion
 python scripts/bench_inspect.py trillion CKPT ...
@@ -27,7 +27,7 @@ def measure(command: list[str]) -> tuple[float, int]:
 
 
 def main() -> None:
-    """Measure each a few times; print the median time and the largest memory."""
+    """Measure each several times; print the median time and the largest memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", type=Path, nargs="*")
     parser.add_argument("--times", type=int, default=5, help="runs of each")

@@ -1,10 +1,10 @@
-"""Predicted and measured peak memory of whole runs, over sizes of models, formats and modes, each in a process of its own.
+"""Compare predicted and measured peak memory of runs over model sizes, formats and modes, each in a separate process.
 
     python scripts/bench_memory.py --work DIR [--only dense-768] [--keep]
 
-Predicted is what a dry run of the same command says; measured is the largest resident set of the process (ru_maxrss of the
-waited-for child, whose count begins with this small process's own). Inputs are random models that it makes, of at most 2 GB,
-and removes again. Random weights need as much memory as trained ones.
+The prediction comes from a dry run of the same command. The measurement is the peak resident set of the process
+(ru_maxrss of the waited-for child, which starts at the RSS of this small process). Inputs are random models of at most
+2 GB, which the script creates and removes again. Random weights need as much memory as trained ones.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ MODES = {
         *("--recipe", "fp8", "--calib-size", "8", "--eval-size", "1", "--kv-cache", "fp8", *BOTH),
     ],
 }
-"""Name -> options of `mptq quantize`, over those that all runs have."""
+"""Name -> options of `mptq quantize`, in addition to those of all runs."""
 TOKENIZER = """
 import sys
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -55,7 +55,7 @@ PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="</s
 
 
 def make(work: Path, name: str) -> Path:
-    """The Megatron checkpoint of a model, and of the model nothing else."""
+    """Create the Megatron checkpoint of a model, and delete the Hugging Face form."""
     hf, checkpoint = work / f"hf-{name}", work / f"ckpt-{name}"
     if not (checkpoint / "latest_checkpointed_iteration.txt").is_file():
         options = ["--layers", "2", *MODELS[name], "--out", str(hf)]
@@ -67,7 +67,7 @@ def make(work: Path, name: str) -> Path:
 
 
 def predicted(command: list[str]) -> float:
-    """GB, by a dry run."""
+    """Predicted peak in GB, from a dry run."""
     done = subprocess.run([*command, "--dry-run", "--json"], check=False, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -77,9 +77,9 @@ def predicted(command: list[str]) -> float:
 def main() -> None:
     """Run everything and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="directory with 6 GB of room")
-    parser.add_argument("--only", nargs="+", default=[""], help="models and modes that have any of these in their names")
-    parser.add_argument("--inputs", type=Path, nargs=2, metavar=("TOKENIZER", "CKPT"), help="a model that is there")
+    parser.add_argument("--work", type=Path, required=True, help="directory with 6 GB of free space")
+    parser.add_argument("--only", nargs="+", default=[""], help="run only models and modes whose names contain any of these")
+    parser.add_argument("--inputs", type=Path, nargs=2, metavar=("TOKENIZER", "CKPT"), help="use an existing model")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints")
     options = parser.parse_args()
     work: Path = options.work
@@ -102,7 +102,7 @@ def main() -> None:
             command = [sys.executable, "-m", "mptq", "quantize", str(checkpoint), "-o", str(out), "--device", "cpu", "-q"]
             command += ["--tokenizer", str(options.inputs[0] if options.inputs else tokenizer)]
             command += [*(() if "--recipe" in MODES[mode] else ("--recipe", "fp8-blockwise")), *MODES[mode]]
-            shutil.rmtree(out, ignore_errors=True)  # of a run that was stopped
+            shutil.rmtree(out, ignore_errors=True)  # left by an interrupted run
             expected = predicted(command)
             _, peak = measure(command, work / "log.txt")
             ratios.append(peak * 1.024 / expected)

@@ -1,10 +1,10 @@
-"""Time and memory of whole processes, in turn, on a checkpoint of Llama-7B-sized layers that it makes.
+"""Measure time and memory of whole processes, interleaved, on a generated checkpoint of Llama-7B-sized layers.
 
     python scripts/bench_quantize.py --work DIR [--llmcompressor PYTHON] [--layers 8 16 | --inputs HF CKPT] [--runs 3]
 
-Contenders: mptq; megatron-core + ModelOpt on the whole model; llm-compressor's model_free_ptq (from a Python that has it);
-`cp -r` of the input and `sync`. Every input is read once before the runs, so all find it in the page cache as far as it
-fits. Peak RSS is that of the largest process (ru_maxrss of the waited-for child).
+Contenders: mptq; megatron-core + ModelOpt on the whole model; llm-compressor's model_free_ptq (run with a Python that
+has it); `cp -r` of the input and `sync`. Every input is read once before the runs, so that it is in the page cache if
+it fits. Peak RSS is that of the largest process (ru_maxrss of the waited-for child).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SCRIPTS = Path(__file__).parent
 
 
 def measure(command: list[str], log: Path) -> tuple[float, float]:
-    """(seconds, peak RSS in GB) of a command run to its end; stops everything when it fails."""
+    """(seconds, peak RSS in GB) of a command; exits if it fails."""
     start = time.perf_counter()
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file)
@@ -39,7 +39,7 @@ def measure(command: list[str], log: Path) -> tuple[float, float]:
 
 
 def make_inputs(work: Path, layers: int) -> tuple[Path, Path]:
-    """The Hugging Face model and its Megatron checkpoint, made once."""
+    """The Hugging Face model and its Megatron checkpoint, created if missing."""
     hf, checkpoint = work / f"llama-{layers}", work / f"ckpt-{layers}"
     if not (hf / "config.json").is_file():
         command = [sys.executable, str(SCRIPTS / "random_llama.py"), "--layers", str(layers), "--out", str(hf)]
@@ -51,8 +51,8 @@ def make_inputs(work: Path, layers: int) -> tuple[Path, Path]:
 
 
 def contenders(hf: Path, checkpoint: Path, out: Path, llmcompressor: str | None) -> dict[str, list[str]]:
-    """Name and command of each."""
-    # Without fidelity figures, which the others do not make.
+    """The command of each contender, by name."""
+    # Without fidelity metrics, which the other tools do not compute.
     quiet = ["--device", "cpu", "-q", "--eval-size", "0"]
     mptq = [sys.executable, "-m", "mptq", "quantize", str(checkpoint), *quiet, "-o", str(out), "--recipe"]
     commands = {
@@ -76,9 +76,9 @@ def contenders(hf: Path, checkpoint: Path, out: Path, llmcompressor: str | None)
 
 @dataclass(frozen=True)
 class Run:
-    """Seconds and peak RSS (GB) of a process, and of mptq's the seconds from the first byte read to the last on the disk.
+    """Seconds and peak RSS (GB) of a process, and for mptq the seconds from the first byte read to the last byte on disk.
 
-    `start` is what is before that and after it: imports, planning, configs, the hash of the last file, the report.
+    `start` is the time outside of the stream: imports, planning, configs, the hash of the last file, the report.
     """
 
     seconds: float
@@ -87,12 +87,12 @@ class Run:
 
     @property
     def start(self) -> float:
-        """Seconds of everything else."""
+        """Seconds outside of the stream."""
         return self.seconds - self.stream
 
 
 def bench(hf: Path, checkpoint: Path, options: argparse.Namespace) -> dict[str, list[Run]]:
-    """All runs of every contender, in turn."""
+    """All runs of every contender, interleaved."""
     work = options.work
     out = work / "out"
     found: dict[str, list[Run]] = {}
@@ -112,7 +112,7 @@ def bench(hf: Path, checkpoint: Path, options: argparse.Namespace) -> dict[str, 
 
 
 def row(runs: list[Run], first: float) -> str:
-    """Medians, and the largest peak; `first` are the seconds of what all are compared with."""
+    """Medians, and the largest peak; `first` are the seconds of the contender that the others are compared with."""
     seconds, stream, start = (statistics.median(getattr(run, name) for run in runs) for name in ("seconds", "stream", "start"))
     own = " | " if math.isnan(stream) else f"{stream:.1f} | {start:.1f}"
     return f"{seconds:.1f} | {seconds / first:.2f} | {own} | {max(run.peak for run in runs):.2f} |"
@@ -121,12 +121,12 @@ def row(runs: list[Run], first: float) -> str:
 def main() -> None:
     """Run everything and print Markdown tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="directory with 30 GB of room")
+    parser.add_argument("--work", type=Path, required=True, help="directory with 30 GB of free space")
     parser.add_argument("--llmcompressor", help="Python interpreter that has llmcompressor")
-    parser.add_argument("--layers", type=int, nargs="+", default=[8], help="layers of the checkpoints that are made")
-    parser.add_argument("--inputs", type=Path, nargs=2, metavar=("HF", "CKPT"), help="a model that is there, in both forms")
+    parser.add_argument("--layers", type=int, nargs="+", default=[8], help="layers of the generated checkpoints")
+    parser.add_argument("--inputs", type=Path, nargs=2, metavar=("HF", "CKPT"), help="use an existing model, in both formats")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--only", default="", help="run the contenders that have this in their name")
+    parser.add_argument("--only", default="", help="run only the contenders whose names contain this")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     packages = ("mptq", "torch", "megatron-core", "nvidia-modelopt")
@@ -138,7 +138,7 @@ def main() -> None:
     for title, (hf, checkpoint) in inputs.items():
         found = bench(hf, checkpoint, options)
         first = statistics.median(run.seconds for run in next(iter(found.values())))
-        print(f"\n| {title}, median of {options.runs} | seconds | to mptq | stream | the rest | peak RSS, GB |")
+        print(f"\n| {title}, median of {options.runs} | seconds | relative to mptq | stream | the rest | peak RSS, GB |")
         print("|---|---|---|---|---|---|")
         for name, runs in found.items():
             print(f"| {name} | {row(runs, first)}", flush=True)

@@ -1,8 +1,8 @@
-"""What each recipe costs on a model: bytes, fidelity on the default data, wall time and peak memory, as a Markdown table.
+"""Measure the cost of each recipe on a model: bytes, fidelity on the default data, time and peak memory, as a Markdown table.
 
-    python scripts/bench_recipes.py --work DIR CKPT...      # for each recipe the first checkpoint that it fits
+    python scripts/bench_recipes.py --work DIR CKPT...      # each recipe uses the first checkpoint that it fits
 
-Every row is a process of its own.
+Every row is a separate process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ VARIANTS = [[name, *cache] for name in recipe_names() for cache in ([], ["--kv-c
 
 
 def quantize(checkpoint: Path, out: Path, recipe: list[str]) -> tuple[dict[str, Any] | None, float]:
-    """The report of a run and its seconds, or None where the recipe does not fit the model."""
+    """The report of a run and its seconds; (None, seconds) if the recipe does not fit the model."""
     command = [sys.executable, "-m", "mptq", "quantize", checkpoint, "-o", out, "-q", "--json", "--device", "cpu", "--recipe"]
     started = time.perf_counter()
     done = subprocess.run([*map(str, command), *recipe], capture_output=True, text=True, check=False)
@@ -55,7 +55,7 @@ def row(name: str, checkpoint: Path, report: dict[str, Any], seconds: float) -> 
 def main() -> None:
     """Run every recipe and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="directory for outputs, which are removed")
+    parser.add_argument("--work", type=Path, required=True, help="directory for outputs, which are removed again")
     parser.add_argument("checkpoints", type=Path, nargs="+")
     options = parser.parse_args()
     packages = ("mptq", "torch", "megatron-core", "nvidia-modelopt")

@@ -1,10 +1,11 @@
-"""Time and peak memory of `mptq quantize` by the number of layers, on Llama-7B-sized checkpoints that it makes, and a plot.
+"""Measure and plot time and peak memory of `mptq quantize` by number of layers, on generated Llama-7B-sized checkpoints.
 
     python scripts/bench_scale.py --work DIR [--layers 8 16 32 78] [--experts 256] [--plot FILE.svg]
 
-Each checkpoint is written layer by layer (78 layers are 16 billion parameters, 32 GB), after a look at the room on the disk,
-and removed after its run. The layers are that of one that megatron-core wrote, rolled by their numbers. With `--experts`, one
-more of two layers, each with so many experts of 512 hidden units. Without activations, `fp8-blockwise --format hf`.
+Each checkpoint is written layer by layer (78 layers are 16 billion parameters, 32 GB), after a check of the free disk
+space, and removed after its run. The layers are copies of one that megatron-core wrote, each rolled by its index.
+`--experts` adds a checkpoint of two layers, each with that many experts of 512 hidden units. Runs are without
+activations, `fp8-blockwise --format hf`.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ IMPORTS = (
     "import mptq.pipeline.run, mptq.pipeline.layer_stream, mptq.formats.hf.writer, safetensors, transformers; "
     "transformers.LlamaConfig()"
 )
-"""What a run without activations imports."""
+"""The imports of a run without activations."""
 EXPERT = 512
-"""Width of an expert's hidden state: whole blocks of 128, as those of models for FP8 are."""
+"""Hidden size of an expert: a multiple of 128, as in models intended for FP8."""
 
 
 class Source:
@@ -51,14 +52,14 @@ class Source:
         reader = Reader(checkpoint)
         name = next(name for name in checkpoint.blobs if name.startswith("common_state"))
         blob = read_blob(checkpoint.directory, checkpoint.blobs[name])
-        self.common: list[dict[str, Any]] = torch.load(io.BytesIO(blob), weights_only=False)  # of make_checkpoint.py
+        self.common: list[dict[str, Any]] = torch.load(io.BytesIO(blob), weights_only=False)  # written by make_checkpoint.py
         self.tensors = {
             name: reader.read(name, torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)))
             for name, spec in checkpoint.specs.items()
         }
 
     def layer(self, index: int, experts: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """A layer, in keys of its own, tensor by tensor."""
+        """The tensors of a layer, one by one, with the layer's index in their keys."""
         for name, tensor in self.tensors.items():
             if name.startswith(LAYERS):
                 kind = name.removeprefix(LAYERS)
@@ -72,12 +73,12 @@ class Source:
             yield f"{LAYERS}{index}.mlp.router.weight", torch.randn(experts, hidden).bfloat16()
 
     def outer(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What is outside of the layers."""
+        """The tensors outside of the layers."""
         yield from ((name, tensor) for name, tensor in self.tensors.items() if not name.startswith(LAYERS))
 
 
 def _experts(kind: str, weight: torch.Tensor, experts: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights of experts, each some of the rows (or columns) of an MLP's."""
+    """The weights of the experts, each a slice of the rows (or columns) of an MLP's weight."""
     for expert in range(experts):
         rolled = weight.roll(expert, 1 if kind.endswith("fc1.weight") else 0)
         part = rolled[: 2 * EXPERT] if kind.endswith("fc1.weight") else rolled[:, :EXPERT]
@@ -97,11 +98,11 @@ def write(writer: MegatronWriter, unit: int, tensors: Iterator[tuple[str, torch.
 
 
 def make(origin: Path, path: Path, layers: int, experts: int) -> int:
-    """Write a checkpoint out of the one at `origin`, layer by layer; return its bytes."""
+    """Write a checkpoint made from the one at `origin`, layer by layer; return its size in bytes."""
     source = Source(origin)
     free, wanted = shutil.disk_usage(path.parent).free, size(source.outer()) + layers * size(source.layer(0, experts))
     if free < 1.6 * wanted:  # the output is half as large
-        raise SystemExit(f"{path.parent} has {free / 1e9:.0f} GB of room, and {layers} layers take {1.6 * wanted / 1e9:.0f} GB")
+        raise SystemExit(f"{path.parent} has {free / 1e9:.0f} GB free, and {layers} layers need {1.6 * wanted / 1e9:.0f} GB")
     common = copy.deepcopy(source.common)
     args = common[0]["args"]
     args.num_layers = args.encoder_num_layers = layers
@@ -119,7 +120,7 @@ def make(origin: Path, path: Path, layers: int, experts: int) -> int:
 
 @dataclass(frozen=True)
 class Run:
-    """What a checkpoint of so many layers and experts took."""
+    """The measurements for a checkpoint with these numbers of layers and experts."""
 
     layers: int
     experts: int
@@ -130,7 +131,7 @@ class Run:
 
     @property
     def row(self) -> str:
-        """Of the table."""
+        """The row of the table."""
         what = f"{self.layers} layers" + (f" of {self.experts} experts" if self.experts else "")
         size = f"{self.parameters / 1e9:.2f} | {2 * self.parameters / 1e9:.1f}"
         rate = 2 * self.parameters / 1e9 / self.stream
@@ -138,11 +139,11 @@ class Run:
 
 
 def run(work: Path, origin: Path, layers: int, experts: int) -> Run:
-    """Make a checkpoint, quantize it in a process of its own, and remove both."""
+    """Create a checkpoint, quantize it in a separate process, and remove both."""
     checkpoint, out = work / f"scale-{layers}-{experts}", work / "out"
     for path in (checkpoint, out):
         shutil.rmtree(path, ignore_errors=True)
-    # In a process of its own: the largest memory of a child begins with that of its parent.
+    # In a separate process: the peak memory of a child starts at that of its parent.
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         stored = pool.submit(make, origin, checkpoint, layers, experts).result()
     os.sync()
@@ -180,10 +181,10 @@ def main() -> None:
     packages = ("mptq", "torch")
     print(f"{platform.platform()}, {os.cpu_count()} cores; {', '.join(f'{name} {version(name)}' for name in packages)}\n")
     origin = make_inputs(options.work, 1)[1]
-    print("| checkpoint | parameters, billions | BF16, GB | seconds | stream | GB a second of it | peak RSS, GB |")
+    print("| checkpoint | parameters, billions | BF16, GB | seconds | stream | stream, GB/s | peak RSS, GB |")
     print("|---|---|---|---|---|---|---|")
     _, imports = measure([sys.executable, "-c", IMPORTS], options.work / "log.txt")
-    print(f"| none: an empty process with the imports | | | | | | {imports:.2f} |")
+    print(f"| none: an empty process with the imports only | | | | | | {imports:.2f} |")
     wanted = [(layers, 0) for layers in options.layers] + ([(2, options.experts)] if options.experts else [])
     runs = []
     for layers, experts in wanted:

@@ -1,9 +1,9 @@
-"""Throughput of quantizing one matrix and measuring its error, against ModelOpt on the whole matrix, as a Markdown table.
+"""Measure the throughput of quantizing one matrix, errors included, against ModelOpt on the whole matrix, as a Markdown table.
 
     python scripts/bench_strips.py [--rows 22016] [--columns 4096] [--runs 3]
 
-GB are of the BF16 source. The contenders run in turn in one process; both give the same bytes, which is checked. ModelOpt's
-is its quantized tensor of the float32 matrix, without measuring anything.
+GB refer to the BF16 source. The contenders run interleaved in one process; the script checks that both give the same bytes.
+ModelOpt's time is for the quantized tensor of the float32 matrix, without measuring errors.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from mptq.quantize import quantizer
 from mptq.recipes.schemes import SCHEMES
 
 ARGUMENTS: dict[str, dict[str, Any]] = {"block": {"block_sizes": {-1: 128, -2: 128}}, "row": {"axis": 0}, "tensor": {}}
-"""Kind of scale -> how ModelOpt calls it."""
+"""Kind of scale -> arguments of ModelOpt."""
 
 
 def by_modelopt(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """ModelOpt's conversion of the whole matrix in float32: bytes and scales."""
+    """ModelOpt's conversion of the whole matrix in float32: (FP8 bytes, scales)."""
     made, scale = FP8QTensor.quantize(weight.float(), **ARGUMENTS[kind])
     return made._quantized_data.view(torch.uint8), scale
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Of one call."""
+    """Seconds of one call."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def main() -> None:
-    """Time and print."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=22016)
     parser.add_argument("--columns", type=int, default=4096)
@@ -50,7 +50,7 @@ def main() -> None:
     torch.manual_seed(0)
     weight = torch.randn(options.rows, options.columns).bfloat16()
     print(f"{os.cpu_count()} cores; torch {version('torch')}, nvidia-modelopt {version('nvidia-modelopt')}\n")
-    print("| BF16 source, GB a second | strips, with the error | ModelOpt | ratio |\n|---|---|---|---|")
+    print("| BF16 source, GB/s | strips, with the error | ModelOpt | ratio |\n|---|---|---|---|")
     for name in ARGUMENTS:
         scheme = SCHEMES[name]
         ours, (data, scale) = quantizer.quantize(weight, scheme, "weight")[0], by_modelopt(weight, name)

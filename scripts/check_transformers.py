@@ -1,9 +1,9 @@
-"""Greedy continuations from Hugging Face outputs with transformers, and what it made of their weights.
+"""Generate greedily from Hugging Face outputs with transformers, and check the weights that it loaded.
 
     python scripts/check_transformers.py OUT...
 
-Every linear is asked for columns of its weight, which are compared with the file's (hf_output.py), and the logits with those of
-the same model with dequantized weights. Exits with 1 where transformers does not compute with what the file says.
+Columns of every linear's weight are computed and compared with the file's (hf_output.py), and the logits with those of the same
+model with dequantized weights. Exits with 1 if transformers computes with other values than the file's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 
 def load(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """The model as transformers loads it in BF16, blocks dequantized (their kernel needs a GPU), and what it says of it."""
+    """The model as transformers loads it in BF16, blocks dequantized (their kernel needs a GPU), and its loading info."""
     blocks = hf_output.load_config(folder).get("quant_method") == "fp8"
     options = {"quantization_config": FineGrainedFP8Config(dequantize=True)} if blocks else {}
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, output_loading_info=True, **options)
@@ -31,7 +31,7 @@ def load(folder: Path) -> tuple[Any, dict[str, Any]]:
 
 @torch.no_grad()
 def dequantized(folder: Path, tensors: dict[str, torch.Tensor]) -> Any:
-    """The model with weights dequantized by hand, in BF16."""
+    """The model in BF16 with weights dequantized by this script."""
     config = AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -49,18 +49,18 @@ def linears(model: Any) -> dict[str, torch.nn.Module]:
 
 @torch.no_grad()
 def distance(left: Any, right: Any, ids: torch.Tensor) -> float:
-    """Of the logits of two models, relative to the second's (Frobenius norms)."""
+    """Distance of the logits of two models, relative to the second's (Frobenius norms)."""
     first, second = left(ids).logits.float(), right(ids).logits.float()
     return float((first - second).norm() / second.norm())
 
 
 @torch.no_grad()
 def check(folder: Path) -> bool:
-    """Print what became of one output; whether transformers computes with what the file says."""
+    """Print the checks of one output; return whether transformers computes with the file's values."""
     tensors = hf_output.load_tensors(folder)
     model, info = load(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model(torch.zeros(1, 2, dtype=torch.int64))  # compressed-tensors dequantizes with the first call
+    model(torch.zeros(1, 2, dtype=torch.int64))  # compressed-tensors dequantizes on the first call
     kinds = Counter(f"{type(module).__name__} {module.weight.dtype}" for module in linears(model).values())
     errors = {name: hf_output.column_error(module, [name], tensors) for name, module in linears(model).items()}
     name = max(errors, key=lambda key: errors[key])
@@ -73,7 +73,7 @@ def check(folder: Path) -> bool:
         text = tokenizer.decode(model.generate(prompt, max_new_tokens=24, do_sample=False)[0, prompt.shape[1] :])
         print(f"  {tokenizer.decode(prompt[0])!r} -> {text!r}")
     print("  logits against the dequantized model's: " + ", ".join(f"{distance(model, plain, prompt):.1e}" for prompt in ids))
-    model.apply(disable_quantization)  # compressed-tensors' rounding of what goes into linears
+    model.apply(disable_quantization)  # stops compressed-tensors from rounding the inputs of linears
     print("  inputs not rounded: " + ", ".join(f"{distance(model, plain, prompt):.1e}" for prompt in ids), flush=True)
     return errors[name] < hf_output.NOISE
 

@@ -1,4 +1,4 @@
-"""Continue the same prompts greedily with two models, side by side. FP8 in blocks is dequantized to run on any machine.
+"""Continue the same prompts greedily with two models, side by side. FP8 blocks are dequantized, so that it runs on any machine.
 
 python scripts/compare.py BF16_DIR FP8_DIR
 """

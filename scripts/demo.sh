@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job on a real model: SmolLM2-135M, saved as a Megatron checkpoint, quantized to blockwise FP8, loaded back.
+# The main use case on a real model: save SmolLM2-135M as a Megatron checkpoint, quantize it to blockwise FP8, load it back.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh

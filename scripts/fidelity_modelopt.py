@@ -1,10 +1,10 @@
-"""The fidelity of what ModelOpt itself makes of a whole Megatron model, next to what mptq's report says of its output.
+"""Measure the fidelity of ModelOpt's own quantization of a whole Megatron model, next to the metrics in mptq's report.
 
     python scripts/fidelity_modelopt.py HF_DIR CKPT OUT --config FP8_DEFAULT_CFG      # HF_DIR for the training arguments
 
-megatron-core's GPTModel with the checkpoint's weights, in BF16 on the CPU, quantized by `mtq.quantize` with one of ModelOpt's
-own configs and calibrated (max) on the tokens of the run that wrote OUT; then the same after `mtq.compress`, whose weights are
-FP8 for good. KL divergence and perplexities are of the same held-out tokens.
+megatron-core's GPTModel with the checkpoint's weights, in BF16 on the CPU, is quantized by `mtq.quantize` with one of
+ModelOpt's own configs and calibrated (max) on the tokens of the run that wrote OUT, and then converted to real FP8
+weights by `mtq.compress`. KL divergence and perplexities are measured on the same held-out tokens.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def load(options: argparse.Namespace) -> Any:
 
 @torch.no_grad()
 def logits(model: Any, sequences: list[torch.Tensor], vocabulary: int) -> list[torch.Tensor]:
-    """Logits [length, vocabulary] of each sequence, its padding cut off."""
+    """Logits [length, vocabulary] of each sequence, without the padding of the vocabulary."""
     found = []
     for ids in sequences:
         length = len(ids)
@@ -46,12 +46,12 @@ def logits(model: Any, sequences: list[torch.Tensor], vocabulary: int) -> list[t
 
 
 def main() -> None:
-    """Print a table: the report's figures, ModelOpt's fake quantization, and what it compresses to."""
+    """Print a table: the report's metrics, and those of ModelOpt's fake quantization and compressed model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("hf", "checkpoint", "out"):
         parser.add_argument(name, type=Path)
-    parser.add_argument("--config", required=True, help="ModelOpt's name of a config")
-    parser.add_argument("--calib-dataset", action="append", default=[], help="as the run had it")
+    parser.add_argument("--config", required=True, help="name of a ModelOpt config")
+    parser.add_argument("--calib-dataset", action="append", default=[], help="the same as in the run")
     options = parser.parse_args()
     report = figures.read_report(options.out)
     figures.fast_bfloat16()

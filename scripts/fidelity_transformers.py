@@ -1,9 +1,9 @@
-"""The fidelity of Hugging Face outputs by transformers, next to what mptq's report says: same tokens, other software.
+"""Measure the fidelity of Hugging Face outputs with transformers, on the same tokens as mptq's report, next to its metrics.
 
     python scripts/fidelity_transformers.py SOURCE OUT... [--dtype float32]
 
-SOURCE is the Hugging Face directory of the model before it was quantized. The output's weights are dequantized (hf_output.py)
-into transformers' model; calibrated inputs, K and V are rounded as an engine rounds them.
+SOURCE is the Hugging Face directory of the unquantized model. The output's weights are dequantized (hf_output.py) into
+transformers' model; calibrated inputs, K and V are rounded as in an engine.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ E4M3_MAX = 448.0
 
 
 def rounded(values: torch.Tensor, scale: float) -> torch.Tensor:
-    """`values` as E4M3 with a scale holds them."""
+    """`values` rounded to E4M3 with a scale."""
     return ((values.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float() * scale).to(values.dtype)
 
 
 def load(folder: Path, dtype: torch.dtype) -> Any:
-    """The model of transformers in `folder`."""
+    """The model in `folder`, loaded by transformers."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
 @torch.no_grad()
 def load_output(source: Path, out: Path, dtype: torch.dtype) -> Any:
-    """The model of `source` with the weights of `out`, its linears rounding their inputs and its attention K and V."""
+    """The model of `source` with the weights of `out`; its linears round their inputs and its attention K and V."""
     model, tensors = load(source, dtype), hf_output.load_tensors(out)
     for name, module in model.named_modules():
         if f"{name}.weight" in tensors:
@@ -59,7 +59,7 @@ def load_output(source: Path, out: Path, dtype: torch.dtype) -> Any:
 
 
 def float32_head(model: Any) -> Any:
-    """The model with logits that are float32, as mptq's are on a CPU, and not rounded to the model's dtype."""
+    """The model with float32 logits, as mptq computes them on a CPU, instead of rounding them to the model's dtype."""
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.float(), requires_grad=False)
     model.lm_head.register_forward_pre_hook(lambda _module, inputs: (inputs[0].float(),))
     return model
@@ -72,13 +72,13 @@ def logits(model: Any, sequences: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def main() -> None:
-    """Print a table with two rows an output: transformers' figures and the report's."""
+    """Print a table with two rows per output: transformers' metrics and the report's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path, nargs="+")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the computation")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of the computation")
     parser.add_argument("--float32-head", action="store_true", help="do not round logits to bfloat16")
-    parser.add_argument("--calib-dataset", action="append", default=[], help="as the runs had it")
+    parser.add_argument("--calib-dataset", action="append", default=[], help="the same as in the runs")
     options = parser.parse_args()
     disable_progress_bar()
     figures.fast_bfloat16()

@@ -1,7 +1,8 @@
-"""Figures of a quantized model against its reference, and the tokens of a run of mptq: for checks by other software.
+"""Metrics of a quantized model against its reference, and the tokens of a run of mptq: for checks with other software.
 
-The definitions are those of mptq's report, the code is not: KL divergence of the quantized from the reference distribution of
-the next token (nats), perplexities, share of tokens that both find the likeliest; standard errors over the sequences.
+The definitions are those of mptq's report, but the code is independent: KL divergence of the quantized from the
+reference distribution of the next token (nats), perplexities, share of positions with the same most likely token;
+standard errors over the sequences.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ HEADER = """\
 
 
 def fast_bfloat16() -> None:
-    """Make BF16 products on a CPU as sums in float32 that are rounded once: torch's precision, at four times its speed.
+    """Compute BF16 products on a CPU as float32 sums that are rounded once: torch's precision, at four times its speed.
 
-    Without BF16 instructions, torch's own take half an hour for what the checks need.
+    Without BF16 instructions, torch's own products would take half an hour in these checks.
     """
     if torch.cuda.is_available():
         return
@@ -48,9 +49,9 @@ def read_report(out: Path) -> dict[str, Any]:
 
 
 def tokens(report: dict[str, Any], tokenizer: Path, datasets: list[str], calibrate: bool) -> tuple[list[Any], list[Any]]:
-    """The sequences, int64 [length], that a run held out, and those that it calibrated on: the ones of which its report speaks.
+    """The held-out sequences of a run and its calibration sequences, int64 [length] each, as identified by its report.
 
-    `datasets` are those of the run, none for the default data.
+    `datasets` are those of the run, none for the default data. Raises AssertionError if the tokens are not the report's.
     """
     from mptq.calibration.datasets.corpus import describe
     from mptq.calibration.datasets.options import DataOptions
@@ -64,7 +65,7 @@ def tokens(report: dict[str, Any], tokenizer: Path, datasets: list[str], calibra
         **{name: account[name] for name in ("seq_length", "packed", "seed")},
     )
     found = load_tokens(options, tokenizer, report["model"]["vocab_size"], calibrate)
-    assert describe(found.held_out) == account["held_out"], "other tokens than those of the report: give its --calib-dataset"
+    assert describe(found.held_out) == account["held_out"], "the tokens differ from the report's: pass its --calib-dataset"
     assert not calibrate or describe(found.calibration) == account["calibration"]
     return [torch.from_numpy(ids) for ids in found.held_out], [torch.from_numpy(ids) for ids in found.calibration]
 
@@ -80,12 +81,12 @@ class Figures:
     counts: torch.Tensor
 
     def mean(self, name: str) -> tuple[float, float]:
-        """Mean over all tokens, and its standard error over the sequences, which are of one length."""
+        """Mean over all tokens, and its standard error over the sequences, which must have the same length."""
         values = getattr(self, name) / self.counts
         return float(values.mean()), float(values.std()) / math.sqrt(len(values))
 
     def row(self, name: str, report: dict[str, Any] | None = None) -> str:
-        """A row of the table; `report` is the report whose figures it is compared with."""
+        """A row of the table; `report` is the report to compare with."""
         (kl, error), (top, _) = self.mean("kl"), self.mean("agreement")
         before, after = math.exp(self.mean("reference")[0]), math.exp(self.mean("quantized")[0])
         cells = [name, f"{kl:.6f}", f"{error:.6f}", f"{before:.4f}", f"{after:.4f}", f"{after / before:.5f}", f"{top:.4f}"]
@@ -93,13 +94,13 @@ class Figures:
 
 
 def against(kl: float, error: float, report: dict[str, Any]) -> str:
-    """The difference from the report's KL in percent of it, and in standard errors."""
+    """The difference from the report's KL in percent, and in standard errors."""
     stated = report["fidelity"]["kl"]["mean"]
     return f"{100 * (kl / stated - 1):+.2f} %, {(kl - stated) / error:+.2f} standard errors"
 
 
 def report_row(name: str, report: dict[str, Any]) -> str:
-    """The report's own figures as a row of the table."""
+    """The report's own metrics as a row of the table."""
     fidelity = report["fidelity"]
     kl, perplexity = fidelity["kl"], fidelity["perplexity"]
     cells = [name, f"{kl['mean']:.6f}", f"{kl['standard_error']:.6f}", f"{perplexity['reference']:.4f}"]
@@ -108,7 +109,7 @@ def report_row(name: str, report: dict[str, Any]) -> str:
 
 
 def measure(sequences: list[torch.Tensor], reference: list[torch.Tensor], quantized: list[torch.Tensor]) -> Figures:
-    """Figures of the logits [length, vocabulary] of both models on token ids [length], sequence by sequence."""
+    """Metrics from the logits [length, vocabulary] of both models on token ids [length], sequence by sequence."""
     rows = [_sums(*three) for three in zip(sequences, reference, quantized, strict=True)]
     return Figures(*torch.tensor(rows, dtype=torch.float64).unbind(1))
 

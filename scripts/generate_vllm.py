@@ -1,10 +1,10 @@
-"""Greedy continuations from a Hugging Face directory with vLLM on the CPU, and what vLLM made of its scales.
+"""Generate greedily from a Hugging Face directory with vLLM on the CPU, and check the weights and scales that it loaded.
 
-    python scripts/generate_vllm.py [--emulate] OUT        # in the environment that check_vllm.sh makes
+    python scripts/generate_vllm.py [--emulate] OUT        # in the environment created by check_vllm.sh
 
-Every linear of the loaded model is asked for columns of its weight, which are compared with the file's, and so are the scales
-of the cache (hf_output.py) and, with --emulate, the weights of routed experts and the scales of their inputs. Exits with 1
-where they differ. Without a tokenizer in the directory, prompts and continuations are token ids.
+Columns of every linear's weight are computed and compared with the file's, and so are the scales of the cache
+(hf_output.py) and, with --emulate, the weights of routed experts and the scales of their inputs. Exits with 1 if they
+differ. Without a tokenizer in the directory, prompts and continuations are token ids.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any
 import hf_output
 import torch
 
-# One process, in which the loaded model can be looked at and operators can be added.
+# A single process, so that the loaded model can be inspected and operators can be added.
 SETTINGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 
 def methods(model: torch.nn.Module) -> Counter[str]:
-    """How many linears of each name have which quantization method, scheme and kernel of vLLM's."""
+    """Count the linears of each name by their quantization method, scheme and kernel in vLLM."""
     found: Counter[str] = Counter()
     for name, layer in linears(model).items():
         scheme = getattr(layer, "scheme", None)
@@ -44,7 +44,7 @@ def linears(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def check_linears(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> bool:
-    """Print what became of the linears; whether all compute what the file says."""
+    """Print the checks of the linears; return whether all compute with the file's values."""
     for line, count in sorted(methods(model).items()):
         print(f"  {count:3} {line}")
     packed = getattr(model, "packed_modules_mapping", {})
@@ -62,7 +62,7 @@ def check_linears(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> b
 
 
 def check_experts(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> bool:
-    """Print what became of routed experts, of which vllm_cpu.py keeps what they compute with; whether it is the file's."""
+    """Print the checks of routed experts, whose weights vllm_cpu.py keeps; return whether they are the file's."""
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
     worst, static = 0.0, True
@@ -78,7 +78,7 @@ def check_experts(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> b
                 stored = torch.cat([hf_output.weight(tensors, module) for module in group])
                 worst = max(worst, float(torch.linalg.vector_norm(weight - stored) / torch.linalg.vector_norm(stored)))
             scales = [tensors[f"{group[0]}.input_scale"] for group in modules if f"{group[0]}.input_scale" in tensors]
-            if scales:  # one for all experts, which is their largest
+            if scales:  # a single scale for all experts: the largest of theirs
                 static &= bool((getattr(layer, f"{kind}_input_scale") == torch.stack(scales).max()).all())
     if layers:
         kinds = sorted({str(tensors[name].dtype) for name in tensors if ".experts." in name and name.endswith(".weight")})
@@ -87,7 +87,7 @@ def check_experts(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> b
 
 
 def check_cache(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> bool:
-    """Print what became of the scales of K and V; whether they are the file's."""
+    """Print the scales of K and V; return whether they are the file's."""
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.layers.attention.mla_attention import MLAAttention
 
@@ -108,7 +108,7 @@ def check_cache(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> boo
 
 
 def load(folder: str, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
-    """The model as vLLM has it; the output decides on the cache's precision, but in DeepSeek's form vLLM must be told."""
+    """The model loaded by vLLM. The output sets the cache's dtype, except in DeepSeek's form, where vLLM needs the option."""
     from vllm import LLM
 
     asked = "fp8" if config.get("quant_method") == "fp8" and hf_output.kv_scales(tensors, 0) else "auto"
@@ -124,19 +124,19 @@ def load(folder: str, config: dict[str, Any], tensors: dict[str, torch.Tensor]) 
 
 
 def longest(folder: Path) -> int:
-    """How many tokens the model of a directory takes."""
+    """The maximum number of positions of the model."""
     return int(json.loads((folder / "config.json").read_text())["max_position_embeddings"])
 
 
 def prompts(folder: Path) -> list[Any]:
-    """Words, or for a model without a tokenizer the ids of some tokens."""
+    """Text prompts, or token ids for a model without a tokenizer."""
     if (folder / "tokenizer_config.json").is_file():
         return list(hf_output.PROMPTS)
     return [{"prompt_token_ids": list(range(start, start + 12))} for start in (3, 100, 200)]
 
 
 def main() -> None:
-    """Load with the output's own quantization config, look at it, and print what it says."""
+    """Load the model with the output's own quantization config, check it, and print the continuations."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--emulate", action="store_true", help="add what vLLM's CPU build lacks (vllm_cpu.py)")

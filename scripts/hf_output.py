@@ -1,7 +1,7 @@
-"""What an FP8 Hugging Face directory says its weights are, read with torch and safetensors alone.
+"""The weights and scales of an FP8 Hugging Face directory, read with torch and safetensors alone.
 
-It shares nothing with mptq, so that engines and mptq can be compared with it: a weight is its float8 values times its scale,
-and the shape of the scale says what it belongs to.
+It shares no code with mptq, so that engines and mptq can be compared with it: a weight is its float8 values times its scale,
+and the shape of the scale determines whether it belongs to a tensor, rows or blocks.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from safetensors.torch import load_file
 
 PROMPTS = ["The capital of France is", "Water boils at", "def fibonacci(n):"]
 EVERY = 37
-"""Of the columns of a weight, which are looked at: a prime, so that they are in all blocks and at all places in a block."""
+"""Step between the columns that are checked: a prime, so that they cover all blocks and all positions in a block."""
 NOISE = 2**-6
-"""Relative: four roundings to BF16, 2^-8 each at most. All engines round results (2e-3 in all), transformers the scales of
-weights and inputs too, and their products. E4M3 is at 3e-2."""
+"""Relative tolerance: four roundings to BF16, 2^-8 each at most. All engines round results (2e-3 in all); transformers
+also rounds the scales of weights and inputs, and their products. The rounding to E4M3 is 3e-2."""
 E4M3_MAX = 448.0
 SCALES = ("weight_scale", "weight_scale_inv")
 
 
 def load_config(folder: Path) -> dict[str, Any]:
-    """The quantization config of a directory, empty for one that is not quantized."""
+    """The quantization config of a directory, empty if it is not quantized."""
     config: dict[str, Any] = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
     return config
 
 
 def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a directory, as they are stored."""
+    """All tensors of a directory, as stored."""
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
@@ -45,7 +45,7 @@ def weight(tensors: dict[str, torch.Tensor], module: str) -> torch.Tensor:
 
 
 def spread(scale: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """Float32, to multiply a weight [rows, columns] with: of a tensor, rows, blocks of 128 or (bytes) MX blocks of 32."""
+    """A float32 factor for a weight [rows, columns], from scales per tensor, row, 128x128 block or (uint8) MX block of 32."""
     if scale.dtype == torch.uint8:
         return torch.exp2(scale.float() - 127).repeat_interleave(32, dim=1)
     if scale.numel() == 1 or scale.shape == (rows, 1):
@@ -55,7 +55,7 @@ def spread(scale: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 
 def kv_scales(tensors: dict[str, torch.Tensor], layer: int) -> tuple[float, float] | None:
-    """The scales of K and V of a layer, by either of their names; None for an output without them."""
+    """The scales of K and V of a layer, under either of their names; None for an output without them."""
     prefix = f"model.layers.{layer}.self_attn."
     for names in (("k_proj.k_scale", "v_proj.v_scale"), ("k_scale", "v_scale")):
         if prefix + names[0] in tensors:
@@ -68,15 +68,15 @@ def kv_scales(tensors: dict[str, torch.Tensor], layer: int) -> tuple[float, floa
 def column_error(
     compute: Callable[[torch.Tensor], torch.Tensor], modules: list[str], tensors: dict[str, torch.Tensor]
 ) -> float:
-    """How far the columns of a linear that `compute` has loaded are from those of `modules` in the file, relative to these.
+    """Relative error of the columns of a linear as computed by `compute`, against those of `modules` in the file.
 
-    The linear is given unit vectors, BF16 [some, in], which engines quantize without an error whatever their scheme: it
-    returns columns of the weight [some, out] as it understands the weight, its scales and the input's included.
+    The linear is given unit vectors, BF16 [some, in], which every scheme quantizes without an error. It returns columns of the
+    weight [some, out] as loaded, with its scales and the input's applied.
     """
     expected = torch.cat([weight(tensors, module) for module in modules])
     units = torch.eye(expected.shape[1], dtype=torch.bfloat16)[::EVERY]
     input_scale = tensors.get(f"{modules[0]}.input_scale")
-    # A calibrated scale shows in what it cuts off: an input beyond 448 times the scale becomes that.
+    # A calibrated input scale is visible where it saturates: an input beyond 448 times the scale is clamped to that.
     largest = 1.0 if input_scale is None else E4M3_MAX * float(input_scale)
     computed = compute(units if input_scale is None else units * (10 * largest))
     columns = expected.t()[::EVERY]

@@ -1,10 +1,10 @@
-"""How far the probabilities of vLLM (CPU build, float32) are from megatron-core's, of models of tests/support/zoo.py.
+"""Compare the probabilities of vLLM (CPU build, float32) with megatron-core's, for models of tests/support/zoo.py.
 
     python -m tests.support.build_zoo qwen3 mixtral --out ZOO
     mptq quantize --recipe none ZOO/qwen3/ckpt -o OUT/qwen3
-    python scripts/logits_vllm.py OUT/qwen3 ZOO/qwen3/logits.pt        # in the environment that check_vllm.sh makes
+    python scripts/logits_vllm.py OUT/qwen3 ZOO/qwen3/logits.pt        # in the environment created by check_vllm.sh
 
-Prints the mean KL divergence (nats) and the largest difference of a log-probability; exits with 1 over 1e-6 nats.
+Prints the mean KL divergence (nats) and the largest difference of a log-probability; exits with 1 above 1e-6 nats.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ SETTINGS = {
     "HF_HUB_OFFLINE": "1",
 }
 NOISE = 1e-6
-"""Nats: a rotary embedding permuted in one head is 1e-3 and more."""
+"""Nats: a rotary embedding permuted in one head gives 1e-3 and more."""
 
 
 def predicted(folder: Path, ids: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """Log-probabilities by vLLM [sequences, length - 1, vocabulary] of the tokens after each but the last."""
+    """Log-probabilities by vLLM [sequences, length - 1, vocabulary] of every token except the first."""
     from vllm import LLM, SamplingParams
 
     model = LLM(

@@ -5,8 +5,8 @@
     torchrun --nproc-per-node 2 scripts/make_checkpoint.py --hf mixtral --out ckpt-ep2 --ep 2
 
 The arguments are parsed and validated by `megatron.training.arguments`, the model is megatron-core's `GPTModel` with its
-local layer spec, and the file format is whatever `megatron.training.checkpointing.save_checkpoint` writes. It runs
-without a GPU: the few CUDA calls on that path are replaced by their CPU counterparts in `without_cuda`.
+local layer spec, and `megatron.training.checkpointing.save_checkpoint` determines the file format. It runs
+without a GPU: `without_cuda` replaces the few CUDA calls on that path by CPU counterparts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ITERATION = 100
 
 
 def without_cuda() -> None:
-    """Give the CUDA calls that megatron-core makes unconditionally a CPU meaning."""
+    """Replace the CUDA calls that megatron-core makes unconditionally by CPU counterparts."""
     if torch.cuda.is_available():
         return
     torch.cuda.current_device = lambda: torch.device("cpu")  # rotary embedding
@@ -95,7 +95,7 @@ def megatron_argv(config: dict[str, Any], options: argparse.Namespace) -> list[s
 
 
 def parse(argv: list[str]) -> Any:
-    """Megatron's arguments, validated and made global as its training entry point does."""
+    """Megatron's arguments, validated and made global as in its training entry point."""
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import set_args
 
@@ -145,7 +145,7 @@ def build(args: Any) -> Any:
 
 
 def shard(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-    """This TP rank's part of `tensor` along `dim`."""
+    """The part of `tensor` along `dim` on this TP rank."""
     from megatron.core import parallel_state
 
     size, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
@@ -179,7 +179,7 @@ def fill_mlp(mlp: Any, hf: dict[str, torch.Tensor], names: list[str]) -> None:
 
 
 def pad_vocabulary(table: torch.Tensor, rows: int) -> torch.Tensor:
-    """`table` with zero rows added up to `rows`, as a vocabulary is padded for tensor parallelism."""
+    """`table` with zero rows appended up to `rows`, as Megatron pads a vocabulary for tensor parallelism."""
     return torch.cat([table, table.new_zeros(rows - table.shape[0], table.shape[1])])
 
 
@@ -201,9 +201,9 @@ def fill(model: Any, hf: dict[str, torch.Tensor], args: Any) -> None:
 
 
 def save(model: Any, per_layer: bool = False) -> None:
-    """Save the model, and nothing of the optimizer, with Megatron's own function.
+    """Save the model, without the optimizer, with Megatron's own function.
 
-    `per_layer` saves it as megatron-core saves heterogeneous models: one key per layer, gated fc1 in two.
+    With `per_layer`, uses the layout of megatron-core's heterogeneous models: one key per layer, gated fc1 in two.
     """
     from megatron.training import checkpointing
 
@@ -218,7 +218,7 @@ def save(model: Any, per_layer: bool = False) -> None:
 
 
 def load_config(folder: Path) -> dict[str, Any]:
-    """Config of a Hugging Face directory."""
+    """The config of a Hugging Face directory."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
@@ -228,14 +228,14 @@ def load_config(folder: Path) -> dict[str, Any]:
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Weights of a Hugging Face directory, mapped from its files."""
+    """The weights of a Hugging Face directory, memory-mapped."""
     from safetensors.torch import load_file
 
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def stand_alone() -> None:
-    """Let a process that torchrun did not start be a group of one."""
+    """Set up a process group of one in a process that was not started by torchrun."""
     if "RANK" not in os.environ:
         port = torch.randint(20000, 60000, ()).item()
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}

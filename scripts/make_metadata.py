@@ -1,11 +1,12 @@
-"""Metadata of a mixture of experts of a trillion parameters, as megatron-core 0.19 writes it, over empty shard files.
+"""Write the metadata of a trillion-parameter mixture of experts, as megatron-core 0.19 writes it, over empty shard files.
 
     python scripts/make_metadata.py --out trillion
 
-Sizes are those of a public model of 61 layers and 384 experts, the first layer dense, one key per layer, the experts of a
-layer in one tensor in chunks by expert (gate and up apart), attention in chunks by tensor-parallel rank, Adam's two
-moments and the master weights in chunks like the weights', and Transformer Engine's byte item for every linear of every
-expert. Nothing is stored but `.metadata` and the training arguments: the shard files have their lengths, and no blocks.
+The sizes are those of a public model of 61 layers and 384 experts, with a dense first layer. There is one key per
+layer; the experts of a layer are one tensor in chunks by expert (gate and up separate), attention is in chunks by
+tensor-parallel rank, Adam's two moments and the master weights are chunked like the weights, and every linear of every
+expert has Transformer Engine's byte item. Only `.metadata` and the training arguments are stored: the shard files are
+sparse, with their full lengths.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 HIDDEN, LAYERS, EXPERTS, EXPERT_FFN, FFN, VOCABULARY, HEADS = 7168, 61, 384, 2048, 18432, 163840, 64
-OVERHEAD = 1300  # bytes of a `torch.save` file of one tensor beside its data
+OVERHEAD = 1300  # bytes of a `torch.save` file of one tensor in addition to its data
 ARGS = {
     "num_layers": LAYERS,
     "hidden_size": HIDDEN,
@@ -66,7 +67,7 @@ ARGS = {
 
 
 class Writer:
-    """What the ranks would have written: entries of the metadata, spread over the shard files."""
+    """The metadata entries that the ranks would have written, spread over the shard files."""
 
     def __init__(self, ranks: int) -> None:
         self.tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
@@ -76,7 +77,7 @@ class Writer:
         self.turns = itertools.cycle(range(ranks))
 
     def tensor(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], grid: tuple[int, ...]) -> None:
-        """A tensor cut into a grid of equal chunks."""
+        """Add a tensor split into a grid of equal chunks."""
         sizes = tuple(size // parts for size, parts in zip(shape, grid, strict=True))
         entry = TensorStorageMetadata(TensorProperties(dtype), torch.Size(shape), [])
         for place in itertools.product(*map(range, grid)):
@@ -89,12 +90,12 @@ class Writer:
         self.tensors[name] = entry
 
     def blob(self, name: str, length: int) -> _StorageInfo:
-        """A byte item."""
+        """Add a byte item."""
         self.tensors[name] = BytesStorageMetadata()
         return self.place(WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO), length)
 
     def place(self, item: WriteItem, length: int) -> _StorageInfo:
-        """The next bytes of the next rank's file."""
+        """Allocate the next bytes of the next rank's file."""
         rank = next(self.turns)
         info = _StorageInfo(f"__{rank}_0.distcp", self.ends[rank], length)
         self.ends[rank] += length
@@ -134,7 +135,7 @@ def weights() -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
 
 
 def build(writer: Writer) -> dict[str, int]:
-    """Add every entry; what they come to."""
+    """Add every entry; return the numbers of parameters and entries."""
     total = 0
     for name, shape, grid in weights():
         total += math.prod(shape)
@@ -151,8 +152,8 @@ def build(writer: Writer) -> dict[str, int]:
 def main() -> None:
     """Write the metadata and the empty shards."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="checkpoint root to make")
-    parser.add_argument("--ranks", type=int, default=1024, help="ranks that wrote it: shard files")
+    parser.add_argument("--out", type=Path, required=True, help="checkpoint root to write")
+    parser.add_argument("--ranks", type=int, default=1024, help="number of ranks, each with one shard file")
     options = parser.parse_args()
 
     writer = Writer(options.ranks)
@@ -169,7 +170,7 @@ def main() -> None:
         file.seek(place.offset)
         file.write(common.getvalue())
     metadata = Metadata(writer.tensors, storage_data=writer.storage)
-    # megatron-core keeps the plans of all ranks there, to compare those of the next save with.
+    # megatron-core stores the plans of all ranks there, to compare them with those of the next save.
     metadata.all_local_plans = writer.plans  # type: ignore[attr-defined]
     (directory / ".metadata").write_bytes(pickle.dumps(metadata))
     (directory / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')

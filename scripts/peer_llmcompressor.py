@@ -1,4 +1,4 @@
-"""llm-compressor's `model_free_ptq` on the same weights as safetensors (run it with a Python that has llmcompressor).
+"""Run llm-compressor's `model_free_ptq` on the same weights as safetensors (with a Python that has llmcompressor).
 
 python scripts/peer_llmcompressor.py HF_DIR OUT
 """

@@ -1,6 +1,6 @@
-"""What people do without mptq: load the whole Megatron model, quantize and compress it with ModelOpt, save it with Megatron.
+"""Quantize without mptq: load the whole Megatron model, quantize and compress it with ModelOpt, and save it with Megatron.
 
-python scripts/peer_modelopt.py HF_DIR CKPT OUT        # HF_DIR for the training arguments only; the weights are CKPT's
+python scripts/peer_modelopt.py HF_DIR CKPT OUT        # HF_DIR is used only for the training arguments; the weights are CKPT's
 """
 
 from __future__ import annotations

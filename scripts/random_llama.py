@@ -1,4 +1,4 @@
-"""Write a random BF16 Llama (or, with experts, Mixtral) in Hugging Face's form: input for benchmarks.
+"""Write a random BF16 Llama (or, with experts, Mixtral) in the Hugging Face format, as input for benchmarks.
 
     python scripts/random_llama.py --layers 8 --out llama-7b-8
 
@@ -19,10 +19,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--hidden", type=int, default=4096, help="a multiple of 128, the size of a head")
+    parser.add_argument("--hidden", type=int, default=4096, help="a multiple of 128, the head size")
     parser.add_argument("--ffn", type=int, default=11008)
     parser.add_argument("--vocab", type=int, default=32000)
-    parser.add_argument("--experts", type=int, default=0, help="0: a dense model")
+    parser.add_argument("--experts", type=int, default=0, help="number of experts; 0: a dense model")
     options = parser.parse_args()
     fields = {
         "hidden_size": options.hidden,

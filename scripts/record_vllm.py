@@ -1,13 +1,14 @@
-"""What vLLM makes of models that mptq writes: which linears it fuses, which it takes for quantized, and how it splits them.
+"""Record how vLLM treats models that mptq writes: which linears it fuses and quantizes, and how it splits them over ranks.
 
     python -m tests.support.engine_cases DIR   # with mptq: a config.json for each case
-    VLLM_ENV/bin/python scripts/record_vllm.py DIR tests/support/vllm_models.json   # that of check_vllm.sh
+    VLLM_ENV/bin/python scripts/record_vllm.py DIR tests/support/vllm_models.json   # the environment of check_vllm.sh
 
-Builds each model without memory for its weights, by vLLM's own classes and quantization configs. For more ranks than one it
-is told that its group is larger; nothing is sent. Of a case and each number of ranks: `packed`, the packed_modules_mapping;
-`renamed`, prefixes that vLLM changes; `fp8` and `other`, the linears of the layers, the routed experts and the output layer;
-and what is in the way: `error`, an exception; `cut`, linears of which a rank has parts of blocks, which vLLM builds (and then
-loads scales of other rows); `refined`, by how much MoE kernels of Triton divide blocks that a rank has a part of.
+Builds each model on the meta device, with vLLM's own classes and quantization configs. For more than one rank, the
+group size that vLLM sees is overridden; nothing is communicated. Each case has, per number of ranks: `packed`, the
+packed_modules_mapping; `renamed`, prefixes that vLLM changes; `fp8` and `other`, the linears of the layers, the routed
+experts and the output layer; and problems: `error`, an exception; `cut`, linears of which a rank has parts of blocks,
+which vLLM builds (and then loads scales of the wrong rows for); `refined`, the factor by which Triton's MoE kernels
+divide blocks that a rank has a part of.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ BLOCK = 128
 
 
 def start(store: Path) -> None:
-    """A group of one process, in which models can be built; `store` is a file that torch.distributed makes."""
+    """Set up a group of one process, in which models can be built; `store` is a file that torch.distributed creates."""
     import vllm_cpu
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method
@@ -47,7 +48,7 @@ def start(store: Path) -> None:
         with contextlib.suppress(NotImplementedError):
             checked(self)
 
-    # Experts without a gate are computed on GPUs alone; here nothing is.
+    # vLLM computes experts without a gate only on GPUs; here nothing is computed.
     FusedMoEConfig.__post_init__ = check
     unquantized_fused_moe_method.select_unquantized_moe_backend = lambda **_: (None, None)
     place = f"file://{store}"
@@ -56,7 +57,7 @@ def start(store: Path) -> None:
 
 
 def built(folder: Path, ranks: int) -> tuple[torch.nn.Module, Any]:
-    """The model of a config.json as the first of so many ranks has it, on the meta device, and its config."""
+    """The model of a config.json on the meta device, as on the first of `ranks` ranks, and its config."""
     from vllm.distributed.parallel_state import get_tp_group
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.utils import get_model_architecture, initialize_model
@@ -66,7 +67,7 @@ def built(folder: Path, ranks: int) -> tuple[torch.nn.Module, Any]:
     get_tp_group().world_size = config.parallel_config.tensor_parallel_size = ranks
     kind, _ = get_model_architecture(config.model_config)
     fused = getattr(kind, "packed_modules_mapping", {})
-    kind.packed_modules_mapping = dict(fused)  # a model with a compressed query adds to that of its class
+    kind.packed_modules_mapping = dict(fused)  # a model with a compressed query extends the mapping of its class
     try:
         with torch.device("meta"):
             return initialize_model(config), config
@@ -75,7 +76,7 @@ def built(folder: Path, ranks: int) -> tuple[torch.nn.Module, Any]:
 
 
 def modules(model: torch.nn.Module) -> dict[str, Any]:
-    """The linears of the layers, the routed experts and the output layer, by the names that vLLM gives them."""
+    """The linears of the layers, the routed experts and the output layer, by vLLM's names."""
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -85,7 +86,7 @@ def modules(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def is_cut(layer: Any) -> bool:
-    """Whether a rank has a part of a block of a linear in blocks."""
+    """Whether a rank has a part of a block of a linear that is quantized in blocks."""
     if getattr(layer, "weight_block_size", None) is None or getattr(layer, "tp_size", 1) == 1:
         return False
     sizes = [*layer.output_partition_sizes] if hasattr(layer, "output_partition_sizes") else []
@@ -94,7 +95,7 @@ def is_cut(layer: Any) -> bool:
 
 
 def describe(folder: Path, ranks: int) -> dict[str, Any]:
-    """What vLLM makes of a case with so many ranks."""
+    """How vLLM treats a case with this number of ranks."""
     try:
         model, config = built(folder, ranks)
     except (ValueError, AssertionError) as error:
@@ -115,7 +116,7 @@ def describe(folder: Path, ranks: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Build all cases and write what they are."""
+    """Build all cases and write the record."""
     folder, record = Path(sys.argv[1]), Path(sys.argv[2])
     os.environ |= SETTINGS
     from vllm import __version__

@@ -19,9 +19,9 @@ PAGE = Path(__file__).parent.parent / "docs" / "report.md"
 INTRODUCTION = """\
 # report.json and report.html
 
-`report.json` is what a run did and what it cost, as one JSON document; `mptq report OUT --json` prints it. Every figure in it
-was measured in that run, or is null. `mptq report OUT --html FILE` makes one page of it, with plots and sortable tables: a
-single file that loads nothing from elsewhere. The same document gives the same bytes.
+`report.json` records what a run did and what it cost, as one JSON document; `mptq report OUT --json` prints it. Every
+value in it was measured in that run, or is null. `mptq report OUT --html FILE` renders it as an HTML page with plots and
+sortable tables: a single self-contained file. The same document gives the same bytes.
 
     from mptq.report import read
     from mptq.report.html import render
@@ -32,7 +32,7 @@ single file that loads nothing from elsewhere. The same document gives the same 
     Report.model_json_schema()           # JSON Schema
     page = render(document)
 
-This page is made from `mptq/report/schema.py` by `scripts/report_reference.py`.
+This page is generated from `mptq/report/schema.py` by `scripts/report_reference.py`.
 """
 
 _PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null", Any: "anything"}
@@ -45,10 +45,10 @@ _COMPOSED = {
 
 
 def markdown() -> str:
-    """The content of docs/report.md: a table for every model of the schema, in the order in which they are met."""
+    """The content of docs/report.md: a table for every model of the schema, in order of first reference."""
     models: list[type[BaseModel]] = [Report]
     sections = [INTRODUCTION]
-    for model in models:  # grows while it is walked
+    for model in models:  # extended while iterating
         rows = [_row(name, field, models) for name, field in model.model_fields.items()]
         sections.append(
             f"## {model.__name__}\n\n{model.__doc__}\n\n| field | type | meaning |\n|---|---|---|\n" + "".join(rows)

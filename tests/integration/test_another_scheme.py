@@ -23,7 +23,7 @@ def scheme(monkeypatch):
     return made
 
 
-def test_its_numbers_are_modelopts(scheme):
+def test_its_numbers_equal_modelopts(scheme):
     weight = torch.randn(192, 320, generator=torch.Generator().manual_seed(0))
     ours, _ = quantizer.quantize(weight, scheme, "w")
     theirs, scale = FP8QTensor.quantize(weight, block_sizes=BLOCKS["block_sizes"])
@@ -37,7 +37,7 @@ def recipe(scheme):
     return recipe_from(fields | {"name": "blocks of 64", "description": "x"}, "test")
 
 
-def test_warnings_are_of_its_blocks(recipe):
+def test_warnings_use_its_block_size(recipe):
     """11008 = 172 * 64: four tensor-parallel ranks have 43 blocks each, eight none that is whole."""
     args = sized(ARGS, 4096, 11008, 32, 32)
     (warning,) = warnings(planned(args, recipe))
@@ -48,7 +48,7 @@ def test_warnings_are_of_its_blocks(recipe):
     assert any("kv_a_proj_with_mqa: 480 rows end in a part of a block" in line for line in warnings(ragged))
 
 
-def test_both_formats_hold_it_and_verify(recipe, crossing, options, tmp_path):
+def test_both_formats_store_it_and_verify(recipe, crossing, options, tmp_path):
     run(make_plan(crossing, recipe, ("hf", "megatron")), tmp_path / "out", options)
     assert verify(tmp_path / "out", crossing).failures == []
     config = read_json(tmp_path / "out/hf/config.json")["quantization_config"]

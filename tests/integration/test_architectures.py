@@ -1,8 +1,8 @@
-"""Every architecture, from a checkpoint that megatron-core wrote to transformers: names, config, and what the model computes.
+"""Every architecture, from a checkpoint written by megatron-core to transformers: names, config and logits.
 
-The models and megatron-core's own float32 logits are tests/support/zoo.py's. Thresholds are relative, of logits in float32:
-what is left is the order of sums (1e-6); a rotary embedding permuted in one head moves the KL by 1e-3 and more
-(tests/support/zoo_checks.py).
+The models and megatron-core's own float32 logits are those of tests/support/zoo.py. Thresholds are relative, for float32
+logits: the remaining difference is the order of sums (1e-6); a rotary embedding permuted in one head moves the KL by 1e-3
+and more (tests/support/zoo_checks.py).
 """
 
 import json
@@ -27,18 +27,18 @@ from tests.support.zoo import ZOO, observed
 
 pytestmark = pytest.mark.slow
 
-# transformers has no class for the first; the others lack something in mptq's table of families, and say so.
+# transformers has no class for the first; mptq's table of families lacks a feature of the others. The errors name the feature.
 NOT_HF = {
     "partial-rotary": "partial rotary embeddings: yes",
     "gpt-oss": "attention sinks: yes",
 }
-# Its gate is in no argument of Megatron-LM's: see its own test.
+# No argument of Megatron-LM specifies its gate: see its own test.
 GEMMA = "gemma"
 MAMBA = ("nemotron-h", "nemotron-h-moe")
 ARCHITECTURES = [name for name in ZOO if name not in NOT_HF and name != GEMMA]
 CLOSE = 5e-6
 CONVERT = Options(device="cpu", data=DataOptions((), eval_size=0))
-# GPT-2 has its linears transposed, which engines do not read in FP8; OPT is the same function.
+# GPT-2's linears are transposed, which engines do not read in FP8; OPT is the same function.
 CLASSES = {"GPT2LMHeadModel": "OPTForCausalLM"}
 
 
@@ -48,7 +48,7 @@ def kl(left, right):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_converted_it_is_the_same_model_in_transformers(zoo, name, tmp_path):
+def test_the_converted_model_gives_the_same_logits_in_transformers(zoo, name, tmp_path):
     expected = observed(zoo(name))
     run(make_plan(zoo(name) / "ckpt", "none"), tmp_path / "out", CONVERT)
     assert verify(tmp_path / "out", zoo(name) / "ckpt").failures == []
@@ -65,7 +65,7 @@ def test_converted_it_is_the_same_model_in_transformers(zoo, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in MAMBA])
-def test_streams_are_the_whole_model_and_the_quantized_output(zoo, name, tmp_path):
+def test_streams_match_the_whole_model_and_the_quantized_output(zoo, name, tmp_path):
     expected = observed(zoo(name))
     shape = expected["logits"].shape
     plan = float32(make_plan(zoo(name) / "ckpt", load_recipe("fp8-per-channel")))
@@ -81,7 +81,7 @@ def test_streams_are_the_whole_model_and_the_quantized_output(zoo, name, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["gpt-oss", "partial-rotary"])
-def test_what_hugging_face_cannot_express_has_its_megatron_output(zoo, name, tmp_path):
+def test_a_model_that_hugging_face_cannot_express_has_a_megatron_output(zoo, name, tmp_path):
     with pytest.raises(UnsupportedModelError, match=NOT_HF[name]) as error:
         make_plan(zoo(name) / "ckpt", "fp8-per-channel")
     assert "--format megatron" in str(error.value)
@@ -111,7 +111,7 @@ def test_mamba_layers_are_not_calibrated(zoo, tokens, tmp_path):
         run(make_plan(zoo("nemotron-h") / "ckpt", "fp8"), tmp_path / "out", options)
 
 
-def test_gemma_needs_to_be_told_its_gate(zoo):
+def test_gemma_needs_its_gate_in_the_config(zoo):
     from mptq.errors import CheckpointError
 
     with pytest.raises(CheckpointError, match=r"linear_fc1.weight has shape \[2, 768, 256\]"):
@@ -122,12 +122,12 @@ LAYOUTS = {
     "tp2": ("qwen2", {"tp": 2}),
     "pp2": ("qwen2", {"pp": 2}),
     "per-layer": ("qwen2", {"per_layer": True}),
-    "latent-tp2": ("deepseek-v3-mtp", {"tp": 2}),  # its three layers do not go into two stages, and have a key each as it is
+    "latent-tp2": ("deepseek-v3-mtp", {"tp": 2}),  # three layers cannot be split into two stages, and have a key each anyway
 }
 
 
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS.values(), ids=LAYOUTS)
-def test_same_tensors_however_it_was_saved(zoo, name, layout, tmp_path):
+def test_tensors_do_not_depend_on_how_the_checkpoint_was_saved(zoo, name, layout, tmp_path):
     for folder, made in (("one", zoo(name)), ("other", zoo(name, **layout))):
         run(make_plan(made / "ckpt", "fp8-per-channel"), tmp_path / folder, CONVERT)
     one, other = (load_file(tmp_path / folder / "model.safetensors") for folder in ("one", "other"))
@@ -135,7 +135,7 @@ def test_same_tensors_however_it_was_saved(zoo, name, layout, tmp_path):
     assert all(torch.equal(tensor.view(torch.uint8), other[key].view(torch.uint8)) for key, tensor in one.items())
 
 
-def test_multi_token_prediction_layers_go_along_in_megatrons_form_alone(zoo, tmp_path):
+def test_multi_token_prediction_layers_are_copied_only_to_the_megatron_output(zoo, tmp_path):
     plan = make_plan(zoo("deepseek-v3-mtp") / "ckpt", "fp8-per-channel", ("hf", "megatron"))
     carried = {spec.name: spec.dtype for spec in plan.layouts["megatron"].specs if spec.name.startswith("mtp.")}
     assert set(carried.values()) <= {"bfloat16", "float32"}
@@ -145,15 +145,15 @@ def test_multi_token_prediction_layers_go_along_in_megatrons_form_alone(zoo, tmp
     assert any("multi-token prediction" in note for note in document["warnings"])
 
 
-def test_what_one_output_leaves_out_takes_no_bytes_of_it(zoo):
+def test_tensors_that_an_output_omits_take_no_bytes_in_it(zoo):
     plan = make_plan(zoo("deepseek-v3-mtp") / "ckpt", "none")
     table = components(plan)
     assert table["multi-token prediction"]["hf"] == 0
     assert {tuple(row) for row in table.values()} == {("parameters", "in", "hf")}
 
 
-def test_where_engines_choose_groups_of_experts_otherwise_is_told(zoo):
-    """DeepSeek-V2's class scores a group by its best expert, megatron-core by as many as it takes of each."""
+def test_engines_that_choose_other_groups_of_experts_are_a_warning(zoo):
+    """DeepSeek-V2's class scores a group by its best expert, megatron-core by topk / group_topk experts."""
     checkpoint = zoo("deepseek-v2-lite") / "ckpt"
     assert not [note for note in warnings(make_plan(checkpoint, "none")) if "groups" in note]
     groups = ("moe_router_num_groups=4", "moe_router_group_topk=1")
@@ -164,15 +164,15 @@ def test_where_engines_choose_groups_of_experts_otherwise_is_told(zoo):
     assert config_fields(plan.model, family_of(plan.model))["topk_method"] == "group_limited_greedy"
 
 
-def test_multi_token_prediction_layers_are_listed_where_they_are_left_out(zoo, tmp_path):
+def test_omitted_multi_token_prediction_layers_are_listed(zoo, tmp_path):
     checkpoint = zoo("deepseek-v3-mtp") / "ckpt"
     document = run(make_plan(checkpoint, "fp8-per-channel"), tmp_path / "out", CONVERT)
     assert [key for key, reason in document["dropped"].items() if "multi-token prediction" in reason and "mtp." in key]
     assert verify(tmp_path / "out", against=checkpoint).failures == []
 
 
-def test_a_fixed_epsilon_of_latents_is_told(zoo, tmp_path):
-    """transformers' DeepSeek has it as a constant, which the models of the zoo are trained with."""
+def test_a_fixed_epsilon_of_latents_is_a_warning(zoo, tmp_path):
+    """transformers' DeepSeek has a constant epsilon, which the models of the zoo use too."""
     checkpoint = zoo("deepseek-v3") / "ckpt"
     assert not [note for note in warnings(make_plan(checkpoint, "none")) if "epsilon" in note]
     other = make_plan(checkpoint, "none", options=SourceOptions(config=("layernorm_epsilon=1e-3",)))

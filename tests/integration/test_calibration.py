@@ -1,4 +1,4 @@
-"""Static scales: what the quantized stream does with them, what calibrates, in what pieces, and what is refused."""
+"""Static scales: their effect on the quantized stream, the calibration data, splitting into batches, and refusals."""
 
 from dataclasses import replace
 from functools import partial
@@ -37,12 +37,12 @@ from tests.unit.calibration.conftest import write_indexed
 
 
 def fake_quantized(tensor, scale):
-    """E4M3 with a scale, as an engine that has `scale` in its checkpoint does it."""
+    """Round to E4M3 with a scale, as an engine does with `scale` from its checkpoint."""
     return (tensor / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
 
 
 def rounding_inputs(model, scales):
-    """Round the input of every linear of `model` that has an input scale, and remember the scales of K and V."""
+    """Round the input of every linear of `model` that has an input scale, and store the scales of K and V."""
     for name, module in model.named_modules():
         scale = scales.get(f"{name}.input_scale")
         if scale is not None:
@@ -56,7 +56,7 @@ def rounding_inputs(model, scales):
 
 
 def rounding_experts(module, scales, hidden, chosen, weights):
-    """transformers' experts, which it fuses, one at a time."""
+    """Compute transformers' experts, which it fuses, one at a time."""
     out = torch.zeros_like(hidden)
     for index, (gate, up, down) in enumerate(scales):
         token, place = torch.where(chosen == index)
@@ -68,13 +68,13 @@ def rounding_experts(module, scales, hidden, chosen, weights):
 
 
 def attend(module, query, key, value, *arguments, **options):
-    """transformers' attention with K and V rounded, after the rotary embedding."""
+    """transformers' attention with K and V rounded after the rotary embedding."""
     key, value = (fake_quantized(part, scale) for part, scale in zip((key, value), module.cache_scales, strict=True))
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, *arguments, **options)
 
 
 @pytest.mark.parametrize(("model", "kv_cache"), [("aligned", "none"), ("crossing", "fp8"), ("mixtral", "fp8")])
-def test_static_activations_are_rounded_as_the_outputs_scales_say(model, kv_cache, request, tmp_path):
+def test_static_activations_are_rounded_with_the_scales_of_the_output(model, kv_cache, request, tmp_path):
     plan = float32(make_plan(request.getfixturevalue(model), load_recipe("fp8").changed(kv_cache=kv_cache)))
     folder = request.getfixturevalue(f"{model}_hf")
     driven = Driven(plan, tokens_of(IDS, calibration=OTHERS), tmp_path)
@@ -88,8 +88,8 @@ def test_static_activations_are_rounded_as_the_outputs_scales_say(model, kv_cach
     expected = logits_of(theirs, IDS)
     pairs = zip(driven.streams.logits[1].split(IDS.shape[1]), expected.split(IDS.shape[1]), strict=True)
     apart = sorted(distance(*pair) for pair in pairs)
-    # Where a sum's last bit sends an input to the other side of a tie, it moves by 2^-3, one of 256 of a product. That is
-    # rare (the bits are 2^-20 of a step): most sequences are without.
+    # If the last bit of a sum moves an input across a rounding tie, it changes by 2^-3, one of 256 terms of a product. That
+    # is rare (the bits are 2^-20 of a step): most sequences are unaffected.
     assert apart[len(apart) // 2] < 2e-5
     assert apart[-1] < 2e-2
     assert distance(unrounded, expected) > 2e-2
@@ -97,7 +97,7 @@ def test_static_activations_are_rounded_as_the_outputs_scales_say(model, kv_cach
 
 
 @pytest.mark.parametrize("propagate", ["reference", "quantized"])
-def test_held_out_tokens_calibrate_nothing(crossing, propagate, tmp_path):
+def test_held_out_tokens_do_not_affect_calibration(crossing, propagate, tmp_path):
     plan = make_plan(crossing, recipe_with(propagate))
     one, other = (Driven(plan, tokens_of(ids, calibration=OTHERS), tmp_path) for ids in (IDS, IDS[:0]))
     assert same(one.tensors["hf"], other.tensors["hf"])
@@ -106,13 +106,13 @@ def test_held_out_tokens_calibrate_nothing(crossing, propagate, tmp_path):
 
 
 def recipe_with(propagate, kv_cache="fp8"):
-    """The static recipe, calibrated on this stream."""
+    """The static recipe, calibrated on this stream, `reference` or `quantized`."""
     recipe = load_recipe("fp8").changed(kv_cache=kv_cache)
     return recipe.model_copy(update={"calibration": Calibration(propagate=propagate)})
 
 
 def same(left, right):
-    """Whether two outputs are the same, byte by byte."""
+    """Whether two outputs are identical, byte by byte."""
     return left.keys() == right.keys() and all(
         torch.equal(tensor.reshape(-1).view(torch.uint8), right[name].reshape(-1).view(torch.uint8))
         for name, tensor in left.items()
@@ -120,7 +120,7 @@ def same(left, right):
 
 
 class Watched(Kept):
-    """Also keeps, of every layer, the largest inputs of its linears on the quantized stream's calibration tokens."""
+    """Also keeps, for every layer, the largest inputs of its linears on the quantized stream's calibration tokens."""
 
     def calibrate(self, index, layer, static):
         self.seen = getattr(self, "seen", {})
@@ -139,9 +139,9 @@ class Watched(Kept):
         return super().calibrate(index, layer, static)
 
 
-def test_propagated_calibration_is_of_the_quantized_stream(crossing, tmp_path):
+def test_propagated_calibration_uses_the_quantized_stream(crossing, tmp_path):
     plans = [make_plan(crossing, recipe_with(propagate)) for propagate in ("reference", "quantized")]
-    # The calibration tokens are held out too, so that the streams say what they hand on of them.
+    # The calibration tokens are also held out, so that the streams return their hidden states too.
     tokens = tokens_of(IDS, calibration=IDS)
     plain, watched = (Driven(plan, tokens, tmp_path, kind=kind) for plan, kind in zip(plans, (Kept, Watched), strict=True))
     inputs, _ = largest_inputs(watched)
@@ -158,7 +158,7 @@ def test_propagated_calibration_is_of_the_quantized_stream(crossing, tmp_path):
 
 
 @pytest.mark.parametrize("propagate", ["reference", "quantized"])
-def test_files_hold_what_memory_does(mixtral, propagate, tmp_path):
+def test_hidden_states_in_files_give_the_same_output_as_in_memory(mixtral, propagate, tmp_path):
     plan = make_plan(mixtral, recipe_with(propagate), ("hf", "megatron"))
     memory, files = (Driven(plan, tokens_of(IDS, calibration=OTHERS), tmp_path, memory=size) for size in (10**9, 0))
     assert (memory.streams.on_disk, files.streams.on_disk) == (False, True)
@@ -170,14 +170,14 @@ def test_files_hold_what_memory_does(mixtral, propagate, tmp_path):
 
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory):
-    """A Megatron dataset of random ids, in documents of different lengths; two of them are alike in length."""
+    """A Megatron dataset of random ids, in documents of different lengths; two have the same length."""
     torch.manual_seed(9)
     lengths = [5, 9, 2, 9, 30, 17, 4, 12, 3]
     rows = [[torch.randint(0, 500, (length,)).tolist()] for length in lengths]
     return write_indexed(tmp_path_factory.mktemp("data") / "ids", rows)
 
 
-def test_documents_are_each_on_their_own(crossing, documents, tmp_path):
+def test_documents_do_not_affect_each_other(crossing, documents, tmp_path):
     options = DataOptions((str(documents),), calib_size=3, eval_size=6, seq_length=16, packed=False)
     tokens = load_tokens(options, None, 500, calibrate=True)
     plan = float32(make_plan(crossing, "fp8"))
@@ -188,12 +188,12 @@ def test_documents_are_each_on_their_own(crossing, documents, tmp_path):
     for reference, quantized, ids in states:
         alone = Driven(plan, replace(tokens, held_out=(ids,)), tmp_path)
         assert distance(alone.streams.hidden[0][: len(ids)], reference) < 2e-6
-        assert distance(alone.streams.hidden[1], quantized) < 2e-2  # a tie may go the other way (above)
+        assert distance(alone.streams.hidden[1], quantized) < 2e-2  # a rounding tie may be broken differently (see above)
         assert same(alone.tensors["hf"], together.tensors["hf"])
 
 
 def break_weight(monkeypatch, name, factor):
-    """Let the run read this weight times `factor`."""
+    """Make the run read this weight multiplied by `factor`."""
     read = PlannedReader._read
 
     def broken(self, item):
@@ -220,8 +220,8 @@ def test_infinite_activations_stop_the_run(aligned, documents, recipe, name, eva
     assert not (tmp_path / "out").exists()
 
 
-def test_a_perplexity_beyond_every_float_stops_the_run(crossing, monkeypatch, tmp_path):
-    """Tied: the embedding times this makes the same hidden states after the norm, and finite logits of 1e6."""
+def test_a_perplexity_that_overflows_stops_the_run(crossing, monkeypatch, tmp_path):
+    """With tied embeddings, this factor leaves the hidden states after the norm unchanged, and gives finite logits of 1e6."""
     break_weight(monkeypatch, "embedding.word_embeddings.weight", 1e7)
     with pytest.raises(CheckpointError, match=r"^output layer: .* not finite$"):
         Driven(make_plan(crossing, "fp8-per-channel"), tokens_of(IDS), tmp_path)

@@ -1,4 +1,4 @@
-"""The command line as a user runs it: exit codes, one line an error, results on stdout."""
+"""The command line as a user runs it: exit codes, one line per error, results on stdout."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from tests.conftest import mptq, read_json
 
 
 def refused(done, *words):
-    """One line on stderr, exit code 1, nothing on stdout."""
+    """Check for one line on stderr, exit code 1 and nothing on stdout."""
     assert done.returncode == 1, done.stderr
     assert done.stdout == ""
     lines = done.stderr.strip().splitlines()
@@ -27,7 +27,7 @@ def refused(done, *words):
         assert word in lines[0], lines[0]
 
 
-def test_bare_command_does_the_job_beside_the_checkpoint(aligned, tmp_path):
+def test_the_default_output_is_next_to_the_checkpoint(aligned, tmp_path):
     root = shutil.copytree(aligned, tmp_path / "ckpt")
     done = mptq("quantize", "--recipe", "fp8-blockwise", root)
     assert done.returncode == 0, done.stderr
@@ -48,7 +48,7 @@ def test_bare_command_does_the_job_beside_the_checkpoint(aligned, tmp_path):
     assert (out / "manifest.json").read_bytes() == before
 
 
-def test_verbose_has_a_row_for_every_tensor(aligned, tmp_path):
+def test_verbose_prints_a_row_for_every_tensor(aligned, tmp_path):
     done = mptq("quantize", "--recipe", "fp8-per-tensor", aligned, "-o", tmp_path / "out", "-v")
     row = next(line for line in done.stderr.splitlines() if "layers.3.mlp.up_proj.weight" in line)
     assert "bfloat16 384x256 -> float8_e4m3fn 384x256  amax " in row
@@ -135,7 +135,7 @@ def test_cache_and_data_are_options_of_every_recipe(aligned, tokens, tmp_path):
     refused(quick(aligned, tokens, tmp_path / "no", "--kv-cache", "int4"), "kv_cache: Input should be 'none' or 'fp8'")
 
 
-def test_data_that_is_needed_and_not_there(aligned, tmp_path):
+def test_missing_data_is_refused_or_reported(aligned, tmp_path):
     def quantize(*options, recipe="fp8-per-channel"):
         return mptq("quantize", aligned, "--recipe", recipe, "-o", tmp_path / "out", *options)
 
@@ -183,7 +183,7 @@ def test_bad_input_is_one_line(aligned, tmp_path):
 
 
 def paths_of_commands():
-    """Every path on the command line: the command, and the words with that path as a URL and no other mistake."""
+    """Yield every path on the command line: the command, and arguments with that path as a URL and no other mistake."""
     url = "s3://bucket/run"
     for command in app.registered_commands:
         function = command.callback
@@ -198,7 +198,7 @@ def paths_of_commands():
                 yield pytest.param([function.__name__, "x", *given, option, url], id=f"{function.__name__} {option}")
 
 
-def test_there_are_paths_of_every_kind():
+def test_paths_of_commands_covers_every_kind():
     found = {param.id for param in paths_of_commands()}
     assert found >= {"quantize checkpoint", "quantize --output", "quantize --tokenizer", "quantize --hf-config"}
     assert found >= {"inspect path", "verify output", "verify --against", "report output", "report --html"}
@@ -222,23 +222,23 @@ def test_remote_checkpoints_and_recipes(tmp_path):
     assert str(failure.value) == said
     with pytest.raises(MptqError, match="^gs://bucket/mine.yaml: remote paths are not read"):
         load_recipe("gs://bucket/mine.yaml")
-    (tmp_path / "s3:" / "run").mkdir(parents=True)  # the name of a directory that is there
+    (tmp_path / "s3:" / "run").mkdir(parents=True)  # an existing directory with such a name
     with pytest.raises(CheckpointError, match="run is empty"):
         make_plan(tmp_path / "s3:" / "run", "fp8")
 
 
-def test_formats_may_be_spaced(aligned, tmp_path):
+def test_formats_may_have_spaces_after_commas(aligned, tmp_path):
     command = ("quantize", aligned, "--recipe", "fp8-blockwise", "-o", tmp_path / "out", "--dry-run", "--json", "--format")
     assert json.loads(mptq(*command, "hf, megatron").stdout)["formats"] == ["hf", "megatron"]
     assert mptq(*command, "hf, gguf").stderr == "mptq: unknown format gguf: there are hf, megatron\n"
 
 
-def test_what_trusted_code_is():
+def test_help_explains_trusted_code():
     text = " ".join(mptq("quantize", "--help").stdout.replace("│", " ").split())
     assert "Let a tokenizer run the Python code in its directory." in text
 
 
-def test_full_disk_is_seen_before_the_run(aligned, tmp_path, monkeypatch):
+def test_a_full_disk_is_detected_before_the_run(aligned, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10, 9, 1000))
     result = CliRunner().invoke(app, ["quantize", str(aligned), "--recipe", "fp8-blockwise", "-o", str(tmp_path / "o")])
     assert "0.00 GB free" in str(result.exception)
@@ -290,7 +290,7 @@ def test_report(quantized, tmp_path):
     refused(mptq("report", tmp_path), "is not an output of mptq")
 
 
-def test_report_as_a_page(quantized, tmp_path):
+def test_report_as_html(quantized, tmp_path):
     out = quantized["aligned", "fp8-blockwise"]
     page = tmp_path / "[page].html"
     page.write_text("before")

@@ -1,4 +1,4 @@
-"""Several processes, as torchrun starts them: the same bytes as of one."""
+"""Several processes, as started by torchrun, give the same bytes as one."""
 
 import json
 import math
@@ -33,14 +33,14 @@ from tests.support.killing import check, comparable, contents
 
 
 @given(st.dictionaries(st.integers(0, 50), st.integers(1, 1000)), st.integers(1, 8))
-def test_shares_are_of_all_units_and_balanced(weights, size):
+def test_shares_cover_all_units_and_are_balanced(weights, size):
     found = shares(weights, size)
     assert sorted(unit for share in found for unit in share) == sorted(weights)
     loads = [sum(weights[unit] for unit in share) for share in found]
     assert max(loads) - min(loads) <= max(weights.values(), default=0)
 
 
-def test_one_process_agrees_with_itself():
+def test_collectives_of_one_process_return_their_input():
     ranks = Ranks()
     assert ranks.first
     assert ranks.broadcast_object(lambda: 7) == 7
@@ -59,7 +59,7 @@ def test_one_process_agrees_with_itself():
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "abc"}, "do not find each other"),
     ],
 )
-def test_an_environment_that_is_half_of_torchruns_is_one_line(variables, message, monkeypatch):
+def test_an_incomplete_torchrun_environment_is_one_line(variables, message, monkeypatch):
     for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -69,7 +69,7 @@ def test_an_environment_that_is_half_of_torchruns_is_one_line(variables, message
     assert "\n" not in str(caught.value)
 
 
-def test_a_rank_that_is_alone_is_the_first(monkeypatch):
+def test_a_single_process_is_first_whatever_its_rank(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("RANK", "1")
     assert is_first()
@@ -78,7 +78,7 @@ def test_a_rank_that_is_alone_is_the_first(monkeypatch):
 
 
 def quantize_in(size, *arguments):
-    """The command in several processes; all of them, ended."""
+    """Run the command in several processes; return the finished ones as one."""
     return mptq("quantize", *arguments, processes=size)
 
 
@@ -101,7 +101,7 @@ def test_same_bytes_from_several_processes(mixtral, tmp_path, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_another_number_of_processes_goes_on(crossing, tmp_path, tmp_path_factory):
+def test_another_number_of_processes_resumes_a_run(crossing, tmp_path, tmp_path_factory):
     plan, out = make_plan(crossing, "fp8-blockwise", BOTH), tmp_path / "out"
     stopped(plan, out, 2)
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "mptq", "quantize")
@@ -113,16 +113,16 @@ DATA = ("--calib-seq-length", 32, "--calib-size", 11, "--calib-batch-size", 2, "
 
 
 def with_data(tokens, **more):
-    """The options of `DATA`."""
+    """The options corresponding to `DATA`."""
     return Options(data=DataOptions((str(tokens),), 11, 5, 32), batch_size=2, moe_min_tokens=4, max_shard_bytes=200_000, **more)
 
 
 FIGURES = [f"report.json: {key}" for key in ("calibration", "fidelity", "layers", "predicted_peak_bytes", "ranks")]
-"""What the report says of the activations, of the memory that they take, and of who made what."""
+"""Parts of the report that depend on activations, their memory, or which rank made what."""
 
 
 def check_figures(report, alone):
-    """What the activations say, which batches of other sizes round otherwise."""
+    """Check the metrics from activations, which round differently in batches of other sizes."""
     kl, expected = (document["fidelity"]["kl"]["mean"] for document in (report, alone))
     assert math.isclose(kl, expected, rel_tol=0.02)
     for layer, other in zip(report["layers"], alone["layers"], strict=True):
@@ -136,7 +136,7 @@ def check_figures(report, alone):
     ("model", "size", "more"),
     [("mixtral", 3, ()), ("crossing", 2, ("--activation-memory", "1"))],
 )
-def test_samples_and_linears_are_shared_out(request, tokens, model, size, more, tmp_path, tmp_path_factory):
+def test_samples_and_linears_are_distributed(request, tokens, model, size, more, tmp_path, tmp_path_factory):
     checkpoint, out = request.getfixturevalue(model), tmp_path / "out"
     recipe = load_recipe("fp8").changed(kv_cache="fp8")
     arguments = ("--format", "hf,megatron", "--max-shard-size", 200000, "--json", "--kv-cache", "fp8")
@@ -152,14 +152,14 @@ def test_samples_and_linears_are_shared_out(request, tokens, model, size, more, 
 
 
 def calibrated(folder, how):
-    """A static recipe that calibrates so."""
+    """Write a static recipe with this calibration."""
     path = folder / "recipe.yaml"
     path.write_text(f"description: d\nhf: modelopt\nweights: {{scale: tensor}}\nactivations: static\ncalibration: {{{how}}}\n")
     return path
 
 
 @pytest.mark.slow
-def test_another_number_of_processes_goes_on_with_activations(crossing, tokens, tmp_path, tmp_path_factory):
+def test_another_number_of_processes_resumes_a_run_with_activations(crossing, tokens, tmp_path, tmp_path_factory):
     recipe, out = calibrated(tmp_path_factory.mktemp("recipe"), "propagate: quantized"), tmp_path / "out"
     plan = make_plan(crossing, load_recipe(str(recipe)), BOTH)
     asked = iter((False, False, True))
@@ -175,7 +175,7 @@ def test_another_number_of_processes_goes_on_with_activations(crossing, tokens, 
 
 
 def start(size, *arguments):
-    """The processes of a run, each started by itself."""
+    """Start the processes of a run, each separately."""
     environment = os.environ | {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-m", "mptq", "quantize", *map(str, arguments)]
     return [
@@ -185,22 +185,22 @@ def start(size, *arguments):
 
 
 def free_port():
-    """A port that nobody listens at."""
+    """An unused port."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
 
 
 def wait_for(journal, steps):
-    """Until so many steps are in the journals."""
+    """Wait until the journals have this number of steps."""
     limit = time.monotonic() + 120
     while sum(len(file.read_text().splitlines()) - 1 for file in journal.parent.glob(f"{journal.name}*")) < steps:
         assert time.monotonic() < limit
         time.sleep(0.005)
 
 
-def test_ranks_keep_their_parts_of_one_file(crossing, tokens, tmp_path, monkeypatch):
-    """Also where each finds that there is none yet, and another makes it a moment later."""
+def test_ranks_save_their_parts_in_one_file(crossing, tokens, tmp_path, monkeypatch):
+    """Also if each finds that there is no file yet, and another creates it a moment later."""
     plan = make_plan(crossing, "fp8")
     data = load_tokens(DataOptions((str(tokens),), 11, 5, 32), None, plan.model.vocab_size, calibrate=True)
     settings = HiddenStateOptions(torch.device("cpu"), 2, 2**30, tmp_path)
@@ -223,7 +223,7 @@ def test_ranks_keep_their_parts_of_one_file(crossing, tokens, tmp_path, monkeypa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("sent", "codes"), [(signal.SIGTERM, [75, 75]), (signal.SIGKILL, [1, -9])])
-def test_ranks_that_go_together_end_together(aligned, tokens, tmp_path, sent, codes):
+def test_ranks_that_run_together_end_together(aligned, tokens, tmp_path, sent, codes):
     out = tmp_path / "out"
     arguments = (aligned, "--recipe", "fp8-blockwise", "--calib-dataset", tokens, "--calib-seq-length", 32, "--eval-size", 30)
     ranks = start(2, *arguments, "--calib-batch-size", 1, "-o", out)
@@ -239,7 +239,7 @@ def test_ranks_that_go_together_end_together(aligned, tokens, tmp_path, sent, co
 
 
 @pytest.mark.slow
-def test_what_cannot_be_shared_out_is_one_line(crossing, tokens, tmp_path):
+def test_a_percentile_with_several_processes_is_refused_in_one_line(crossing, tokens, tmp_path):
     recipe = calibrated(tmp_path, "method: percentile, percentile: 99.9")
     done = quantize_in(2, crossing, "--recipe", recipe, "--calib-dataset", tokens, "-o", tmp_path / "out")
     assert done.returncode == 1

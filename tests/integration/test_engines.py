@@ -1,4 +1,4 @@
-"""The outputs, loaded by megatron-core + ModelOpt and by transformers, against each other's logits."""
+"""Outputs loaded by megatron-core + ModelOpt and by transformers; their logits are compared with each other."""
 
 from itertools import product
 from pathlib import Path
@@ -30,12 +30,12 @@ def plain_all(modes, tmp_path, hf, checkpoints, *options):
 
 
 def distance(left, right):
-    """Largest difference, relative to the largest logit."""
+    """Largest difference, relative to the largest absolute value of `right`."""
     return float((left.float() - right.float()).abs().max() / right.float().abs().max())
 
 
 MIXED = """
-description: attention per channel, MLP in blocks, the first layer as it was
+description: attention per channel, MLP in blocks, the first layer unchanged
 weights: {scale: block, block_size: 128}
 hf: deepseek-fp8
 overrides:
@@ -46,7 +46,7 @@ overrides:
 
 @pytest.fixture(scope="module")
 def mixed(aligned, tmp_path_factory) -> tuple[Path, Path]:
-    """A recipe of several schemes, and the aligned model's output by it."""
+    """A recipe of several schemes, and the aligned model's output with it."""
     folder = tmp_path_factory.mktemp("mixed")
     (folder / "mixed.yaml").write_text(MIXED)
     run_plan(make_plan(aligned, str(folder / "mixed.yaml"), ("hf", "megatron")), folder / "out", Options(device="cpu"))
@@ -64,7 +64,7 @@ def outputs(quantized, mixed) -> dict[str, dict[str, Path]]:
 
 @pytest.fixture(scope="module")
 def logits(outputs, request, tokens, tmp_path_factory):
-    """By model, recipe and mode: logits of the written outputs, and of what mptq holds in memory."""
+    """By model, recipe and mode: logits of the written outputs, and of the quantized model in memory."""
     made = {}
     for model, written in outputs.items():
         hf, checkpoint = request.getfixturevalue(f"{model}_hf"), request.getfixturevalue(model)
@@ -82,14 +82,14 @@ def logits(outputs, request, tokens, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "recipe"), [*product(["aligned", "crossing"], RECIPES), ("aligned", "mixed")])
-def test_megatron_restores_what_was_compressed(logits, model, recipe):
+def test_megatron_restores_the_compressed_model(logits, model, recipe):
     found = {mode: values["logits"] for mode, values in logits[model][recipe].items()}
     assert torch.equal(found["restored"], found["inprocess"])
-    # mptq's own layer differs in the attention kernel alone (scaled_dot_product_attention), in BF16: units of 2^-8; where
-    # the cache is FP8, K and V are rounded in it and not in megatron-core's local attention, and with static scales a
-    # difference of the least bit can move an input by a step of E4M3, 2^-4.
+    # mptq's own layer differs only in the attention kernel (scaled_dot_product_attention), in BF16: units of 2^-8. If the
+    # cache is FP8, it rounds K and V and megatron-core's local attention does not; with static scales a difference in the
+    # last bit can move an input by a step of E4M3, 2^-4.
     assert distance(found["layers"], found["inprocess"]) < (2e-2 if model == "aligned" and recipe != "fp8" else 0.2)
-    # It is a quantized model and no copy of the source: E4M3 moves the logits, but not far.
+    # Checks that the model is quantized and not a copy of the source: E4M3 changes the logits, but not by much.
     assert 1e-3 < distance(found["restored"], found["reference"]) < 0.2
 
 
@@ -102,7 +102,7 @@ def test_megatron_restores_the_scales_of_the_cache(logits, recipe):
 
 
 def dequantized_hf(folder):
-    """A float32 model of transformers with the output's weights, dequantized by hand."""
+    """A float32 model of transformers with the output's weights, dequantized by the test."""
     tensors = load_file(folder / "model.safetensors")
     state = {}
     for name, tensor in tensors.items():
@@ -130,12 +130,12 @@ def test_hf_and_megatron_outputs_are_the_same_model(logits, outputs, recipe):
     (out,) = (out for name, out in outputs["aligned"].items() if Path(name).stem == recipe)
     with torch.no_grad():
         ours = dequantized_hf(out / "hf")(found["ids"]).logits
-    # Float32 on both sides: what is left is the order of sums. A wrong rotary permutation is at 1e-1.
+    # Float32 on both sides: the remaining difference is the order of sums. A wrong rotary permutation gives 1e-1.
     assert distance(ours, found["logits"]) < 2e-5
 
 
 IN_TRANSFORMERS = ("fp8-blockwise", "fp8-per-channel", "fp8-per-tensor")
-"""The recipes whose form transformers reads; of ModelOpt's it drops the scales (docs/formats.md)."""
+"""The recipes that transformers can read; it drops the scales of ModelOpt's form (docs/formats.md)."""
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_transformers_loads_the_output_itself(quantized, quantized_mixtral, mixe
     out = (mixed[1] if recipe == "mixed" else of_model[recipe]) / "hf"
     options = {"quantization_config": FineGrainedFP8Config(dequantize=True)} if recipe == "fp8-blockwise" else {}
     loaded, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16, output_loading_info=True, **options)
-    # transformers has no FP8 cache, and leaves its scales unread in one of the dialects.
+    # transformers has no FP8 cache, and does not read its scales in one of the dialects.
     assert all(name.endswith((".k_scale", ".v_scale")) for name in info["unexpected_keys"])
     assert not info["mismatched_keys"]
     assert set(info["missing_keys"]) <= {"lm_head.weight"}
@@ -156,13 +156,13 @@ def test_transformers_loads_the_output_itself(quantized, quantized_mixtral, mixe
     torch.manual_seed(0)
     ids = torch.randint(0, 500, (2, 17))
     with torch.no_grad():
-        # transformers dequantizes to BF16 and computes in it; per channel it also quantizes activations per token.
+        # transformers dequantizes to BF16 and computes in BF16; per channel it also quantizes activations per token.
         assert distance(loaded(ids).logits, ours(ids).logits) < 0.1
 
 
 @pytest.fixture(scope="module")
 def mixtral_logits(quantized_mixtral, mixtral_hf, mixtral, tokens, tmp_path_factory):
-    """Logits by recipe and mode: of the written outputs, and of what mptq holds in memory."""
+    """Logits by recipe and mode: of the written outputs, and of the quantized model in memory."""
     folder = tmp_path_factory.mktemp("logits")
     written = {recipe: out / "megatron" / "iter_0000100" for recipe, out in quantized_mixtral.items()}
     # Every recipe is restored before the second mode imports mptq.

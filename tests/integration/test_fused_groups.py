@@ -1,4 +1,4 @@
-"""Linears of their own to Megatron that engines fuse: the numbers of both outputs, of a model of DeepSeek V3's shape."""
+"""Linears that are separate in Megatron but fused by engines: the numbers of both outputs, for a model like DeepSeek V3."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def checkpoint(zoo):
 
 @pytest.fixture(scope="module")
 def outputs(checkpoint, options, tmp_path_factory):
-    """The directory of each of RUNS."""
+    """The output directory of each of RUNS."""
     folder, made = tmp_path_factory.mktemp("fused"), {}
     for recipe, formats in RUNS:
         made[recipe, formats] = folder / f"{recipe}-{len(formats)}"
@@ -44,7 +44,7 @@ def sources(checkpoint, layer):
 
 
 def in_hf(out, layer):
-    """Bytes, scale and (or None) input scale of each of the pair."""
+    """Bytes, scale and input scale (or None) of each linear of the pair."""
     tensors = load_file(out / "hf" / "model.safetensors")
     for name in PAIR:
         prefix = f"model.layers.{layer}.self_attn.{name}."
@@ -53,7 +53,7 @@ def in_hf(out, layer):
 
 
 def in_megatron(out, layer):
-    """Bytes and scale of each of the pair."""
+    """Bytes and scale of each linear of the pair."""
     stored = open_checkpoint(out if (out / "latest_checkpointed_iteration.txt").is_file() else out / "megatron")
     reader = Reader(stored)
     for name in PAIR.values():
@@ -64,7 +64,7 @@ def in_megatron(out, layer):
 
 
 @pytest.mark.parametrize(("recipe", "formats"), RUNS)
-def test_the_output_is_what_the_source_gives(outputs, checkpoint, recipe, formats):
+def test_the_output_verifies_against_the_source(outputs, checkpoint, recipe, formats):
     assert verify(outputs[recipe, formats], checkpoint).failures == []
 
 
@@ -93,7 +93,7 @@ def test_megatron_alone_has_the_same_numbers(outputs):
             assert torch.equal(scale, other_scale)
 
 
-def test_blocks_of_the_latent_end_in_a_part_of_one(outputs, checkpoint):
+def test_blocks_of_the_latent_end_in_a_partial_block(outputs, checkpoint):
     out = outputs["fp8-blockwise", BOTH]
     (hf_q, hf_kv), (megatron_q, megatron_kv) = list(in_hf(out, 1)), list(in_megatron(out, 1))
     assert (hf_kv[0].shape, hf_kv[1].shape) == ((576, 256), (5, 2))
@@ -105,8 +105,8 @@ def test_blocks_of_the_latent_end_in_a_part_of_one(outputs, checkpoint):
         assert torch.equal(megatron[1], scale)
 
 
-def test_a_scale_of_one_of_them_alone_is_noticed(outputs, checkpoint, monkeypatch):
+def test_unshared_scales_are_detected(outputs, checkpoint, monkeypatch):
     monkeypatch.setattr(Assignment, "sharing", lambda _assignment, _layer, linear: (linear,))
     failures = verify(outputs["fp8-per-tensor", BOTH], checkpoint).failures
-    assert len(failures) == 2 * 3  # in each layer the one whose largest magnitude is the smaller, in both outputs
+    assert len(failures) == 2 * 3  # in each layer the linear with the smaller largest magnitude, in both outputs
     assert all("its scales are not amax / 448 of the source" in failure for failure in failures)

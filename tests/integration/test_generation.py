@@ -1,4 +1,4 @@
-"""An output generates with transformers, and stops where any of the sources says that a text ends."""
+"""An output generates with transformers, and stops at the end token of any of the sources."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ NO_END = "token ids: no eos_token_id is known, so engines generate up to the lim
 
 
 def generated(folder):
-    """The ids that the model at `folder` goes on with, as its own configs say."""
+    """The ids that the model at `folder` generates after PROMPT, with its own configs."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     with torch.no_grad():
         return model.generate(PROMPT, max_new_tokens=LONGEST, do_sample=False)[0, PROMPT.shape[1] :].tolist()
@@ -28,7 +28,7 @@ def generated(folder):
 
 @pytest.fixture(scope="module")
 def endless(aligned_hf, tmp_path_factory):
-    """What the model generates where nothing ends it."""
+    """The ids that the model generates without an end token."""
     folder = shutil.copytree(aligned_hf, tmp_path_factory.mktemp("endless") / "hf")
     (folder / "generation_config.json").unlink()
     (folder / "config.json").write_text(json.dumps(read_json(folder / "config.json") | {"eos_token_id": None}))
@@ -39,12 +39,12 @@ def endless(aligned_hf, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stop(endless):
-    """A token that it generates some way on: where it ends, if that is the end."""
+    """Index of the first token after a few that did not occur before: generation stops there if it is the end token."""
     return next(place for place in range(3, LONGEST) if endless[place] not in endless[:place])
 
 
 def tokenizer_of(folder, eos):
-    """A tokenizer of the model's words, whose end is the word `eos`."""
+    """A tokenizer of the model's words, with `eos` as the end token."""
     from tokenizers import Tokenizer, models
 
     words = {f"w{number}": number for number in range(500)}
@@ -76,7 +76,7 @@ def in_the_tokenizer(_aligned, _hf, end, folder):
 
 
 @pytest.mark.parametrize("source", [beside_the_tokenizer, in_the_run_config, in_a_hugging_face_config, in_the_tokenizer])
-def test_generation_stops_where_a_source_says_that_a_text_ends(aligned, aligned_hf, endless, stop, source, tmp_path):
+def test_generation_stops_at_the_end_token_of_each_source(aligned, aligned_hf, endless, stop, source, tmp_path):
     end = endless[stop]
     given = source(aligned, aligned_hf, end, tmp_path / "given")
     plan = make_plan(given.get("checkpoint", aligned), "none", ("hf",), SourceOptions(hf_config=given.get("hf_config")))

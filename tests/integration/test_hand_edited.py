@@ -1,4 +1,4 @@
-"""Outputs whose JSON was edited by hand: `mptq verify` and `mptq report` say what is wrong, and never stumble."""
+"""Outputs whose JSON was edited by hand: `mptq verify` and `mptq report` report the problem, without other exceptions."""
 
 import contextlib
 import copy
@@ -41,7 +41,7 @@ ODD = [
 
 
 def places(value, path=()):
-    """Every place in a JSON document."""
+    """Yield the path of every value in a JSON document."""
     yield path
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in inside:
@@ -49,13 +49,13 @@ def places(value, path=()):
 
 
 def edited(document, draw):
-    """The document with something at a few places that does not belong there, or nothing at all."""
+    """The document with one or two values replaced by odd ones, or removed."""
     changed = copy.deepcopy(document)
     for _ in range(draw(st.integers(1, 2))):
         found = list(places(changed))[1:]
         if not found:
             break
-        # By depth first: else nearly all places are in the lists of tensors.
+        # Draw the depth first: otherwise nearly all places would be in the lists of tensors.
         depth = draw(st.integers(1, max(map(len, found))))
         *way, last = draw(st.sampled_from([path for path in found if len(path) == depth]))
         holder = functools.reduce(lambda value, key: value[key], way, changed)
@@ -79,7 +79,7 @@ fuzzing = settings(max_examples=100)
 @fuzzing
 def test_manifests(out, crossing, data, monkeypatch):
     original = read_json(out / "manifest.json")
-    # Hashes are checked in test_verification.py: here an edit must get past them.
+    # Hashes are checked in test_verification.py; here edits must get past them.
     monkeypatch.setattr(structure, "check_files", lambda *_: iter(()))
     try:
         (out / "manifest.json").write_text(json.dumps(edited(original, data.draw)))
@@ -142,7 +142,7 @@ def test_one_line_and_exit_code_1(quantized, tmp_path, path, value, said):
     assert done.stderr.count("\n") == 1
 
 
-def test_json_that_nests_too_deeply(tmp_path):
+def test_json_that_nests_too_deeply_is_one_line(tmp_path):
     for name, command in (("manifest.json", "verify"), ("report.json", "report")):
         (tmp_path / name).write_text("[" * 100_000)
         done = mptq(command, tmp_path)

@@ -1,4 +1,4 @@
-"""What mptq leaves of its host process as it was: modules of others, the garbage collector, logging, warnings, threads."""
+"""mptq leaves its host process unchanged: other packages' modules, the garbage collector, logging, warnings, threads."""
 
 import json
 import subprocess
@@ -38,7 +38,7 @@ assert not verify(out, checkpoint).failures
 
 
 def changed(work):
-    """What `work` changes of a process that has imported all that mptq imports: by name, before and after."""
+    """What `work` changes in a process that has imported everything that mptq imports: by name, before and after."""
     command = [sys.executable, "-m", "tests.support.hosting", work]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr

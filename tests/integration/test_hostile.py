@@ -1,4 +1,4 @@
-"""Checkpoints that would run code if anything in them were unpickled, and runs that may not open a connection."""
+"""Checkpoints that would execute code if anything in them were unpickled, and runs that may not open a connection."""
 
 import json
 import os
@@ -21,7 +21,7 @@ TENSOR = "decoder.layers.mlp.linear_fc2.weight"
 
 
 class Bomb:
-    """Makes a directory when it is unpickled by anything that executes."""
+    """Creates a directory when it is unpickled by a loader that executes pickles."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -31,7 +31,7 @@ class Bomb:
 
 
 class TorchBomb(Bomb):
-    """The same through a function of torch, which writes a file."""
+    """The same through a torch function, which writes a file."""
 
     def __reduce__(self):
         return torch.save, (1, self.path)
@@ -49,7 +49,7 @@ def boom(tmp_path):
 
 
 def replace_record(directory, key, raw, layer=None):
-    """Let an entry of the metadata (a byte item, or a layer's chunk) be the record `raw`, at the end of its shard."""
+    """Replace an entry of the metadata (a byte item, or a layer's chunk) by the record `raw`, appended to its shard."""
     metadata = pickle.loads((directory / ".metadata").read_bytes())
     found = [
         info
@@ -82,7 +82,7 @@ def hostile_metadata(directory, bomb):
 
 
 def hostile_plans(directory, bomb):
-    """Behind what mptq reads of the file."""
+    """In the part of the file after what mptq reads."""
     metadata = pickle.loads((directory / ".metadata").read_bytes())
     metadata.all_local_plans = [bomb]
     (directory / ".metadata").write_bytes(pickle.dumps(metadata))
@@ -111,7 +111,7 @@ def hostile_modelopt_state(directory, bomb):
     (directory / "modelopt_state" / "common.pt").write_bytes(saved(bomb))
 
 
-# The last because a checkpoint with ModelOpt's state is quantized already.
+# The last is refused because a checkpoint with ModelOpt's state is already quantized.
 REFUSED = [hostile_common_pt, hostile_common_state, hostile_tensor, hostile_modelopt_state]
 PLACES = [*REFUSED, hostile_metadata, hostile_plans, hostile_extra_state]
 
@@ -138,7 +138,7 @@ def test_references_to_code_are_one_warning(copy, boom, place, kind, name):
         f"the checkpoint's metadata refers to code that Megatron's checkpoints do not need: {name}; mptq never runs it, but "
         "loading the checkpoint in Megatron may: make sure where it is from"
     ]
-    if place is hostile_metadata:  # the others have no arguments, so the architecture is not known
+    if place is hostile_metadata:  # the others have no arguments, so their architecture is unknown
         assert warnings(make_plan(root, "fp8-blockwise"))[:1] == document["warnings"]
         assert f"warning     {document['warnings'][0]}" in mptq("inspect", root).stdout
         done = mptq("quantize", root, "--recipe", "fp8-blockwise", "--dry-run")
@@ -167,8 +167,8 @@ def test_nothing_is_executed_by_a_whole_run(copy, boom, place, tmp_path):
         assert "holds no plain tensor (ValueError('it is a posix.mkdir')): the checkpoint is damaged" in last
 
 
-def test_plain_torch_runs_what_mptq_does_not(copy, boom):
-    """The bombs are live: torch's own reader sets them off."""
+def test_plain_torch_executes_what_mptq_does_not(copy, boom):
+    """The exploits work: torch's own reader executes them."""
     from torch.distributed.checkpoint import FileSystemReader
 
     _, directory = copy
@@ -213,7 +213,7 @@ def test_quantize_and_verify_open_no_connection(aligned, tokens, tokenizer, tmp_
     assert "FORBIDDEN" not in done.stderr
 
 
-def test_the_forbidding_forbids():
+def test_the_audit_hook_forbids_connections():
     script = NO_CONNECTION.partition("sys.argv")[0] + "import socket; socket.create_connection(('127.0.0.1', 9))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert "FORBIDDEN socket.getaddrinfo" in done.stderr

@@ -74,8 +74,8 @@ def test_experts(mixtral):
 
 
 @pytest.mark.parametrize("model", ["aligned", "mixtral", "crossing"])
-def test_predictions_are_those_of_the_plan(model, request):
-    """The sums by kind of layer are the sums over all tensors of the outputs, and refusals are the plan's."""
+def test_predictions_equal_the_plans(model, request):
+    """The sums by kind of layer equal the sums over all tensors of the outputs, and refusals are the plan's."""
     path = request.getfixturevalue(model)
     rows = inspect(path)[0]["recipes"]
     assert [row["recipe"] for row in rows] == recipe_names()
@@ -95,7 +95,7 @@ def test_predictions_are_those_of_the_plan(model, request):
 
 @pytest.mark.parametrize("name", ["deepseek-v3-mtp", "moe-freq-list", "nemotron-h", "gpt"])
 def test_every_architecture(zoo, name):
-    """Mixtures of kinds of layers, multi-token prediction, and models that no Hugging Face architecture expresses."""
+    """Models with several kinds of layers, multi-token prediction, and models that no Hugging Face architecture covers."""
     path = zoo(name) / "ckpt"
     document = inspect(path)[0]
     assert document["problem"] is None
@@ -115,7 +115,7 @@ def test_every_architecture(zoo, name):
 def test_settings(aligned):
     found = {row["key"]: row for row in inspect(aligned)[0]["settings"]}
     assert found["hidden_size"] == {"key": "hidden_size", "value": 256, "source": "args in common_state", "matters": True}
-    assert found["add_bias_linear"]["matters"]  # it is off, and megatron-core's default is on
+    assert found["add_bias_linear"]["matters"]  # it is off, while megatron-core's default is on
     assert not found["mamba_state_dim"]["matters"]
     assert not found["moe_router_topk"]["matters"]
     assert not found["yarn_beta_fast"]["matters"]
@@ -162,7 +162,7 @@ def test_unsupported(aligned):
 
 
 @pytest.mark.parametrize("wrong", [None, "four", -1, True, 10**5000, [1]], ids=range(6))
-def test_arguments_that_are_no_counts(aligned, wrong):
+def test_arguments_that_are_not_counts_are_unknown(aligned, wrong):
     checkpoint = open_checkpoint(aligned)
     names = ("tensor_model_parallel_size", "consumed_train_samples", "data_parallel_size")
     document = describe_megatron(replace(checkpoint, args={**checkpoint.args, **dict.fromkeys(names, wrong)}))
@@ -170,7 +170,7 @@ def test_arguments_that_are_no_counts(aligned, wrong):
     assert document["tokens_seen"] is document["parallel"]["DP"] is None
 
 
-def test_nothing_said(aligned):
+def test_a_checkpoint_without_arguments(aligned):
     document = describe_megatron(replace(open_checkpoint(aligned), args={}, args_source="nowhere"))
     assert "not supported" in document["facts"]["architecture"]
     assert document["facts"]["saved at"] == "TP=? PP=?"
@@ -193,7 +193,7 @@ def test_both_outputs(quantized):
     assert hf["quantization"]["weights"] == {words: 4 * 7}
 
 
-def test_figures(quantized):
+def test_metrics_of_an_output(quantized):
     root = quantized["crossing", "fp8"]
     for document in inspect(root):
         made = document["output"]
@@ -262,7 +262,7 @@ def test_stacking(name, shape, words):
     assert stacking(TensorSpec(name, "bfloat16", shape)) == words
 
 
-def test_alike_but_for_numbers():
+def test_names_that_differ_only_in_numbers_are_one_row():
     names = [f"model.layers.{layer}.mlp.experts.{expert}.w1.weight" for layer in range(3) for expert in range(4)]
     (row,) = tree(TensorSpec(name, "bfloat16", (8, 8)) for name in names)["components"]
     (leaf,) = row["tensors"]
@@ -278,7 +278,7 @@ def test_printed(aligned, quantized):
         assert part in text
 
 
-def test_why_nothing_can_be_done_is_said_first(aligned, tmp_path):
+def test_the_reason_for_a_refusal_is_printed_first(aligned, tmp_path):
     root = shutil.copytree(aligned, tmp_path / "copy")
     (root / "iter_0000100" / "modelopt_state").mkdir()
     first, second, *_ = mptq("inspect", root).stdout.splitlines()
@@ -289,7 +289,7 @@ def test_why_nothing_can_be_done_is_said_first(aligned, tmp_path):
     )
 
 
-def test_model_of_others(aligned_hf):
+def test_a_model_of_another_tool(aligned_hf):
     (document,) = inspect(aligned_hf)
     assert document["facts"]["quantization"] == "none"
     assert "written by" not in document["facts"]
@@ -297,8 +297,8 @@ def test_model_of_others(aligned_hf):
     assert "model.safetensors" in document["files"]
 
 
-def test_fp8_of_others(quantized, tmp_path):
-    """Without mptq's manifest and report, the scales still tell."""
+def test_an_fp8_model_of_another_tool(quantized, tmp_path):
+    """Without mptq's manifest and report, the quantization is determined from the scales."""
     shutil.copytree(quantized["aligned", "fp8-blockwise"] / "hf", tmp_path / "hf")
     (document,) = inspect(tmp_path / "hf")
     assert "output" not in document
@@ -306,7 +306,7 @@ def test_fp8_of_others(quantized, tmp_path):
     assert document["quantization_config"]["weight_block_size"] == [128, 128]
 
 
-def test_config_of_another_form(aligned_hf, tmp_path):
+def test_a_config_of_another_structure(aligned_hf, tmp_path):
     (tmp_path / "model.safetensors").symlink_to(aligned_hf / "model.safetensors")
     for text in ("[1]", '{"quantization_config": [1]}', '{"quantization_config": {"ignore": null}}'):
         (tmp_path / "config.json").write_text(text)
@@ -339,7 +339,7 @@ NAMED = st.sampled_from(
     quantization=VALUES | st.dictionaries(st.sampled_from(["quant_method", "ignore", "modules_to_not_convert"]), VALUES),
     shapes=st.dictionaries(NAMED, st.lists(st.integers(0, 4), max_size=3), max_size=5),
 )
-def test_what_other_tools_write_is_shown_or_refused_in_a_line(config, quantization, shapes):
+def test_arbitrary_configs_and_scales_are_described(config, quantization, shapes):
     import numpy as np
     from safetensors.numpy import save_file
 
@@ -358,14 +358,14 @@ def test_what_other_tools_write_is_shown_or_refused_in_a_line(config, quantizati
     ("name", "said"),
     [("config.json", "cannot be read: Is a directory"), ("other.safetensors", "is not a whole safetensors file")],
 )
-def test_a_directory_in_the_place_of_a_file(aligned_hf, tmp_path, name, said):
+def test_a_directory_instead_of_a_file(aligned_hf, tmp_path, name, said):
     (tmp_path / "model.safetensors").symlink_to(aligned_hf / "model.safetensors")
     (tmp_path / name).mkdir()
     with pytest.raises(CheckpointError, match=said):
         inspect(tmp_path)
 
 
-def test_nothing(tmp_path):
+def test_an_empty_directory_and_a_damaged_file_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="is empty"):
         inspect(tmp_path)
     (tmp_path / "x.safetensors").write_bytes(b"\0" * 20)
@@ -373,7 +373,7 @@ def test_nothing(tmp_path):
         inspect(tmp_path)
 
 
-def test_config_of_another_tool_that_holds_anything(tmp_path):
+def test_a_config_of_another_tool_with_odd_values(tmp_path):
     import numpy as np
     from safetensors.numpy import save_file
 

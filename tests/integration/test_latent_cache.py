@@ -1,4 +1,4 @@
-"""The FP8 cache of multi-latent attention, whose scale is of what engines cache: latents and the rotated shared key."""
+"""The FP8 cache of multi-latent attention, whose scale covers what engines cache: latents and the rotated shared key."""
 
 import math
 
@@ -24,15 +24,15 @@ from tests.support.zoo import observed
 pytestmark = pytest.mark.slow
 
 MODELS = ["deepseek-v3", "deepseek-v2-lite"]
-"""With a compressed query and plain rotation, and with neither."""
+"""A model with a compressed query and plain rotation, and one with neither."""
 LARGER = 8
-"""The same function with latents that many times as large (a power of two: exact)."""
+"""Factor for latents that leaves the model's function unchanged (a power of two: exact)."""
 FACTORS = {"kv_layernorm.weight": LARGER, "linear_kv_up_proj.weight": 1 / LARGER}
 
 
 @pytest.fixture
 def enlarged(monkeypatch):
-    """Every checkpoint is read with larger latents."""
+    """Make every checkpoint be read with larger latents."""
     read = PlannedReader._read
 
     def reparametrized(self, item):
@@ -47,13 +47,13 @@ def plan_of(checkpoint, kv_cache="fp8", formats=("hf",)):
 
 
 def scales_of(driven, kind):
-    """The scale of each layer, of the compressed-tensors form."""
+    """The scale of each layer, in the compressed-tensors form."""
     layers = range(driven.streams.plan.model.num_layers)
     return [float(driven.tensors["hf"][f"model.layers.{layer}.self_attn.{kind}_scale"]) for layer in layers]
 
 
 def bfloat16_above(value):
-    """The least bfloat16 that is no less."""
+    """The smallest bfloat16 that is at least `value`."""
     rounded = torch.tensor(value).bfloat16()
     return float(rounded if float(rounded) >= value else torch.nextafter(rounded, torch.tensor(math.inf).bfloat16()))
 
@@ -65,15 +65,15 @@ def reader_of(checkpoint):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_magnitude_is_the_whole_models_bit_for_bit(zoo, name):
-    """Of a layer on the hidden states of megatron-core's whole model: what that saw in its own norm and core attention."""
+def test_the_magnitude_equals_the_whole_models_bit_for_bit(zoo, name):
+    """The magnitude of a layer on megatron-core's hidden states equals that in megatron-core's own norm and core attention."""
     expected = observed(zoo(name))
     plan = float32(plan_of(zoo(name) / "ckpt"))
     read = reader_of(zoo(name) / "ckpt")
     for index, (hidden, cached) in enumerate(zip(expected["hidden"], expected["cached"], strict=False)):
         layer = build_layer(plan.model, index)
         shapes = {name: weight.shape for name, weight in layer.state_dict().items()}
-        weights = {name: torch.zeros(shape) for name, shape in shapes.items()}  # of what comes after the attention
+        weights = {name: torch.zeros(shape) for name, shape in shapes.items()}  # zeros for the part after the attention
         prefix = f"decoder.layers.{index}."
         for copy in plan.unquantized(index):
             if copy.parameter.startswith(("input_layernorm", "self_attention")):
@@ -111,7 +111,7 @@ def test_larger_latents_have_a_larger_scale(zoo, name, tmp_path, enlarged):
 
 
 def rounding_latents(model, scales):
-    """Round what transformers' model caches, by hooks, with an output's scales."""
+    """Round what transformers' model caches, with hooks and an output's scales."""
     for name, module in model.named_modules():
         if not name.endswith("self_attn"):
             continue
@@ -128,7 +128,7 @@ def rounding_latents(model, scales):
 
 @pytest.mark.parametrize("larger", [False, True], ids=["as it is", "reparametrized"])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_quantized_stream_is_transformers_with_rounded_latents(zoo, name, larger, request, tmp_path):
+def test_the_quantized_stream_matches_transformers_with_rounded_latents(zoo, name, larger, request, tmp_path):
     run(make_plan(zoo(name) / "ckpt", "none"), tmp_path / "bf16", Options(device="cpu", data=DataOptions((), eval_size=0)))
     if larger:
         request.getfixturevalue("enlarged")
@@ -142,13 +142,13 @@ def test_the_quantized_stream_is_transformers_with_rounded_latents(zoo, name, la
     expected = logits_of(theirs, ids)
     pairs = zip(driven.streams.logits[1].split(ids.shape[1]), expected.split(ids.shape[1]), strict=True)
     apart = sorted(distance(*pair) for pair in pairs)
-    # Where a sum's last bit sends a latent to the other side of a tie (tests/integration/test_calibration.py).
+    # In the other sequences the last bit of a sum moves a latent across a tie (tests/integration/test_calibration.py).
     assert apart[0] < 2e-5
     assert apart[-1] < 0.1 * distance(unrounded, expected)
 
 
 class Clipping(Kept):
-    """Streams whose cache has scales of an eighth of the right magnitude."""
+    """Streams whose cache scales are an eighth of the correct magnitude."""
 
     def calibrate(self, *arguments):
         found = super().calibrate(*arguments)
@@ -156,8 +156,8 @@ class Clipping(Kept):
         return found
 
 
-def test_the_report_sees_the_rounding(zoo, tmp_path, enlarged):
-    """Small with the right scale; large with one that covers K and V (4.7 where latents reach 40)."""
+def test_the_report_shows_the_rounding(zoo, tmp_path, enlarged):
+    """The effect is small with the correct scale, and large with one that covers only K and V (4.7, while latents reach 40)."""
     ids = observed(zoo("deepseek-v3"))["ids"]
     tokens, checkpoint = tokens_of(ids, calibration=ids), zoo("deepseek-v3") / "ckpt"
     plain, right, clipped = (
@@ -169,8 +169,8 @@ def test_the_report_sees_the_rounding(zoo, tmp_path, enlarged):
     assert clipped.fidelity["kl"]["mean"] > 20 * right.fidelity["kl"]["mean"]
 
 
-def test_megatrons_scales_are_of_what_its_quantizers_see(zoo, tmp_path):
-    """ModelOpt's are in the core attention, which gets K and V decompressed; with both forms, each has its own."""
+def test_megatrons_scales_are_those_of_its_quantizers_inputs(zoo, tmp_path):
+    """ModelOpt's quantizers are in the core attention, on decompressed K and V; with both formats, each has its own scales."""
     ids = observed(zoo("deepseek-v3"))["ids"]
     both = plan_of(zoo("deepseek-v3") / "ckpt", formats=("hf", "megatron"))
     alone = plan_of(zoo("deepseek-v3") / "ckpt", formats=("megatron",))
@@ -199,6 +199,6 @@ def test_megatrons_scales_are_of_what_its_quantizers_see(zoo, tmp_path):
                 key = f"decoder.layers.{layer}.self_attention.core_attention.{kind}_bmm_quantizer._amax"
                 assert float(output.tensors["megatron"][key]) == bfloat16_above(largest[kind] / 448) * 448
     assert seen[:3] == seen[3:]
-    # The stream follows the Hugging Face form where it is written.
+    # The stream follows the Hugging Face format if it is written.
     assert [row["kv_cache"] for row in outputs[0].record.layers] != [row["kv_cache"] for row in outputs[1].record.layers]
     assert outputs[0].record.layers[0]["kv_cache"]["k_scale"] == outputs[0].record.layers[0]["kv_cache"]["v_scale"]

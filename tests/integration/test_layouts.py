@@ -1,4 +1,4 @@
-"""The same model in every layout that frameworks write gives the same plan; what cannot be quantized is refused."""
+"""The same model in every layout that frameworks write gives the same plan; unsupported models are refused."""
 
 import io
 import pickle
@@ -38,12 +38,12 @@ def iteration_of(root: Path) -> Path:
 
 
 def copied(root: Path, to: Path) -> Path:
-    """A copy whose shards are links."""
+    """A copy whose files are links."""
     return Path(shutil.copytree(root, to, copy_function=lambda one, other: Path(other).symlink_to(Path(one).resolve())))
 
 
 def renamed(directory: Path, rename) -> None:
-    """Give the items of a checkpoint other keys in its metadata, or none (None) to leave one out."""
+    """Rename the keys of a checkpoint's items in its metadata; `rename` returns None to remove an item."""
     file = directory / ".metadata"
     metadata = pickle.loads(file.read_bytes())
     metadata.state_dict_metadata = {
@@ -72,7 +72,7 @@ def arguments(directory: Path) -> Namespace:
 
 
 def fields(root: Path, framework: str) -> dict:
-    """The model of a run config: what the arguments say, as Bridge and NeMo write it."""
+    """The model section of a run config with the settings of the arguments, as Bridge and NeMo write it."""
     found = {key: value for key, value in resolve(open_checkpoint(root)).entries.items() if not key.startswith("tokenizer")}
     function = {"_target_": "torch.nn.functional.silu", "_call_" if framework == "Megatron-Bridge" else "_partial_": False}
     dtype = {"_target_": "torch.bfloat16", "_call_": False}
@@ -80,7 +80,7 @@ def fields(root: Path, framework: str) -> dict:
 
 
 def bridge(aligned: Path, to: Path, **changed) -> Path:
-    """A root of Megatron-Bridge, without arguments of Megatron-LM."""
+    """A Megatron-Bridge root, without Megatron-LM's arguments."""
     root = copied(aligned, to)
     directory = iteration_of(root)
     renamed(directory, without_args)
@@ -92,7 +92,7 @@ def bridge(aligned: Path, to: Path, **changed) -> Path:
 
 
 def nemo(aligned: Path, to: Path) -> Path:
-    """A directory of NeMo 2, whose keys begin with `module.`."""
+    """A NeMo 2 directory, whose keys begin with `module.`."""
     copied(iteration_of(aligned), to / "weights")
     renamed(to / "weights", lambda key: without_args(key) and f"module.{key}")
     document = {"_target_": "nemo.collections.llm.gpt.model.llama.LlamaModel", "config": fields(aligned, "NeMo 2")}
@@ -102,7 +102,7 @@ def nemo(aligned: Path, to: Path) -> Path:
 
 
 def common(aligned: Path, to: Path, newer: Sequence[str] = ()) -> Path:
-    """A checkpoint of megatron-core 0.13 to 0.16, with the arguments in common.pt, but for those that are `newer`."""
+    """A checkpoint of megatron-core 0.13 to 0.16, with the arguments in common.pt, except those in `newer`."""
     root = copied(aligned, to)
     directory = iteration_of(root)
     args = arguments(directory)
@@ -116,7 +116,7 @@ def common(aligned: Path, to: Path, newer: Sequence[str] = ()) -> Path:
 
 
 def untracked(aligned: Path, to: Path) -> Path:
-    """A root without its tracker, of several iterations."""
+    """A root of several iterations without its tracker."""
     root = copied(aligned, to)
     (root / TRACKER).unlink()
     (root / "iter_0000020").mkdir()
@@ -124,7 +124,7 @@ def untracked(aligned: Path, to: Path) -> Path:
 
 
 def described(plan) -> dict:
-    """What a plan says, but not where it was found."""
+    """The contents of a plan, without the sources of its settings."""
     document = dict(plan.model.document)
     document.pop("settings")
     document.pop("tokenizer")
@@ -158,7 +158,7 @@ SAID += ("position_embedding_type=rope", "rotary_base=10000", "max_position_embe
 
 
 def bare(aligned: Path, to: Path) -> Path:
-    """A checkpoint that says nothing of its model but its tensors."""
+    """A checkpoint without any source of settings except its tensors."""
     root = copied(aligned, to)
     renamed(iteration_of(root), without_args)
     return root
@@ -172,7 +172,7 @@ def test_without_a_config_a_hugging_face_one_gives_the_same_plan(aligned, aligne
     assert plan.model.settings.conflicts == ()
 
 
-def test_without_a_config_what_shapes_do_not_tell_is_asked_for(aligned, plain, tmp_path):
+def test_settings_that_shapes_do_not_determine_must_be_given(aligned, plain, tmp_path):
     root = bare(aligned, tmp_path / "copy")
     plan = make_plan(root, "fp8-blockwise", BOTH, SourceOptions(config=SAID))
     assert described(plan) == plain
@@ -190,7 +190,7 @@ def test_inspect_reads_every_layout(aligned, layout, tmp_path):
     assert found["parameters"] == plain["parameters"]
 
 
-def test_what_the_run_config_says_counts_and_the_user_says_more(aligned, tmp_path):
+def test_options_take_precedence_over_the_run_config(aligned, tmp_path):
     root = bridge(aligned, tmp_path / "copy", rotary_base=12345, num_layers=3)
     assert {conflict.key for conflict in resolve(open_checkpoint(root)).conflicts} == {"num_layers"}
     options = SourceOptions(100, ("num-layers=4", "rotary_base=500000"))
@@ -198,7 +198,7 @@ def test_what_the_run_config_says_counts_and_the_user_says_more(aligned, tmp_pat
     assert (plan.model.num_layers, plan.model.get("rotary_base"), plan.model.source("rotary_base")) == (4, 500000, "--config")
 
 
-def test_a_hugging_face_config_describes_a_checkpoint_that_does_not(aligned, aligned_hf, plain, tmp_path):
+def test_a_hugging_face_config_replaces_missing_arguments(aligned, aligned_hf, plain, tmp_path):
     root = copied(aligned, tmp_path / "copy")
     renamed(iteration_of(root), without_args)
     with pytest.raises(CheckpointError, match="--hf-config DIR"):
@@ -210,7 +210,7 @@ def test_a_hugging_face_config_describes_a_checkpoint_that_does_not(aligned, ali
 @pytest.mark.parametrize(
     "target", ["gemma.gemma_provider.GemmaModelProvider", "qwen_vl.qwen25_vl_provider.Qwen25VLModelProvider"]
 )
-def test_models_that_their_settings_do_not_tell_whole_are_refused(aligned, target, tmp_path):
+def test_models_that_settings_do_not_fully_describe_are_refused(aligned, target, tmp_path):
     root = bridge(aligned, tmp_path / "copy", _target_=f"megatron.bridge.models.{target}")
     with pytest.raises(UnsupportedModelError, match=f"may add .*provider={target.rpartition('.')[2]}"):
         make_plan(root, "fp8-blockwise")
@@ -248,8 +248,8 @@ def test_which_classes_build_plain_models(names, refused):
         "megatron.bridge.models.exaone.exaone4.exaone4_provider.exaone4_layer_spec",
     ],
 )
-def test_layers_of_a_spec_of_their_own_are_refused(aligned, spec, tmp_path):
-    """Megatron-Bridge converts OLMoE, MiniMax-M2 and EXAONE 4 so; their settings are those of other models."""
+def test_custom_layer_specs_are_refused(aligned, spec, tmp_path):
+    """Megatron-Bridge converts OLMoE, MiniMax-M2 and EXAONE 4 this way; their settings equal those of other models."""
     root = bridge(aligned, tmp_path / "copy", transformer_layer_spec={"_target_": spec, "_call_": False})
     name = spec.rpartition(".")[2]
     message = (
@@ -278,32 +278,32 @@ def test_which_specs_are_megatron_cores_own(key, names, refused):
 
 
 def test_transformer_engines_own_layers_are_refused(aligned, tmp_path):
-    """NeMo 2 trains some sizes with them: their tensors have names that no other layer has."""
+    """NeMo 2 trains some sizes with them: their tensors have names that no other layer uses."""
     root = bridge(aligned, tmp_path / "copy", use_transformer_engine_full_layer_spec=True)
     with pytest.raises(UnsupportedModelError, match="Transformer Engine's own layers, whose tensors have other names"):
         make_plan(root, "fp8-blockwise")
 
 
-def test_settings_that_nobody_here_knows_are_told(aligned, tmp_path):
+def test_unknown_settings_are_a_warning(aligned, tmp_path):
     root = bridge(aligned, tmp_path / "copy", scale_embeddings=True, hidden_dropout=0.1)
     (note,) = [note for note in warnings(make_plan(root, "none")) if "does not know" in note]
     assert note.startswith("run_config.yaml has settings that mptq does not know (scale_embeddings=True): if one")
 
 
 @pytest.mark.parametrize("cap", ["attn_logit_softcapping", "final_logit_softcapping"])
-def test_a_soft_cap_is_in_no_output_that_hugging_face_reads(aligned, cap, tmp_path):
+def test_a_soft_cap_is_refused_for_hugging_face(aligned, cap, tmp_path):
     root = bridge(aligned, tmp_path / "copy", **{cap: 30.0})
     with pytest.raises(UnsupportedModelError, match=rf"a soft cap on .* \({cap}=30.0\).*--format megatron"):
         make_plan(root, "none")
 
 
 def positions(root, options=None):
-    """The positions that config.json would have, and what is said of them before the run."""
+    """The positions that config.json would have, and the warnings about them before the run."""
     plan = make_plan(root, "none", options=options)
     return plan.model.max_position_embeddings, [note for note in warnings(plan) if "max_position_embeddings" in note]
 
 
-def test_a_run_config_that_says_only_the_length_of_the_training_is_told(aligned, tmp_path):
+def test_positions_taken_from_the_training_length_are_a_warning(aligned, tmp_path):
     root = bridge(aligned, tmp_path / "copy", max_position_embeddings=None, seq_length=64)
     length, notes = positions(root)
     assert (length, len(notes)) == (64, 1)
@@ -312,7 +312,7 @@ def test_a_run_config_that_says_only_the_length_of_the_training_is_told(aligned,
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_the_tokenizer_knows_more_positions_than_the_training_had(aligned, given, tmp_path):
+def test_positions_taken_from_the_tokenizer_are_a_warning(aligned, given, tmp_path):
     root = bridge(aligned, tmp_path / "copy", max_position_embeddings=None, seq_length=64)
     tokenizer = tmp_path / "tokenizer" if given else iteration_of(root) / "tokenizer"
     tokenizer.mkdir()
@@ -326,8 +326,8 @@ LONG = {"position_embedding_type": "yarn", "yarn_rotary_scaling_factor": 4.0, "y
 
 
 @pytest.mark.parametrize(("said", "warned"), [(None, True), (True, False), (False, False)])
-def test_a_run_config_that_does_not_say_how_yarn_rounds_is_told(aligned, said, warned, tmp_path):
-    """As AutoBridge writes it; megatron-core takes None for False, and Hugging Face rounds where nothing is said."""
+def test_unspecified_yarn_rounding_is_a_warning(aligned, said, warned, tmp_path):
+    """As written by AutoBridge; megatron-core treats None as False, while Hugging Face rounds by default."""
     root = bridge(aligned, tmp_path / "copy", seq_length=4096, yarn_correction_range_round_to_int=said, **LONG)
     assert positions(root) == (131072, [])
     plan = make_plan(root, "none")
@@ -347,7 +347,7 @@ def with_quantizers(directory):
 
 
 @pytest.mark.parametrize("spoil", [with_state, with_quantizers])
-def test_what_is_quantized_already_is_inspected_and_not_quantized_again(aligned, spoil, tmp_path):
+def test_a_quantized_checkpoint_is_inspected_but_not_quantized_again(aligned, spoil, tmp_path):
     root = copied(aligned, tmp_path / "copy")
     spoil(iteration_of(root))
     with pytest.raises(CheckpointError, match="is quantized already"):
@@ -358,7 +358,7 @@ def test_what_is_quantized_already_is_inspected_and_not_quantized_again(aligned,
 @pytest.mark.parametrize(
     "state", ["state.fp32_param.module.{}", "state.param.{}", "distributed.dp_group_idx_0.gbuf_idx_0.bucket_idx_0.param.{}"]
 )
-def test_main_params_are_no_weights(aligned, state, tmp_path):
+def test_main_params_are_not_weights(aligned, state, tmp_path):
     root = copied(aligned, tmp_path / "copy")
     renamed(iteration_of(root), lambda key: f"chained_0.optimizer.{state.format(key)}" if key.endswith("weight") else key)
     with pytest.raises(CheckpointError, match=r"only as the optimizer's main params .* save it with the model's weights"):
@@ -387,13 +387,13 @@ def test_the_command_line(aligned, tmp_path):
     assert (done.returncode, "there are 20, 100, 300" in done.stderr) == (1, True)
 
 
-def test_options_that_are_wrong(aligned):
+def test_wrong_options_are_refused(aligned):
     with pytest.raises(MptqError, match="did you mean rotary_base"):
         make_plan(aligned, "fp8-blockwise", options=SourceOptions(config=("rotary_bas=1",)))
 
 
-def test_null_tokenizers_before_0_18_have_their_end_of_document_behind_the_vocabulary(aligned, options, tmp_path):
-    """`--vocab-size 500` is 501 tokens there, and 500 with the arguments of 0.19."""
+def test_null_tokenizers_before_0_18_add_an_end_of_document_id(aligned, options, tmp_path):
+    """There `--vocab-size 500` is 501 tokens; it is 500 with the arguments of 0.19."""
     newer = ("null_tokenizer_eod_id", "null_tokenizer_pad_id")
     old = common(aligned, tmp_path / "old", newer)
     documents = [[[*range(20 * index, 20 * index + 40), 500]] for index in range(20)]

@@ -1,4 +1,4 @@
-"""What a run is predicted to take, and what its process takes."""
+"""The predicted memory of a run, and that of its process."""
 
 import re
 import sys
@@ -9,10 +9,10 @@ from tests.conftest import SCRIPTS, run
 
 
 @pytest.mark.slow
-def test_runs_take_what_was_predicted(tmp_path):
-    """Within 15 %, without activations and with them; larger models are in docs/benchmarks.md."""
+def test_runs_take_the_predicted_memory(tmp_path):
+    """Within 15 %, with and without activations; larger models are in docs/benchmarks.md."""
     modes = ["dense-768 weights", "dense-768 activations of 1 x 512 tokens"]
-    # By a process of its own: on Linux a child's peak begins with the memory of its parent, and this one is large.
+    # In a separate process: on Linux a child's peak starts at the memory of its parent, and this process is large.
     done = run(sys.executable, SCRIPTS / "bench_memory.py", "--work", tmp_path, "--only", *modes)
     ratios = [float(ratio) for ratio in re.findall(r"\| ([\d.]+) \|$", done.stdout, re.MULTILINE)]
     assert len(ratios) == 3

@@ -1,4 +1,4 @@
-"""A mixture of experts, end to end: numbers, names and the ways in which it may have been saved."""
+"""A mixture of experts, end to end: numbers, names and the ways in which it may be saved."""
 
 import shutil
 
@@ -51,14 +51,14 @@ def test_hf_output_equals_the_reference(quantized_mixtral, mixtral_hf, recipe):
     for name, data, scale_name, scale in expected(source, recipe):
         assert torch.equal(bits(found.pop(f"{name}.weight")), data), name
         assert torch.equal(found.pop(scale_name), scale), name
-    # What is left is what it was: routers, norms, the vocabulary.
+    # The rest is unchanged: routers, norms, the vocabulary.
     assert {f"{name}.weight" for name in ROUTERS} < found.keys()
     assert len(found) == 3 + LAYERS * 3
     assert all(torch.equal(bits(tensor), bits(source[name])) for name, tensor in found.items())
 
 
 @pytest.mark.parametrize("recipe", ["fp8-blockwise", "fp8-per-channel", "fp8-per-tensor"])
-def test_verified_against_the_source(quantized_mixtral, mixtral, recipe):
+def test_outputs_verify_against_the_source(quantized_mixtral, mixtral, recipe):
     found = verify(quantized_mixtral[recipe], mixtral)
     assert found.failures == []
     assert found.compared == 2 * (3 + LAYERS * (3 + 2 + 2 * EXPERTS))
@@ -73,7 +73,7 @@ def test_every_router_is_excluded_by_name(quantized_mixtral):
     assert config["quantization_config"]["ignore"] == ["lm_head", *ROUTERS]
 
 
-def test_router_that_is_not_excluded_is_found(quantized_mixtral, tmp_path):
+def test_a_router_that_is_not_excluded_is_detected(quantized_mixtral, tmp_path):
     out = shutil.copytree(quantized_mixtral["fp8-blockwise"], tmp_path / "out")
     path = out / "hf" / "config.json"
     path.write_text(path.read_text().replace(f'"{ROUTERS[1]}"', '"lm_head"'))
@@ -140,12 +140,12 @@ def test_one_expert_of_a_stack(mixtral):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("flags", "processes"), [(["--ep", 2], 2), (["--per-layer"], 1)], ids=["ep2", "per-layer"])
-def test_same_bytes_however_it_was_saved(mixtral_hf, quantized_mixtral, tmp_path, flags, processes):
+def test_bytes_do_not_depend_on_how_the_checkpoint_was_saved(mixtral_hf, quantized_mixtral, tmp_path, flags, processes):
     checkpoint = make_checkpoint(mixtral_hf, tmp_path / "ckpt", *flags, processes=processes)
     run(make_plan(checkpoint, "fp8-blockwise", ("hf", "megatron")), tmp_path / "out", Options(device="cpu"))
     first, second = files(quantized_mixtral["fp8-blockwise"]), files(tmp_path / "out")
     assert first.keys() == second.keys()
-    # The last file holds the training run's arguments, which say how it was saved, and the metadata its length.
+    # The last file holds the training run's arguments, which include how it was saved; the metadata has its length.
     apart = {
         "report.json",
         "report.html",

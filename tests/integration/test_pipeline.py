@@ -26,7 +26,7 @@ from tests.support import reference
 
 
 def megatron_tensors(out):
-    """Every tensor of a Megatron output, gated fc1 put together again."""
+    """Every tensor of a Megatron output, with gated fc1 concatenated."""
     checkpoint = open_checkpoint(out)
     reader = Reader(checkpoint)
     found = {
@@ -84,11 +84,11 @@ def test_hf_groups_share_one_scale_and_equal_the_reference(quantized, aligned_hf
                     scale = scale if recipe == "fp8" else scale.expand(len(data), 1)
                     assert torch.equal(found[f"{name}.weight_scale"], scale)
                 inputs = {found[f"{name}.input_scale"].item() for name in names if recipe == "fp8"}
-                assert len(inputs) == (recipe == "fp8")  # the members have one input
+                assert len(inputs) == (recipe == "fp8")  # the members share one input scale
 
 
 def fused(source, layer, linear, heads, groups):
-    """Megatron's fused matrix, put together by hand: the test's own words for the layout."""
+    """Megatron's fused matrix, concatenated by the test's own code for the layout."""
     parts = [source[f"model.layers.{layer}.{member}.weight"] for member in PROJECTIONS[linear]]
     if linear != "self_attention.linear_qkv":
         return torch.cat(parts)
@@ -163,7 +163,7 @@ def test_the_cache_has_scales_of_every_layer_in_both_outputs(quantized):
                 scale = hf[f"model.layers.{row['layer']}.{name}"]
                 amax = megatron[f"decoder.layers.{row['layer']}.self_attention.core_attention.{kind[0]}_bmm_quantizer._amax"]
                 assert scale.item() == row["kv_cache"][kind] == (amax / 448).item()
-                assert torch.equal(scale.bfloat16().float(), scale)  # engines hold it so
+                assert torch.equal(scale.bfloat16().float(), scale)  # engines store it in bfloat16
         assert not any("k_scale" in name for name in load_file(quantized["aligned", recipe] / "hf" / "model.safetensors"))
 
 
@@ -190,7 +190,7 @@ def test_both_outputs_hold_the_same_bytes_where_the_grid_allows(quantized):
         assert len(document["differing"]) == (6 if crossing else 0)
 
 
-def test_ragged_groups_stay_as_they_were_in_hf(quantized, crossing_hf):
+def test_ragged_groups_keep_their_precision_in_hf(quantized, crossing_hf):
     out = quantized["crossing", "fp8-blockwise"] / "hf"
     found, source = load_file(out / "model.safetensors"), load_file(crossing_hf / "model.safetensors")
     kept = [f"model.layers.{layer}.mlp.{name}_proj" for layer in range(2) for name in ("gate", "up", "down")]
@@ -236,7 +236,7 @@ def test_input_is_untouched_and_output_is_the_same_every_time(aligned, quantized
     assert files(aligned) == before
     first, second = files(quantized["aligned", "fp8-blockwise"]), files(tmp_path / "again")
     assert first.keys() == second.keys()
-    assert [name for name in first if first[name] != second[name]] == ["report.html", "report.json"]  # they have times
+    assert [name for name in first if first[name] != second[name]] == ["report.html", "report.json"]  # they contain times
 
 
 @pytest.mark.slow
@@ -245,13 +245,13 @@ def test_input_is_untouched_and_output_is_the_same_every_time(aligned, quantized
     [(["--tp", 2], 2), (["--pp", 2], 2), (["--per-layer"], 1)],
     ids=["tp2", "pp2", "per-layer"],
 )
-def test_same_bytes_however_it_was_saved(aligned_hf, quantized, options, tmp_path, flags, processes):
+def test_bytes_do_not_depend_on_how_the_checkpoint_was_saved(aligned_hf, quantized, options, tmp_path, flags, processes):
     checkpoint = make_checkpoint(aligned_hf, tmp_path / "ckpt", *flags, processes=processes)
     for recipe in ("fp8", "fp8-blockwise"):
         out = tmp_path / recipe
         run(make_plan(checkpoint, recipe, ("hf", "megatron")), out, options)
         first, second = files(quantized["aligned", recipe]), files(out)
-        # The last file holds the training run's arguments, which say how it was saved, and the metadata its length.
+        # The last file holds the training run's arguments, which include how it was saved; the metadata has its length.
         apart = {
             "report.json",
             "report.html",
@@ -291,12 +291,12 @@ def test_report_of_a_mixture_of_experts(quantized_mixtral):
     document = read_json(quantized_mixtral["fp8"] / "report.json")
     assert document["calibration"]["calibration"]["tokens"] == 6 * 32
     for row in document["layers"]:
-        assert sum(row["experts"]["tokens"]) == 6 * 32 * 2  # each token goes to two
+        assert sum(row["experts"]["tokens"]) == 6 * 32 * 2  # each token is routed to two
         poor = [expert for expert, count in enumerate(row["experts"]["tokens"]) if count < 16]
         assert row["experts"]["fallback"] == poor
     assert all(row["input_amax"] > 0 for row in document["tensors"])
     data_free = read_json(quantized_mixtral["fp8-per-channel"] / "report.json")
-    assert [sum(row["experts"]["tokens"]) for row in data_free["layers"]] == [3 * 32 * 2] * 2  # of the held-out sequences
+    assert [sum(row["experts"]["tokens"]) for row in data_free["layers"]] == [3 * 32 * 2] * 2  # the held-out sequences
 
 
 def test_experts_with_few_tokens_get_the_largest_scale_of_their_layer(mixtral, options, tmp_path):
@@ -328,7 +328,7 @@ def test_report(quantized):
 
 
 def spoil_a_weight(root, name, value):
-    """Store another BF16 value in a tensor's shard, as training would have."""
+    """Store another BF16 value in a tensor's shard, with valid checksums."""
     checkpoint = open_checkpoint(root)
     record = checkpoint.tensors[name].chunks[0].record
     raw = bytearray((checkpoint.directory / record.file).read_bytes())
@@ -354,7 +354,7 @@ def test_nan_stops_the_run_and_leaves_no_output(aligned, tmp_path, key, inner):
     spoil_a_weight(root, key, float("nan"))
     with pytest.raises(CheckpointError, match=rf"{re.escape(inner)} .* NaN or infinite"):
         run(make_plan(root, "fp8-blockwise"), tmp_path / "out", Options(device="cpu"))
-    # What was finished before, the embedding, is kept for --resume.
+    # The unit that was finished before, the embedding, is kept for --resume.
     kept = [] if inner.startswith("embedding") else [".out.partial"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [*kept, "ckpt"]
 
@@ -380,7 +380,7 @@ def test_interrupt_leaves_no_output(aligned, tmp_path):
         tmp_path / "out",
         "-v",
     ]
-    # A test run that a shell put in the background ignores SIGINT, and its children would too.
+    # A test run in a shell's background ignores SIGINT, and its children would too.
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     for line in process.stderr:
@@ -396,8 +396,8 @@ def test_interrupt_leaves_no_output(aligned, tmp_path):
 
 
 @pytest.mark.parametrize("piece", [40_000, 512], ids=["some rows", "one row, and rows of padding alone"])
-def test_large_tables_go_through_by_rows(aligned, tmp_path, monkeypatch, piece):
-    """The same bytes, and never more than some rows of the vocabulary (whose padding is cut off) in memory."""
+def test_large_tables_are_copied_by_rows(aligned, tmp_path, monkeypatch, piece):
+    """The bytes are the same, and only some rows of the vocabulary (whose padding is removed) are in memory at once."""
     plan = make_plan(aligned, "fp8-blockwise")
     options = Options(device="cpu", data=DataOptions(eval_size=0))
     run(plan, tmp_path / "whole", options)

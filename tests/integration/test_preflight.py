@@ -1,4 +1,4 @@
-"""What is refused before the first tensor is read, on plans of checkpoints that exist as metadata only."""
+"""Refusals before the first tensor is read, on plans of checkpoints that exist only as metadata."""
 
 import math
 import shutil
@@ -20,7 +20,7 @@ LIMITS = [QualityLimits(max_kl=0.1), QualityLimits(max_ppl_increase=1.0)]
 
 
 def plan(recipe="fp8-blockwise", **features):
-    """A plan for Hugging Face, or for Megatron with features that no architecture there has."""
+    """A plan for Hugging Face, or for Megatron with features that no Hugging Face architecture has."""
     return plan_source(source(256, 384, 4, 2, 64, **features), load_recipe(recipe), ("megatron" if features else "hf",))
 
 
@@ -34,7 +34,7 @@ def plan(recipe="fp8-blockwise", **features):
     ],
     ids=["no sequences", "not run", "not quantized"],
 )
-def test_a_limit_without_figures_is_refused(tokens, tmp_path, gates, recipe, features, eval_size, reason):
+def test_a_limit_without_metrics_is_refused(tokens, tmp_path, gates, recipe, features, eval_size, reason):
     options = Options(gates=gates, data=DataOptions((str(tokens),), eval_size=eval_size))
     (flag,) = gates.flags
     with pytest.raises(DataError, match=rf"^a limit on the fidelity \({flag}\) needs its figures, and {reason}$"):
@@ -49,8 +49,8 @@ def test_a_limit_that_is_not_a_number_is_refused(tokens, tmp_path, limit):
         check(plan(), tmp_path / "out", options)
 
 
-def test_disk_is_asked_for_activations_only_where_there_will_be_any(tokens, tmp_path, monkeypatch):
-    """The free space takes the output, and not the hidden states of 256 sequences, which are over the memory's budget."""
+def test_disk_space_for_activations_is_required_only_if_they_are_used(tokens, tmp_path, monkeypatch):
+    """The free space suffices for the output, but not for the hidden states of 256 sequences beyond the memory budget."""
     model = plan()
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(1, 1, 100_000_000))
     data = DataOptions((str(tokens),), eval_size=256)
@@ -68,8 +68,8 @@ def test_disk_is_asked_for_activations_only_where_there_will_be_any(tokens, tmp_
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])
-def test_a_device_that_is_not_there_is_refused(tmp_path, device):
-    """Before a dry run too."""
+def test_a_missing_device_is_refused(tmp_path, device):
+    """Also before a dry run."""
     with pytest.raises(MptqError, match=f"^--device {device}"):
         check(plan(), tmp_path / "out", Options(device=device))
 

@@ -1,4 +1,4 @@
-"""The page in a browser: no error on its console, everything drawn, tables that sort."""
+"""report.html in a browser: no console errors, everything drawn, sortable tables."""
 
 import os
 import re
@@ -35,7 +35,7 @@ class Visit:
 
 @pytest.fixture(scope="module")
 def visit(tmp_path_factory):
-    """Opens a page in headless Chromium."""
+    """Returns a function that opens a page in headless Chromium."""
     chromium = shutil.which("chromium")
     if chromium is None:
         assert not os.environ.get("CI"), "CI has no chromium: scripts/test.sh installs it where it may"
@@ -58,13 +58,13 @@ def page():
 
 
 def with_script(page, code):
-    """The page with one more script, which its own policy would forbid."""
+    """The page with an additional script, without the policy that would forbid it."""
     changed, count = POLICY.subn("", page)
     assert count == 1
     return changed.replace("</body>", f"<script>{code}</script></body>")
 
 
-def test_sections_and_drawings_without_a_word_on_the_console(visit, page):
+def test_sections_and_drawings_without_console_output(visit, page):
     seen = visit(page)
     assert seen.console == []
     for anchor in ("summary", "layers", "weights", "experts", "size", "calibration", "run"):
@@ -74,7 +74,7 @@ def test_sections_and_drawings_without_a_word_on_the_console(visit, page):
 
 
 @pytest.mark.parametrize("code", ["nothing.here()", "console.error('told')"])
-def test_the_console_is_heard(visit, page, code):
+def test_console_errors_are_captured(visit, page, code):
     assert visit(with_script(page, code)).console
 
 
@@ -83,14 +83,14 @@ def test_the_network_is_refused(visit, page):
     assert any("Content Security Policy" in line for line in seen.console)
 
 
-def test_scripts_that_are_not_the_pages_own_do_not_run(visit, page):
+def test_foreign_scripts_do_not_run(visit, page):
     seen = visit(page.replace("</main>", "<script>document.title = 'changed'</script></main>"))
     assert "<title>changed" not in seen.dom
     assert any("Content Security Policy" in line for line in seen.console)
 
 
 def rows(dom, section):
-    """The first table of a section: for each row the text of its cells; and aria-sort of its columns."""
+    """The first table of a section: the text of the cells of each row, and aria-sort of its columns."""
     table = re.search(rf'<section id="{section}".*?<table(.*?)</table>', dom, re.DOTALL)[1]
     body = table.partition("<tbody>")[2].partition("</tbody>")[0]
     return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in body.split("<tr>")[1:]], re.findall('aria-sort="(.*?)"', table)
@@ -115,7 +115,7 @@ def test_numbers_sort_as_numbers(visit, page):
     assert order[3] == "descending"
 
 
-def test_cells_without_a_value_stay_last(visit, page):
+def test_cells_without_a_value_sort_last(visit, page):
     for clicks in ((-1,), (-1, -1)):
         column = len(rows(page, "layers")[1]) - 1
         found, order = rows(visit(with_script(page, click("layers", *[column] * len(clicks)))).dom, "layers")
@@ -135,7 +135,7 @@ def test_names_sort_as_names_and_the_total_stays(visit, page):
     assert seen.console == []
 
 
-def test_headers_are_buttons_that_the_keyboard_reaches(page):
+def test_headers_are_buttons(page):
     heads = re.findall(r"<th .*?</th>", page)
     assert heads
     assert all('scope="col" aria-sort=' in head and '<button type="button">' in head for head in heads)

@@ -1,4 +1,4 @@
-"""Runs that are stopped at any moment, and go on: the same bytes as of a run that was not."""
+"""Runs that are stopped at any moment and resumed give the same bytes as an uninterrupted run."""
 
 import errno
 import json
@@ -26,7 +26,7 @@ BOTH = ("hf", "megatron")
 
 
 class Stopping:
-    """Says yes when it is asked for the `after`th time."""
+    """Returns True on the `after`th call."""
 
     def __init__(self, after):
         self.left = after
@@ -37,19 +37,19 @@ class Stopping:
 
 
 def stopped(plan, out, after, options=PLAIN, total=None):
-    """A run that is asked to stop after so many units, which are then `total` with those before."""
+    """Run until a stop after this many units, which are `total` together with those of earlier runs."""
     with pytest.raises(StoppedError, match=rf"^stopped after {total or after} of {len(plan.units)} steps"):
         run(plan, out, replace(options, stop=Stopping(after)))
 
 
 def whole(plan, folder, options=PLAIN):
-    """An output that is made at once."""
+    """The files of an uninterrupted run."""
     run(plan, folder / "whole", options)
     return comparable(folder / "whole")
 
 
-@pytest.mark.parametrize("after", [1, 2, 3, 4, 6])  # the last of which is all that there is to read and write
-def test_a_stopped_run_goes_on(aligned, after, tmp_path, tmp_path_factory):
+@pytest.mark.parametrize("after", [1, 2, 3, 4, 6])  # after the last, everything has been read and written
+def test_a_stopped_run_resumes(aligned, after, tmp_path, tmp_path_factory):
     plan = make_plan(aligned, "fp8-blockwise", BOTH)
     stopped(plan, tmp_path / "out", after)
     document = run(plan, tmp_path / "out", replace(PLAIN, resume=True))
@@ -60,7 +60,7 @@ def test_a_stopped_run_goes_on(aligned, after, tmp_path, tmp_path_factory):
 
 @pytest.mark.parametrize("memory", [10**9, 1], ids=["memory", "file"])
 @pytest.mark.parametrize(("model", "recipe"), [("aligned", "fp8"), ("mixtral", "fp8-per-channel")])
-def test_activations_and_figures_go_on_too(request, model, recipe, memory, options, tmp_path, tmp_path_factory):
+def test_activations_and_metrics_resume_too(request, model, recipe, memory, options, tmp_path, tmp_path_factory):
     options = replace(options, activation_memory=memory)
     plan = make_plan(request.getfixturevalue(model), load_recipe(recipe).changed(kv_cache="fp8"), BOTH)
     for total in (1, 2):  # one unit each
@@ -71,7 +71,7 @@ def test_activations_and_figures_go_on_too(request, model, recipe, memory, optio
     assert all(document[key] == alone[key] for key in ("tensors", "layers", "fidelity"))
 
 
-def test_a_run_that_did_not_finish_is_not_lost_by_mistake(aligned, tmp_path):
+def test_an_unfinished_run_is_not_overwritten_by_mistake(aligned, tmp_path):
     plan = make_plan(aligned, "fp8-blockwise")
     stopped(plan, tmp_path / "out", 2)
     with pytest.raises(OutputError, match="of which 2 steps are kept: pass --resume to go on with it, or --overwrite to begin"):
@@ -80,7 +80,7 @@ def test_a_run_that_did_not_finish_is_not_lost_by_mistake(aligned, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_resume_begins_where_there_is_nothing_and_ends_where_all_is_done(aligned, tmp_path):
+def test_resume_starts_a_new_run_and_leaves_a_complete_output_unchanged(aligned, tmp_path):
     plan = make_plan(aligned, "fp8-blockwise")
     first = run(plan, tmp_path / "out", replace(PLAIN, resume=True))
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
@@ -98,7 +98,7 @@ OTHER = {
 
 
 @pytest.mark.parametrize("what", OTHER)
-def test_what_differs_is_named(aligned, what, tmp_path):
+def test_options_that_differ_are_named(aligned, what, tmp_path):
     stopped(make_plan(aligned, "fp8-blockwise"), tmp_path / "out", 2)
     (recipe, formats), options = OTHER[what]
     before = contents(tmp_path)
@@ -116,21 +116,21 @@ def test_other_data_is_named(aligned, options, tmp_path):
 
 
 def test_other_weights_of_the_same_layout_are_named(aligned, tmp_path):
-    """Another iteration's shards have the sizes of these, and the same metadata; a copy of these goes on."""
+    """Another iteration's shards have the same sizes and metadata; a copy of the same shards is resumed."""
     copied = shutil.copytree(aligned, tmp_path / "copied")
     stopped(make_plan(aligned, "fp8-blockwise"), tmp_path / "one", 2)
     run(make_plan(copied, "fp8-blockwise"), tmp_path / "one", replace(PLAIN, resume=True))
     stopped(make_plan(copied, "fp8-blockwise"), tmp_path / "two", 2)
     for shard in copied.rglob("*.distcp"):
         content = bytearray(shard.read_bytes())
-        place = content.rfind(b"PK\x01\x02")  # the last entry of the last list: 16 bytes on is the CRC-32
+        place = content.rfind(b"PK\x01\x02")  # last entry of the last zip directory; its CRC-32 is at offset 16
         content[place + 16] ^= 1
         shard.write_bytes(content)
     with pytest.raises(OutputError, match="was begun with another content of the shards: "):
         run(make_plan(copied, "fp8-blockwise"), tmp_path / "two", replace(PLAIN, resume=True))
 
 
-def test_a_line_that_was_cut_short_does_not_count(aligned, tmp_path, tmp_path_factory):
+def test_an_incomplete_journal_line_is_ignored(aligned, tmp_path, tmp_path_factory):
     plan = make_plan(aligned, "fp8-blockwise", BOTH)
     stopped(plan, tmp_path / "out", 3)
     file = tmp_path / ".out.partial" / journal.NAME
@@ -150,8 +150,8 @@ def test_a_damaged_journal_is_one_line(aligned, old, new, tmp_path):
         run(plan, tmp_path / "out", replace(PLAIN, resume=True))
 
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on(aligned, tmp_path, tmp_path_factory, monkeypatch):
-    """The writer thread's exception, after 400 kB."""
+def test_a_full_disk_is_one_line_and_the_run_resumes(aligned, tmp_path, tmp_path_factory, monkeypatch):
+    """The writer thread fails after 400 kB."""
     plan = make_plan(aligned, "fp8-blockwise", BOTH)
     written, pwrite = [0], os.pwrite
 
@@ -171,8 +171,8 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(aligned, tmp_path, tmp_path
     check(tmp_path / "out", whole(plan, tmp_path_factory.mktemp("one")))
 
 
-def test_names_are_on_the_disk_before_the_journal_counts_on_them(aligned, options, tmp_path, monkeypatch):
-    """With the power goes every name whose directory was not synced since, whether its file was or not (fsync(2))."""
+def test_directories_are_synced_before_the_journal_line(aligned, options, tmp_path, monkeypatch):
+    """A power failure loses every name whose directory was not synced since, even if its file was synced (fsync(2))."""
     durable, commits, (fsync, fdatasync) = {}, [], (os.fsync, os.fdatasync)
     out = tmp_path / "new" / "out"
 
@@ -202,7 +202,7 @@ def test_names_are_on_the_disk_before_the_journal_counts_on_them(aligned, option
 @pytest.mark.slow
 @pytest.mark.parametrize("form", BOTH)
 def test_a_file_size_limit_is_one_line(aligned, form, tmp_path):
-    """The operating system's own refusal, by the command."""
+    """The operating system refuses a write in a real process."""
     command = f"{sys.executable} -m mptq quantize {aligned} --recipe fp8-per-channel --format {form} --eval-size 0 -o out"
     command = f"ulimit -f 100; exec {command}"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -213,7 +213,7 @@ def test_a_file_size_limit_is_one_line(aligned, form, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_finishes_the_layer_and_exits_for_slurm_to_requeue(aligned, tmp_path, tmp_path_factory):
+def test_sigterm_finishes_the_layer_and_exits_with_75(aligned, tmp_path, tmp_path_factory):
     command = [sys.executable, "-m", "mptq", "quantize", aligned, "--recipe", "fp8-blockwise", "--eval-size", "0"]
     command = list(map(str, [*command, "-o", tmp_path / "out", "-v", "--resume"]))
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -238,17 +238,17 @@ def test_sigterm_finishes_the_layer_and_exits_for_slurm_to_requeue(aligned, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["moments", "points"])
-def test_killed_runs_go_on(aligned, mode, tmp_path):
+def test_killed_runs_resume(aligned, mode, tmp_path):
     killing(mode, aligned, tmp_path)
 
 
 @pytest.mark.slow
-def test_killed_runs_with_data_go_on(mixtral, tokens, tmp_path):
+def test_killed_runs_with_data_resume(mixtral, tokens, tmp_path):
     killing("moments", mixtral, tmp_path, "--recipe", "fp8", "--dataset", tokens, "--kills", 5)
 
 
 def killing(mode, checkpoint, folder, *more):
-    """tests/support/killing.py, in a process that forks."""
+    """Run tests/support/killing.py, in a process that forks."""
     (folder / "whole").mkdir()
     (folder / "killed").mkdir()
     done = checked(python("-m", "tests.support.killing", mode, checkpoint, folder, *more))

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 
 def continued(folder, tokens=8):
-    """The greedy continuation of the prompt by the model that transformers loads from `folder`."""
+    """The greedy continuation of the prompt by the model in `folder`, loaded by transformers."""
     dialect = read_json(folder / "config.json").get("quantization_config", {}).get("quant_method")
     options = {"quantization_config": FineGrainedFP8Config(dequantize=True)} if dialect == "fp8" else {}
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -52,8 +52,8 @@ def test_per_tensor(smollm2_checkpoints, tmp_path):
     assert continued(tmp_path / "out").startswith(" Paris")
 
 
-def test_an_answer_ends(smollm2, smollm2_checkpoints, tmp_path):
-    """Also where the tokenizer alone says where: no generation_config.json lies beside it."""
+def test_generation_stops_after_an_answer(smollm2, smollm2_checkpoints, tmp_path):
+    """Also if only the tokenizer specifies the end token: there is no generation_config.json next to it."""
     alone = shutil.copytree(smollm2[576], tmp_path / "tokenizer", ignore=lambda *_: ["generation_config.json"])
     quantize(smollm2_checkpoints[576], "fp8-per-channel", tmp_path / "out", "--tokenizer", alone)
     end = AutoTokenizer.from_pretrained(tmp_path / "out").convert_tokens_to_ids("<|im_end|>")
@@ -68,7 +68,7 @@ def test_an_answer_ends(smollm2, smollm2_checkpoints, tmp_path):
     assert "Paris" in tokenizer.decode(answer)
 
 
-def test_576_wide_blockwise_is_for_megatron_only(smollm2, smollm2_checkpoints, tmp_path):
+def test_576_wide_blockwise_is_megatron_only(smollm2, smollm2_checkpoints, tmp_path):
     checkpoint = smollm2_checkpoints[576]
     refused = mptq("quantize", checkpoint, "--recipe", "fp8-blockwise", "-o", tmp_path / "hf")
     assert refused.returncode == 1

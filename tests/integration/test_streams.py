@@ -1,4 +1,4 @@
-"""The streams of activations, against whole models: megatron-core's in BF16, transformers' in float32."""
+"""The streams of activations compared with whole models: megatron-core's in BF16, transformers' in float32."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ from tests.support.processes import checked, python
 
 @pytest.fixture(scope="module")
 def whole(request, tmp_path_factory):
-    """What megatron-core's own whole model says, by model; each in a process of its own, once."""
+    """Hidden states and logits of megatron-core's own whole model, by model; each computed once in a separate process."""
     found = {}
 
     def get(model):
@@ -49,7 +49,7 @@ def whole(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sources(request):
-    """transformers' float32 logits of the BF16 weights on `IDS`, by model; made once."""
+    """transformers' float32 logits of the BF16 weights on `IDS`, by model; computed once."""
     found = {}
 
     def get(model):
@@ -62,7 +62,7 @@ def sources(request):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
-def test_reference_is_the_whole_model_bit_for_bit(whole, model, request, tmp_path, monkeypatch):
+def test_the_reference_equals_the_whole_model_bit_for_bit(whole, model, request, tmp_path, monkeypatch):
     expected = whole(model)
     plan = make_plan(request.getfixturevalue(model), "fp8-per-channel")
     tokens = tokens_of(expected["ids"])
@@ -75,21 +75,21 @@ def test_reference_is_the_whole_model_bit_for_bit(whole, model, request, tmp_pat
     assert torch.equal(found, expected["logits"].flatten(0, 1))
     # mptq's own product sums in float32 and rounds once: units of 2^-8 in hidden states, over up to 8 products.
     assert distance(close, hidden) < 2.0**-6
-    # Logits are not rounded to BF16 at all: half a unit, and what the hidden states differ in.
+    # Logits are not rounded to BF16: half a unit, plus the difference of the hidden states.
     assert distance(streams.logits[0], found) < 2.0**-7
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_reference_is_transformers(sources, model, request, tmp_path):
+def test_the_reference_matches_transformers(sources, model, request, tmp_path):
     plan = make_plan(request.getfixturevalue(model), "fp8-per-channel")
     exact = Driven(float32(plan), tokens_of(IDS), tmp_path).streams.logits[0]
-    # Float32 on both sides: what is left is the order of sums.
+    # Float32 on both sides: the remaining difference is the order of sums.
     assert distance(exact, sources(model)) < 2e-5
     with torch.no_grad():
         loaded = AutoModelForCausalLM.from_pretrained(request.getfixturevalue(f"{model}_hf"), dtype=torch.bfloat16)
         theirs = logits_of(loaded.eval(), IDS)
     ours = Driven(plan, tokens_of(IDS), tmp_path).streams.logits[0]
-    # Roundings to BF16, each of 2^-9, add up over layers; transformers makes more of them than mptq's float32 sums.
+    # Roundings to BF16, each of 2^-9, add up over layers; transformers rounds more often than mptq's float32 sums.
     assert distance(ours, theirs) < 2.0**-6
     assert distance(ours, exact) < 1.5 * distance(theirs, exact) < 2.0**-5
 
@@ -97,7 +97,7 @@ def test_reference_is_transformers(sources, model, request, tmp_path):
 QUANTIZED = [
     ("aligned", "fp8-blockwise", ("hf",)),
     ("aligned", "mxfp8", ("hf",)),
-    ("crossing", "fp8-blockwise", ("hf", "megatron")),  # which hold different numbers: the stream has Hugging Face's
+    ("crossing", "fp8-blockwise", ("hf", "megatron")),  # the formats hold different numbers: the stream uses Hugging Face's
     ("crossing", "fp8-per-channel", ("hf",)),
     ("crossing", "fp8-per-tensor", ("hf", "megatron")),
     ("mixtral", "mxfp8", ("hf",)),
@@ -106,7 +106,7 @@ QUANTIZED = [
 
 
 @pytest.mark.parametrize(("model", "recipe", "formats"), QUANTIZED)
-def test_quantized_stream_is_the_output(sources, model, recipe, formats, request, tmp_path):
+def test_the_quantized_stream_matches_the_output(sources, model, recipe, formats, request, tmp_path):
     plan = float32(make_plan(request.getfixturevalue(model), recipe, formats))
     driven = Driven(plan, tokens_of(IDS), tmp_path)
     weights, _ = weights_of(driven.tensors["hf"], plan.recipe.scheme)
@@ -116,8 +116,8 @@ def test_quantized_stream_is_the_output(sources, model, recipe, formats, request
     check_fidelity(driven.record.fidelity, sources(model), expected)
 
 
-def test_megatrons_numbers_alone(crossing, crossing_hf, tmp_path):
-    """Blocks of the fused matrices, which no Hugging Face output holds."""
+def test_the_quantized_stream_matches_a_megatron_output(crossing, crossing_hf, tmp_path):
+    """Blocks of the fused matrices, which no Hugging Face output contains."""
     plan = float32(make_plan(crossing, "fp8-blockwise", ("megatron",)))
     driven = Driven(plan, tokens_of(IDS), tmp_path)
     stored, weights = driven.tensors["megatron"], load_file(crossing_hf / "model.safetensors")
@@ -134,8 +134,8 @@ def test_megatrons_numbers_alone(crossing, crossing_hf, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("amax", [2.0**-40, 1e-9, 1e-3, 0.03, 5.8, 43.8, 448.0, 60000.0])
-def test_scales_of_the_cache_are_what_engines_store(amax, dtype):
-    """Exact and normal in the dtype that vLLM keeps them in, no less than amax / 448, and at most a bfloat16 above it."""
+def test_scales_of_the_cache_are_exact_in_the_dtype_of_engines(amax, dtype):
+    """Exact and normal in vLLM's dtype for them, at least amax / 448, and at most one bfloat16 above it."""
     amax = floored(torch.tensor(amax))
     scale = _representable(amax, dtype) / 448
     assert scale == scale.bfloat16().float() == scale.to(dtype).float()
@@ -149,14 +149,14 @@ def test_static_scales_are_the_largest_inputs_of_the_whole_model(whole, model, r
     monkeypatch.setattr(mptq.layers.transformer_layer, "project", linear)
     expected = whole(model)
     plan = make_plan(request.getfixturevalue(model), load_recipe("fp8").changed(kv_cache="fp8"))
-    # Every id of the vocabulary is held out: the largest of all of these are larger.
+    # Every id of the vocabulary is held out: the maxima over all of these are larger.
     everything = torch.arange(500).view(4, 125)
     driven = Driven(plan, tokens_of(everything, calibration=expected["ids"]), tmp_path)
     inputs, cache = largest_inputs(driven)
     amax = expected["amax"]
     assert inputs.keys() | cache.keys() == amax.keys()
-    # Of experts, the router's weights come in after the second linear, not before: but for rounding, the same. So what
-    # follows the first experts is not bit for bit megatron-core's.
+    # For experts, mptq applies the router's weights after the second linear and megatron-core before it: equal except for
+    # rounding. So values after the first experts are not bit-identical to megatron-core's.
     close = {name: 2.0**-7 if model == "mixtral" and not name.startswith("layers.0.") else 0.0 for name in amax}
     for name, scale in inputs.items():
         assert abs(scale - float(amax[name] / 448)) <= close[name] * scale, name

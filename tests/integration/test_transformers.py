@@ -1,4 +1,4 @@
-"""Forms of the Hugging Face output that transformers itself loads, by what its linears compute: scripts/hf_output.py."""
+"""Hugging Face forms that transformers itself can load, checked by what its linears compute (scripts/hf_output.py)."""
 
 import hf_output
 import pytest
@@ -15,12 +15,12 @@ ROWS = {"description": "of a test", "weights": {"scale": "row"}, "hf": "compress
 ATTENTION_BY_ROWS = [{"pattern": "*self_attn*", "recipe": "fp8-per-channel"}]
 FIRST_KEPT = [{"pattern": "decoder.layers.0.*", "recipe": "none"}]
 E4M3 = 1e-2
-"""What is nearer to the source than this is not quantized."""
+"""A weight that is closer to the source than this is not quantized."""
 
 
 @pytest.fixture(scope="module")
 def written(aligned, tokens, tmp_path_factory):
-    """Outputs of the model that blocks fit, by name: one for each form that is not a built-in recipe as it is."""
+    """Outputs of the aligned model by name, one for each form that no unmodified built-in recipe writes."""
     changes = {
         "two groups": BLOCKS | {"overrides": ATTENTION_BY_ROWS},
         "static": TENSORS,
@@ -39,13 +39,13 @@ def written(aligned, tokens, tmp_path_factory):
 
 
 def columns(folder):
-    """How far the columns of each linear that transformers loads are from the file's; and the file's tensors."""
+    """Relative error of the columns of each linear that transformers loads, against the file's; and the file's tensors."""
     tensors = hf_output.load_tensors(folder)
     blocks = hf_output.load_config(folder)["quant_method"] == "fp8"
     options = {"quantization_config": FineGrainedFP8Config(dequantize=True)} if blocks else {}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
     with torch.no_grad():
-        model(torch.zeros(1, 2, dtype=torch.int64))  # compressed-tensors dequantizes with the first call
+        model(torch.zeros(1, 2, dtype=torch.int64))  # compressed-tensors dequantizes on the first call
         linears = {name: module for name, module in model.named_modules() if name.endswith("_proj")}
         return {name: hf_output.column_error(module, [name], tensors) for name, module in linears.items()}, tensors
 
@@ -54,7 +54,7 @@ FORMS = "two groups", "static", "static, cache", "rows, cache", "blocks, cache",
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_linears_compute_what_the_file_says(written, form):
+def test_linears_compute_with_the_weights_of_the_file(written, form):
     errors, tensors = columns(written[form])
     assert len(errors) == 4 * 7
     assert max(errors.values()) < hf_output.NOISE
@@ -68,7 +68,7 @@ def test_linears_of_recipes(quantized, recipe):
     assert max(errors.values()) < hf_output.NOISE
 
 
-def test_the_file_is_near_the_source(written, aligned_hf):
+def test_the_file_is_close_to_the_source(written, aligned_hf):
     source = hf_output.load_tensors(aligned_hf)
     for form, folder in written.items():
         tensors = hf_output.load_tensors(folder)
@@ -78,8 +78,8 @@ def test_the_file_is_near_the_source(written, aligned_hf):
             assert error == 0 if "kept" in form and ".layers.0." in name else E4M3 < error < 0.06, (form, name)
 
 
-def test_a_wrong_scale_shows(written, tmp_path):
-    """The check itself: a file whose scales are not those that transformers has loaded."""
+def test_a_wrong_scale_is_detected(written, tmp_path):
+    """Test the check itself: the loaded scales differ from those of the file."""
     tensors = hf_output.load_tensors(written["static"])
     module = "model.layers.1.mlp.down_proj"
     weight, scale = hf_output.weight(tensors, module), float(tensors[f"{module}.input_scale"])
@@ -94,7 +94,7 @@ def test_a_wrong_scale_shows(written, tmp_path):
 
 
 def test_transformers_does_not_read_modelopts_form(aligned, tokens, tmp_path):
-    """It loads the float8 values as weights, says so in a warning and goes on (docs/formats.md): not an engine for `fp8`."""
+    """It loads the float8 values as weights, with a warning, and continues (docs/formats.md): unusable for `fp8`."""
     options = Options(device="cpu", data=DataOptions((str(tokens),), calib_size=4, eval_size=0, seq_length=16))
     run(make_plan(aligned, load_recipe("fp8")), tmp_path / "out", options)
     tensors = hf_output.load_tensors(tmp_path / "out")

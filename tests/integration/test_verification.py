@@ -13,12 +13,12 @@ from mptq.verification.structure import verify
 
 @pytest.fixture
 def out(quantized, tmp_path):
-    """A copy to damage."""
+    """A copy of an output to damage."""
     return shutil.copytree(quantized["aligned", "fp8-blockwise"], tmp_path / "out")
 
 
 def resign(out, *names):
-    """Write the hashes of changed files into the manifest, as a forger would."""
+    """Write the hashes of changed files into the manifest, as a forger could."""
     manifest = json.loads((out / "manifest.json").read_text())
     for name in names:
         manifest["files"][name] = {"bytes": (out / name).stat().st_size, "sha256": sha256(out / name)}
@@ -26,7 +26,7 @@ def resign(out, *names):
 
 
 def edit_hf(out, change):
-    """Change the tensors of the Hugging Face form and sign the file again."""
+    """Change the tensors of the Hugging Face output and update the file's hash."""
     path = out / "hf" / "model.safetensors"
     tensors = load_file(path)
     change(tensors)
@@ -36,7 +36,7 @@ def edit_hf(out, change):
 
 @pytest.mark.parametrize("model", ["aligned", "crossing"])
 @pytest.mark.parametrize("recipe", ["fp8-blockwise", "fp8-per-channel", "fp8-per-tensor"])
-def test_outputs_are_right(quantized, model, recipe, request):
+def test_outputs_verify_against_the_source(quantized, model, recipe, request):
     found = verify(quantized[model, recipe], request.getfixturevalue(model))
     assert found.failures == []
     layers = 4 if model == "aligned" else 2
@@ -62,7 +62,7 @@ def test_missing_and_short_files(out):
     assert second.startswith("megatron/iter_0000100/__1_0.distcp has ")
 
 
-def test_wrong_number_is_found_against_the_source_only(out, aligned):
+def test_a_wrong_number_is_detected_only_against_the_source(out, aligned):
     name = "model.layers.2.mlp.down_proj.weight"
 
     def change(tensors):
@@ -79,14 +79,14 @@ def test_wrong_scale(out, aligned):
     assert verify(out, aligned).failures == [f"{name}: its scales are not amax / 448 of the source"]
 
 
-def test_copy_that_is_none(out, aligned):
+def test_a_changed_copy_is_detected(out, aligned):
     edit_hf(out, lambda tensors: tensors["model.norm.weight"].mul_(2))
     message = "model.norm.weight is not the same as decoder.final_layernorm.weight of the source"
     assert verify(out, aligned).failures == [message]
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, 1e-23, float("nan"), float("inf")])
-def test_scales_that_cannot_be(out, value):
+def test_impossible_scales_are_detected(out, value):
     name = "model.layers.1.self_attn.k_proj.weight_scale_inv"
     edit_hf(out, lambda tensors: tensors[name].fill_(value))
     assert verify(out).failures == [f"{name} has scales that are not finite or less than 1.8e-12"]
@@ -141,8 +141,8 @@ def test_no_output(tmp_path):
         verify(tmp_path)
 
 
-def test_forged_account(out, aligned):
-    """A manifest that leaves a tensor of the source out, with the files to match, does not pass for complete."""
+def test_a_manifest_that_omits_a_tensor_is_detected(out, aligned):
+    """A manifest that omits a tensor of the source, with matching files, is not accepted as complete."""
     manifest = json.loads((out / "manifest.json").read_text())
     gone = manifest["tensors"].pop("decoder.final_layernorm.weight")
     (out / "manifest.json").write_text(json.dumps(manifest))
@@ -151,8 +151,8 @@ def test_forged_account(out, aligned):
     assert any("decoder.final_layernorm.weight" in line for line in lines)
 
 
-def test_a_magnitude_of_modelopts_that_is_not_of_its_scale(out, monkeypatch):
-    """ModelOpt takes either."""
+def test_an_amax_that_does_not_match_its_scale_is_detected(out, monkeypatch):
+    """ModelOpt uses either."""
     name = "decoder.layers.1.mlp.linear_fc2.weight_quantizer._amax"
     opened = FORMATS["megatron"].open
 

@@ -1,4 +1,4 @@
-"""The models that other tests are made with are what they should be: whatever the layout, the same tensors."""
+"""Checks of the models that other tests are built on: the tensors are the same in every layout."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 
 
 def tensors(folder) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole."""
+    """All tensors of a checkpoint, unsharded."""
     reader = FileSystemReader(next((folder / "ckpt").glob("iter_*")))
     found = {
         key: torch.empty(item.size, dtype=item.properties.dtype)
@@ -23,7 +23,7 @@ def tensors(folder) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_of_each_there_is_a_checkpoint_and_what_megatron_core_computes(zoo, name):
+def test_every_model_has_a_checkpoint_and_logits(zoo, name):
     found, saved = observed(zoo(name)), tensors(zoo(name))
     ids, logits, hidden = found["ids"], found["logits"], found["hidden"]
     assert ids.shape == (4, ZOO[name].length)

@@ -1,14 +1,14 @@
-"""Build models of tests/support/zoo.py with megatron-core alone, save them with it, and save what they compute.
+"""Build models of tests/support/zoo.py with megatron-core alone, save them with it, and save their logits and hidden states.
 
     python -m tests.support.build_zoo llama qwen2 --out DIR
     torchrun --nproc-per-node 2 -m tests.support.build_zoo llama qwen2 --out DIR --tp 2
 
-DIR/NAME/ckpt is the checkpoint, in BF16, and DIR/NAME/logits.pt what the same weights give in float32: "ids" int64
+DIR/NAME/ckpt is the checkpoint, in BF16, and DIR/NAME/logits.pt has the results of the same weights in float32: "ids" int64
 [4, length], "logits" [4, length, vocabulary] without the padding, and "hidden" [layers + 1, 4, length, hidden], the
-embeddings and what comes out of each layer; of latent attention also "cached" [layers, 2], the largest magnitudes of what
-engines cache. With more than one process the same tensors are saved, and no logits.
+embeddings and the output of each layer; for latent attention also "cached" [layers, 2], the largest magnitudes of what
+engines cache. With more than one process the same tensors are saved, but no logits.
 
-Every model is checked to notice a mistake: one head rotated wrongly.
+Every model is checked for sensitivity to a mistake: one head rotated wrongly.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["TORCH_COMPILE_DISABLE"] = "1"  # megatron-core compiles its small functions: minutes on a CPU
+os.environ["TORCH_COMPILE_DISABLE"] = "1"  # megatron-core compiles its small functions, which takes minutes on a CPU
 
 import torch
 
@@ -44,7 +44,7 @@ def arguments(row, out, options):
 def make(name, options):
     """Build, fill, observe and save the model called `name`."""
     row, folder = ZOO[name], options.out / name
-    folder.mkdir(parents=True, exist_ok=True)  # by each process
+    folder.mkdir(parents=True, exist_ok=True)  # in each process
     args = arguments(row, folder / "ckpt", options)
     if not torch.distributed.is_initialized():
         make_checkpoint.initialize(args)
@@ -67,7 +67,7 @@ def make(name, options):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", choices=ZOO)
-    parser.add_argument("--out", type=Path, required=True, help="a folder per name is made in it")
+    parser.add_argument("--out", type=Path, required=True, help="directory in which a folder per name is created")
     for kind in ("tp", "pp", "ep"):
         parser.add_argument(f"--{kind}", type=int, default=1, help="parallel size (with torchrun)")
     parser.add_argument("--per-layer", action="store_true", help="one key per layer instead of stacked layers")

@@ -1,6 +1,6 @@
-"""ModelOpt's own conversion of mptq's layers, `mtq.quantize` and `mtq.compress` linear by linear: what the strips stand in for.
+"""ModelOpt's own conversion of mptq's layers, `mtq.quantize` and `mtq.compress` per linear, as a reference for the strips.
 
-It computes amax and scale in the dtype of the weight, hence float32.
+ModelOpt computes amax and scale in the dtype of the weight, so weights are converted to float32.
 """
 
 import contextlib
@@ -20,13 +20,13 @@ from mptq.pipeline.layer_quantizer import place
 from mptq.quantize import mx
 from mptq.quantize.modelopt import quant_config
 
-# ModelOpt matches subclasses only while they keep the forward of their base.
+# ModelOpt matches subclasses only if they keep the forward of their base class.
 QuantModuleRegistry.register({Linear: "mptq.Linear"})(_QuantLinear)
 
 
 @QuantModuleRegistry.register({CoreAttention: "mptq.CoreAttention"})
 class _QuantCoreAttention(QuantModule):
-    """Core attention with the quantizers of ModelOpt's class for Transformer Engine's."""
+    """Core attention with the quantizers of ModelOpt's class for Transformer Engine's attention."""
 
     def _setup(self):
         self.q_bmm_quantizer, self.k_bmm_quantizer, self.v_bmm_quantizer = (TensorQuantizer() for _ in range(3))
@@ -36,29 +36,29 @@ class _QuantCoreAttention(QuantModule):
         return super().forward(query, key, value, *args, **kwargs)
 
     def get_extra_state(self):
-        """Nothing: torch asks the class for this, and ModelOpt gives each object its own."""
+        """Return nothing: torch requires this method on the class, and ModelOpt gives each object its own."""
 
     def set_extra_state(self, state):
-        """As `get_extra_state`."""
+        """Do nothing, as in `get_extra_state`."""
 
     def modelopt_post_restore(self, prefix=""):
-        """Nothing to reshape: one scale a tensor, whatever the parallel layout."""
+        """Do nothing: there is one scale per tensor, whatever the parallel layout."""
 
 
 def convert(module, config):
-    """Quantize `module` in place, and compress it; calibration has nothing to run, and finds the weights' amax."""
+    """Quantize `module` in place, and compress it; calibration runs no data and collects only the weights' amax."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         holder = torch.nn.ModuleDict({"module": module})
         mtq.quantize(holder, config)
         if (amax := getattr(getattr(module, "weight_quantizer", None), "_amax", None)) is not None:
-            # ModelOpt would divide 0 by 0, and by what is next to it.
+            # Without this, ModelOpt would divide 0 by 0, or by numbers close to 0.
             amax.copy_(torch.where(amax == 0, 448.0, amax.clamp(min=448 * 2.0**-39)))
         mtq.compress(holder)
 
 
 def compress(linear, weight, scheme, input_amax):
-    """Give `linear` the `weight` [out, in], in what `scheme` says; None leaves it as it is."""
+    """Give `linear` the `weight` [out, in], quantized by `scheme`; None keeps its precision."""
     dtype = linear.weight.dtype
     source = weight if scheme is None else weight.float()
     linear.weight = torch.nn.Parameter(source.clone(), requires_grad=False)
@@ -68,7 +68,7 @@ def compress(linear, weight, scheme, input_amax):
     linear.weight.metadata["dtype"] = dtype
     if input_amax is not None:
         linear.input_quantizer.amax = input_amax
-    if scheme.scale == "mx":  # ModelOpt's exponent is a rounded logarithm, and its scale of zeros is 2 ** -127
+    if scheme.scale == "mx":  # ModelOpt's exponent is a rounded logarithm, and its scale for zeros is 2 ** -127
         scale = mx.scales(source)
         factor = torch.exp2(127 - scale.float()).repeat_interleave(32, 1)
         linear.weight.data.copy_((source * factor).to(torch.float8_e4m3fn))
@@ -76,7 +76,7 @@ def compress(linear, weight, scheme, input_amax):
 
 
 def compressed_layer(plan, index, calibrated):
-    """Layer `index` of the checkpoint of `plan`, by ModelOpt, with the scales of activations that are `calibrated`."""
+    """Layer `index` of the checkpoint of `plan`, compressed by ModelOpt, with activation scales from `calibrated`."""
     reader, layer = Reader(plan.source.checkpoint), build_layer(plan.model, index)
 
     def read(name, shape):

@@ -1,4 +1,4 @@
-"""Driving the streams of activations as the pipeline does, and transformers' models of what comes out."""
+"""Run the streams of activations as the pipeline does, and build transformers' models from the outputs."""
 
 import math
 from dataclasses import replace
@@ -24,11 +24,11 @@ MODELS = ["aligned", "crossing", "mixtral"]
 IDS = torch.randint(0, 500, (6, 12), generator=torch.Generator().manual_seed(5))
 """Six sequences of twelve tokens."""
 OTHERS = torch.randint(0, 500, (4, 10), generator=torch.Generator().manual_seed(6))
-"""Four of ten, to calibrate on."""
+"""Four sequences of ten tokens, for calibration."""
 
 
 class Kept(HiddenStatePair):
-    """The streams, with what they held before the final norm, and the logits from it."""
+    """The streams, which also keep the hidden states before the final norm, and the logits computed from them."""
 
     def finish(self, norm, head):
         self.hidden = [stream.states.clone() for stream in (self.reference, self.quantized)]
@@ -39,7 +39,7 @@ class Kept(HiddenStatePair):
 
 
 class Driven:
-    """A plan, driven as the pipeline does it: the tensors of all outputs, the record, the streams."""
+    """A plan, run as in the pipeline: the tensors of all outputs, the record, the streams."""
 
     def __init__(self, plan, tokens, folder, memory=10**9, batch_size=2, kind=Kept):
         self.record, self.tensors = RunLog(), {form: {} for form in plan.formats}
@@ -55,12 +55,12 @@ def tokens_of(held_out, calibration=()):
 
 
 def float32(plan):
-    """The same plan of a model that computes in float32."""
+    """The same plan for a model that computes in float32."""
     return Plan(replace(plan.source, model=replace(plan.model, dtype="float32")), plan.recipe, plan.formats)
 
 
 def weights_of(tensors, scheme):
-    """The Hugging Face output in float32, dequantized by hand, and its scales of activations."""
+    """The Hugging Face output in float32, dequantized by the test, and its scales of activations."""
     scales = {name: tensor for name, tensor in tensors.items() if name.endswith(("_scale", "_scale_inv"))}
     weights = {}
     for name in tensors.keys() - scales.keys():
@@ -78,7 +78,7 @@ def transformers_model(folder, weights):
 
 @torch.no_grad()
 def logits_of(model, ids):
-    """[tokens, vocabulary] of rows of ids."""
+    """Logits [tokens, vocabulary] of rows of ids."""
     return model(ids).logits.flatten(0, 1)
 
 
@@ -88,13 +88,13 @@ def source_logits(folder):
 
 
 def check_fidelity(found, reference, quantized, close=1e-3):
-    """The figures, from transformers' logits of both models, in float64."""
+    """Check the metrics against those computed from transformers' logits of both models, in float64."""
     following = IDS[:, 1:].flatten()
     left, right = (part.double().unflatten(0, IDS.shape)[:, :-1].flatten(0, 1) for part in (reference, quantized))
     kl = kl_div(right.log_softmax(-1), left.log_softmax(-1), reduction="batchmean", log_target=True)
     losses = [float(cross_entropy(part, following)) for part in (left, right)]
     assert (found["tokens"], found["sequences"]) == (following.numel(), len(IDS))
-    # Float32 logarithms of about 6, so half a unit in the last place is 2.4e-7 a token, of either sign.
+    # Float32 logarithms of about 6: half a unit in the last place is 2.4e-7 per token, of either sign.
     assert found["kl"]["mean"] == pytest.approx(float(kl), rel=close, abs=1e-7)
     assert found["perplexity"]["reference"] == pytest.approx(math.exp(losses[0]), rel=close / 10)
     assert found["perplexity"]["quantized"] == pytest.approx(math.exp(losses[1]), rel=close / 10)
@@ -103,7 +103,7 @@ def check_fidelity(found, reference, quantized, close=1e-3):
 
 
 def largest_inputs(driven):
-    """The largest magnitudes that the Hugging Face output's scales stand for, by Megatron's module; of K and V the scales."""
+    """The input scales of the Hugging Face output by Megatron's module, and the scales of K and V."""
     plan, found, cache = driven.streams.plan, {}, {}
     for layer in range(plan.model.num_layers):
         for part in plan.linears(layer):

@@ -1,4 +1,4 @@
-"""What an installed vLLM is asked about mptq's outputs, and where its answers are.
+"""The cases for which an installed vLLM is recorded, and the path of the record.
 
 python -m tests.support.engine_cases DIR                                        # a config.json for each case
 VLLM_ENV/bin/python scripts/record_vllm.py DIR tests/support/vllm_models.json   # in the environment of scripts/check_vllm.sh
@@ -18,26 +18,26 @@ from tests.support.planning import MODELS, planned, whole
 
 RECORD = Path(__file__).parent / "vllm_models.json"
 RECIPES = ("fp8-blockwise", "fp8-per-channel", "fp8")
-"""One for each of the dialects, whose exclude lists engines read by different code."""
+"""One for each of the dialects, whose exclude lists are read by different code in engines."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A plan, and the numbers of tensor-parallel ranks for which vLLM is asked to build it."""
+    """A plan, and the numbers of tensor-parallel ranks for which vLLM builds it."""
 
     plan: Plan
     ranks: tuple[int, ...] = (1,)
 
     @property
     def digest(self) -> str:
-        """Of what config.json says of the quantization."""
+        """Hash of the quantization config in config.json."""
         config: dict[str, Any] = self.plan.layouts["hf"].dialect.config(self.plan.layouts["hf"].contents)
         fields = {key: value for key, value in config.items() if key != "producer"}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def cases() -> dict[str, Case]:
-    """Every family in every dialect, with every second of its fused groups ignored or the others; known models in blocks."""
+    """Every family in every dialect, with alternating halves of its fused groups ignored; known models in blocks."""
     found = {}
     for family in FAMILY_ARGS:
         args = whole(family)

@@ -1,4 +1,4 @@
-"""A process that mptq is a guest of: it has imported and set everything already.
+"""A host process for mptq, which has already imported and configured everything.
 
 Run as `python -m tests.support.hosting CODE`.
 """
@@ -33,20 +33,20 @@ def in_a_new_thread(ask):
 
 
 def named(module):
-    """What a module holds, by name, but the modules in it, which come with imports."""
+    """The ids of a module's members by name, without submodules, which appear with imports."""
     held = vars(module).items()
     return {name: id(value) for name, value in held if not isinstance(value, type(sys)) and not name.startswith("__")}
 
 
 def differing(left, right):
-    """What is not the same in two states, as deep as dicts go."""
+    """The differences between two states, in nested dicts."""
     if not isinstance(left, dict):
         return [left, right]
     return {key: differing(left.get(key), right.get(key)) for key in {*left, *right} if left.get(key) != right.get(key)}
 
 
 class Host:
-    """Settings of the host's own, none of which is the default, and what there is of them later."""
+    """Settings of the host, none at its default, and a snapshot of them at any time."""
 
     def __init__(self):
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.DEBUG)
@@ -64,7 +64,7 @@ class Host:
         loggers = {name: logging.getLogger(name) for name in self.loggers}
         return {
             "modules": {name: named(sys.modules[name]) for name in self.modules},
-            # Of the frozen objects some are freed meanwhile.
+            # Some of the frozen objects are freed meanwhile.
             "garbage collector": [gc.isenabled(), gc.get_threshold(), round(gc.get_freeze_count() / self.frozen, 1)],
             "logging": {name: [logger.level, logger.disabled, len(logger.handlers)] for name, logger in loggers.items()},
             "warnings": list(map(str, warnings.filters)),

@@ -1,8 +1,8 @@
-"""Runs that are killed and go on: a process that forks them, so that each has its imports done.
+"""Runs that are killed and resumed, forked from one process so that the imports are done.
 
-    python -m tests.support.killing moments|points CHECKPOINT WORK SEED [--recipe fp8] [--dataset PREFIX] [--kills 20]
+    python -m tests.support.killing moments|points CHECKPOINT WORK [--seed 0] [--recipe fp8] [--dataset PREFIX] [--kills 20]
 
-Prints how often a run was killed, and how many units the runs after it found written; fails where an output differs.
+Prints the number of kills and of units that were written at each kill; fails if an output differs.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-import mptq.calibration.hidden_state_pair  # what a run imports
+import mptq.calibration.hidden_state_pair  # imports of a run
 import mptq.calibration.tokens
 import mptq.pipeline.commit
 import mptq.pipeline.layer_stream
@@ -30,13 +30,13 @@ from mptq.output.journal import Journal
 from mptq.recipes.recipe import load_recipe
 
 DIFFERENT = ("report.json", "report.html")
-"""What has the seconds of the run in it."""
+"""Files that contain the times of the run."""
 TIMES = frozenset(("seconds", "bytes_per_second", "peak_rss_bytes"))
-"""The fields of the report that no two runs have alike."""
+"""The fields of the report that differ in every run."""
 
 
 def quantize(options, out):
-    """A whole run, which goes on with what is there."""
+    """Run to the end, resuming from an unfinished output if there is one."""
     torch.set_num_threads(1)
     datasets = (str(options.dataset),) if options.dataset else ()
     data = DataOptions(datasets, calib_size=6, eval_size=3 if options.dataset else 0, seq_length=32)
@@ -46,37 +46,37 @@ def quantize(options, out):
 
 
 def forked(work):
-    """A process that does `work` and ends."""
+    """Fork a process that does `work` and exits; return its id."""
     child = os.fork()
     if child:
         return child
     try:
         work()
         os._exit(0)
-    finally:  # before pytest's or the interpreter's own end
+    finally:  # bypasses pytest's and the interpreter's own exit
         sys.excepthook(*sys.exc_info())
         os._exit(1)
 
 
 def ended(child):
-    """How a child ended: 0, or the signal (negative) that ended it."""
+    """The exit code of a child: 0, or the negative number of the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def contents(folder):
-    """The bytes of every file."""
+    """The bytes of every file below a folder, by relative path."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def comparable(out):
-    """What runs have alike: the bytes of every file, and what the report, which must be valid, says beside the times."""
+    """The part of an output that all runs share: the bytes of every file, and the fields of a valid report without times."""
     found = {name: data for name, data in contents(out).items() if name not in DIFFERENT}
     report = mptq.report.read(out)
     return found | {f"report.json: {key}": report[key] for key in report.keys() - TIMES}
 
 
 def check(out, whole, apart=()):
-    """The output is that of a run that was never killed (but for what is `apart`), and there is nothing beside it."""
+    """Check that the output equals that of an uninterrupted run (except for `apart`), and that nothing is next to it."""
     found, whole = ({key: made[key] for key in made.keys() - set(apart)} for made in (comparable(out), whole))
     differing = sorted(name for name in found.keys() | whole.keys() if found.get(name) != whole.get(name))
     assert not differing, f"different: {differing}"
@@ -84,7 +84,7 @@ def check(out, whole, apart=()):
 
 
 def uninterrupted(options):
-    """The output of a run that nobody kills, and its seconds."""
+    """The output of an uninterrupted run, and its time in seconds."""
     out = options.work / "whole" / "out"
     start = time.perf_counter()
     assert ended(forked(lambda: quantize(options, out))) == 0
@@ -92,7 +92,7 @@ def uninterrupted(options):
 
 
 def moments(options):
-    """Kill runs at random moments; each goes on where the last was killed, until it is done."""
+    """Kill runs at random moments; each resumes where the last was killed, until the output is complete."""
     whole, seconds = uninterrupted(options)
     draw, kills, found, out = random.Random(options.seed), 0, [], options.work / "killed" / "out"
     while kills < options.kills:
@@ -108,7 +108,7 @@ def moments(options):
             continue
         kills += 1
         found.append(unfinished(out))
-        if draw.random() < 0.5:  # not killed again: the run after a kill gives the same bytes
+        if draw.random() < 0.5:  # let the next run finish: after a single kill it must give the same bytes
             assert ended(forked(lambda: quantize(options, out))) == 0
             check(out, whole)
             shutil.rmtree(out)
@@ -118,7 +118,7 @@ def moments(options):
 
 
 def dying(owner, name, call, after):
-    """Let the call number `call` of a method (of all, from 0) be the last thing that the process does."""
+    """Kill the process before (or `after`) the call number `call` of a method, counted from 0."""
     method, calls = getattr(owner, name), [0]
 
     def last(*arguments, **named):
@@ -138,7 +138,7 @@ POINTS = ((Journal, "_append"), (Path, "rename"), (mptq.pipeline.run.manifest, "
 
 
 def points(options):
-    """Kill a run before and after every commit: each line of the journal, and every step that makes the output complete."""
+    """Kill a run before and after every commit: each line of the journal, and every step that completes the output."""
     whole, _ = uninterrupted(options)
     kills, found, out = 0, [], options.work / "killed" / "out"
     for owner, name in POINTS:
@@ -176,7 +176,7 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=20)
     options = parser.parse_args()
     if options.dataset:
-        import mptq.layers.transformer_layer  # of megatron-core, for the activations
+        import mptq.layers.transformer_layer  # imports megatron-core, for the activations
     import mptq.formats.megatron.writer
     import mptq.quantize.modelopt
 

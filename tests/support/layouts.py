@@ -1,4 +1,4 @@
-"""The ways in which checkpoints store one model: inner tensors, renamed, split and stacked."""
+"""The layouts in which checkpoints store a model: inner tensors, renamed, split and stacked."""
 
 import re
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ FUSED_NORMS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """How a checkpoint stores a model: `halves` are gate and up (and their biases) in tensors of their own."""
+    """How a checkpoint stores a model; with `halves`, gate and up (and their biases) are separate tensors."""
 
     prefix: str = ""
     layers_stacked: bool = False
@@ -35,13 +35,13 @@ class Layout:
 
 
 def inner_tensors(config) -> dict[str, torch.Tensor]:
-    """Small whole numbers in BF16 at every place of the model, other ones at each."""
+    """Small random integers in BF16 for every tensor of the model, different for each."""
     draw = torch.Generator().manual_seed(0)
     return {name: torch.randint(-128, 128, shape, generator=draw).bfloat16() for name, shape in inner_shapes(config).items()}
 
 
 def stored(config, inner, layout) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint that has the model of `inner` tensors in this layout."""
+    """The tensors of a checkpoint that stores the `inner` tensors in this layout."""
     found: dict[str, torch.Tensor] = {}
     for name, tensor in inner.items():
         found |= dict(_parts(config, _renamed(name, layout), tensor, layout))
@@ -62,7 +62,7 @@ def _renamed(name, layout):
 
 
 def _parts(config, name, tensor, layout):
-    """What a checkpoint has of a tensor: itself, or the parts that megatron-core saves apart."""
+    """Yield a tensor as stored: itself, or the parts that megatron-core saves separately."""
     if ".mixer.in_proj.weight" in name or ".mixer.conv1d." in name:
         inner, states = 8 * 16, 2 * 8
         sizes = {"z": inner, "x": inner, "B": states, "C": states, "dt": 8}
@@ -75,7 +75,7 @@ def _parts(config, name, tensor, layout):
 
 
 def _stacked(tensors, number, count):
-    """One tensor for those whose keys differ in a number only."""
+    """Stack tensors whose keys differ only in a number."""
     groups: dict[str, dict[int, torch.Tensor]] = {}
     found = {}
     for name, tensor in tensors.items():
@@ -91,5 +91,5 @@ def _stacked(tensors, number, count):
 
 
 def read(tensors, parts) -> torch.Tensor:
-    """The inner tensor at these places, by hand."""
+    """The inner tensor assembled from these places, independently of mptq."""
     return torch.cat([tensors[part.key][part.index] for part in parts])

@@ -1,11 +1,11 @@
-"""What megatron-core itself makes of command lines: run by tests in a process of its own.
+"""Configs that megatron-core itself builds from command lines: run by tests in a separate process.
 
     python tests/support/megatron_configs.py CASES.json OUT
 
 CASES.json maps names to argument lists. For each, OUT/NAME.pt is the parsed and validated Namespace as a checkpoint stores
 it, OUT/NAME.yaml is a run config as Megatron-Bridge writes it (with megatron-core's own representers), and OUT/NAME.json has
 the fields of the TransformerConfig and of the GPTModelConfig that Megatron-LM builds from it, the sizes of its tokenizer, and,
-where the name begins with "model-", the keys and shapes under which megatron-core stores the tensors of that model.
+if the name begins with "model-", the keys and shapes under which megatron-core stores the tensors of that model.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ PLAIN = bool | int | float | str
 
 
 class NoAttention(torch.nn.Module):
-    """A core attention without parameters: the local one does not take the sizes of multi-latent attention."""
+    """A core attention without parameters: the local one does not support the sizes of multi-latent attention."""
 
     def __init__(self, *_args, **_kwargs):
         super().__init__()

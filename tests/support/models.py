@@ -1,4 +1,4 @@
-"""Models of every family as arguments of a training run, their tensors as metadata, and the layouts that checkpoints have."""
+"""Models of every family as arguments of a training run, and their tensors as metadata."""
 
 from mptq.model.build import model_config
 from mptq.model.config import ModelConfig
@@ -92,7 +92,7 @@ FAMILY_ARGS = {
     "DeepSeek-V2": DEEPSEEK | {"moe_router_pre_softmax": True},
     "Nemotron-H": HYBRID | SHARED | SIGMOID,
 }
-"""Family -> arguments of a model that it, and no family before it, expresses."""
+"""Family -> arguments of a model that no earlier family in the table covers."""
 OSS_ARGS = MOE_ARGS | {
     "add_bias_linear": True,
     "swiglu": False,
@@ -103,11 +103,11 @@ OSS_ARGS = MOE_ARGS | {
     "window_size": (7, 0),
     "window_attn_skip_freq": 2,
 }
-"""What no family expresses: sinks, windows in some layers, a clamped gate, biases of experts."""
+"""A model that no family covers: sinks, windows in some layers, a clamped gate, biases of experts."""
 
 
 def model(args, tensors=TENSORS, **told) -> ModelConfig:
-    """The config of the model that was trained with these arguments, of which `told` say more."""
+    """The config of the model trained with these arguments; settings in `told` take precedence over them."""
     return model_config(merge([SettingsSource("told", told), SettingsSource("args", from_args(args))]), tensors)
 
 

@@ -1,19 +1,19 @@
-"""Logits of plain megatron-core + ModelOpt, in a process that has nothing of mptq in it unless the mode says so.
+"""Logits of plain megatron-core + ModelOpt, in a process that imports nothing of mptq unless the mode needs it.
 
     python -m tests.support.plain_megatron MODE ... --hf DIR --recipe NAME ... --checkpoint DIR ... --out FOLDER
 
-Every mode is run with every recipe, which has a checkpoint each, into FOLDER/RECIPE/MODE.pt.
+Every mode is run with every recipe, each with its own checkpoint, and writes FOLDER/RECIPE/MODE.pt.
 
 restored    a GPTModel with zero weights, `restore_sharded_modelopt_state`, `dist_checkpointing.load`: the written output
 inprocess   the BF16 GPTModel with its linears replaced by those that ModelOpt compressed in this process (compressing.py)
 ..._cache   the same with mptq's core attention, whose quantizers round K and V as Transformer Engine's do with an FP8 cache
-layers      the BF16 GPTModel with whole layers of mptq's, so compressed, instead of megatron-core's local ones
+layers      the BF16 GPTModel with mptq's whole layers, compressed in the same way, instead of megatron-core's local ones
 attention   the BF16 GPTModel with mptq's core attention
-observed    the same, with what it saw on the way: the hidden states, and the largest magnitude of each linear's input (of
-            the second of an expert before the router's weights come in)
+observed    the same, and the values seen on the way: the hidden states, and the largest magnitude of each linear's input
+            (for the second linear of an expert, before the router's weights are applied)
 built       the BF16 GPTModel with mptq's layers, which have its weights, instead of its own
 dequantized a float32 GPTModel with the output's weights dequantized to float32
-reference   the BF16 GPTModel as it is
+reference   the unmodified BF16 GPTModel
 """
 
 import argparse
@@ -47,7 +47,7 @@ def restored(model, options):
 
 
 def _layers(options):
-    """mptq's layers as ModelOpt compresses them, in this process, with the scales of activations that mptq calibrates."""
+    """mptq's layers, compressed by ModelOpt in this process, with the activation scales that mptq calibrates."""
     from mptq.calibration.datasets.options import DataOptions
     from mptq.calibration.hidden_state_pair import HiddenStateOptions, HiddenStatePair
     from mptq.calibration.tokens import load_tokens
@@ -61,7 +61,7 @@ def _layers(options):
     calibrated = {}
 
     class Kept(HiddenStatePair):
-        """Keeps what the calibration of each layer found."""
+        """Keeps the calibration result of each layer."""
 
         def calibrate(self, index, layer, static):
             calibrated[index] = super().calibrate(index, layer, static)
@@ -69,7 +69,7 @@ def _layers(options):
 
     recipe = load_recipe(options.recipe).changed(kv_cache=options.kv_cache)
     plan = make_plan(options.checkpoint, recipe, ("hf", "megatron"))
-    if recipe.needs_data:  # tests/conftest.py, `options`
+    if recipe.needs_data:  # the same as `options` in tests/conftest.py
         tokens = load_tokens(DataOptions((str(options.dataset),), 6, 3, 32), None, plan.model.vocab_size, calibrate=True)
         states = Kept(plan, tokens, HiddenStateOptions(torch.device("cpu"), 4, 2**30, options.out, 16))
         for _ in LayerStream(RunContext(plan, torch.device("cpu"), RunLog(), Silent(), states)).outputs():
@@ -79,7 +79,7 @@ def _layers(options):
 
 
 def _megatron_arithmetic():
-    """megatron-core's products bit for bit: mptq's own makes the sums on a CPU in float32 (layers/transformer_layer.py)."""
+    """Use megatron-core's products bit for bit; mptq's own sum in float32 on a CPU (layers/transformer_layer.py)."""
     import mptq.layers.transformer_layer
 
     mptq.layers.transformer_layer.project = torch.nn.functional.linear
@@ -102,7 +102,7 @@ def layers(model, options):
 
 
 def restored_cache(model, options):
-    import tests.support.compressing  # registers the attention with quantizers, as Transformer Engine's has them
+    import tests.support.compressing  # registers the attention with Transformer Engine's quantizers
 
     assert tests.support.compressing
     attention(model, options)
@@ -122,7 +122,7 @@ def attention(model, _options):
 
 
 class Largest:
-    """Magnitudes by name, and hooks that keep them."""
+    """Largest magnitudes by name, and hooks that collect them."""
 
     def __init__(self):
         self.amax = {}
@@ -207,7 +207,7 @@ def dequantized(model, options):
 
 
 def scheme_of(data, scale):
-    """What the scales of a weight belong to, by their shape."""
+    """The scheme of a weight, determined by the shape of its scales."""
     from mptq.recipes.schemes import SCHEMES
 
     if scale.dtype == torch.uint8:
@@ -218,7 +218,7 @@ def scheme_of(data, scale):
 
 
 def reference(_model, _options):
-    """Nothing to change."""
+    """Change nothing."""
 
 
 @torch.no_grad()

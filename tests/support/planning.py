@@ -1,4 +1,4 @@
-"""Plans of models that exist as metadata only: of every family, and at the sizes of known models."""
+"""Plans of models that exist only as metadata: for every family, and at the sizes of known models."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from tests.support.models import ARGS, DEEPSEEK, FAMILY_ARGS, MOE_ARGS, SIGMOID,
 
 
 def source_of(args) -> Source:
-    """A checkpoint of the model that was trained with these arguments, without its files."""
+    """A checkpoint of the model trained with these arguments, without its files."""
     found = specs(inner_shapes(model(args)))
     tensors = {name: Tensor(spec, ()) for name, spec in found.items()}
     checkpoint = Checkpoint(Location(Path("/c/iter_0000001"), Path("/c"), 1), tensors, {}, args, "args", "0" * 64)
@@ -38,7 +38,7 @@ HYBRID = {"mamba_state_dim": 128, "mamba_head_dim": 64, "mamba_num_heads": 128, 
 
 
 def whole(family):
-    """The arguments of a small model of a family, all of whose linears are whole blocks, but kv_a of latent attention."""
+    """The arguments of a small model of a family; all linears are whole blocks, except kv_a of latent attention."""
     args = FAMILY_ARGS[family] | WHOLE
     if "num_experts" in args:
         args |= {name: size for name, size in MIXTURE.items() if name in args}
@@ -48,7 +48,7 @@ def whole(family):
         args |= {"q_lora_rank": 256}
     if "hybrid_layer_pattern" in args:
         args |= HYBRID
-    # Without a width of heads of their own, families that have none want hidden / heads.
+    # Families without a head size of their own need hidden / heads.
     return (
         args | {"num_attention_heads": 2, "num_query_groups": 2}
         if family in ("Qwen2", "OPT", "StarCoder2", "Qwen2-MoE")
@@ -94,4 +94,4 @@ MODELS = {
         moe_shared_expert_intermediate_size=2048,
     ),
 }
-"""Two layers of known models, the first of them dense in DeepSeek's."""
+"""Two layers of known models; DeepSeek's first layer is dense."""

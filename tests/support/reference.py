@@ -1,4 +1,4 @@
-"""FP8 quantization in a few lines that share nothing with mptq: what the outputs must equal bit for bit."""
+"""FP8 quantization in a few lines that share no code with mptq: outputs must equal it bit for bit."""
 
 import bisect
 from fractions import Fraction
@@ -7,14 +7,14 @@ import torch
 
 
 def scale_of(amax: torch.Tensor) -> torch.Tensor:
-    """amax / 448, but 2 ** -39 for what is less, and 1 for 0."""
+    """amax / 448, but at least 2 ** -39, and 1 for 0."""
     if amax == 0:
         return torch.tensor(1.0)
     return max(amax / 448, torch.tensor(2.0**-39))
 
 
 def block(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(bytes, scales) of a float32 matrix in 128x128 blocks: one block at a time."""
+    """(bytes, scales) of a float32 matrix in 128x128 blocks, computed one block at a time."""
     rows, columns = weight.shape
     data = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
     scales = torch.empty(-(-rows // 128), -(-columns // 128))
@@ -28,20 +28,20 @@ def block(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def row(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(bytes, scales [rows, 1]) of a float32 matrix with one scale a row: one row at a time."""
+    """(bytes, scales [rows, 1]) of a float32 matrix with one scale per row, computed one row at a time."""
     pairs = [tensor(line[None]) for line in weight]
     return torch.cat([data for data, _ in pairs]), torch.stack([scale for _, scale in pairs])[:, None]
 
 
 def tensor(weight: torch.Tensor, amax: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(bytes, scale) of a float32 matrix with one scale, of `amax` (a fused group's) or its own."""
+    """(bytes, scale) of a float32 matrix with one scale, from `amax` (of a fused group) or its own."""
     amax = weight.abs().max() if amax is None else amax
     scale = scale_of(amax)
     return (weight / scale).to(torch.float8_e4m3fn).view(torch.uint8), scale
 
 
 def mx(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(bytes, E8M0 scales) of a float32 matrix in MXFP8, by exact fractions: one block of 32 and one element at a time."""
+    """(bytes, E8M0 scales) of a float32 matrix in MXFP8, with exact fractions, one block of 32 and one element at a time."""
     rows, columns = weight.shape
     data = torch.empty(rows, columns, dtype=torch.uint8)
     scales = torch.empty(rows, columns // 32, dtype=torch.uint8)
@@ -61,7 +61,7 @@ def mx(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def nearest(value: Fraction) -> int:
-    """The code of the E4M3 magnitude nearest to |value|, of two equally near the even one (OCP 8-bit formats, table 1)."""
+    """The code of the E4M3 magnitude nearest to |value|; ties go to the even code (OCP 8-bit formats, table 1)."""
     place = bisect.bisect_left(MAGNITUDES, abs(value))
     if place == len(MAGNITUDES) or (place and abs(value) < MAGNITUDES[place]):
         below = place - 1
@@ -75,4 +75,4 @@ MAGNITUDES = [
     Fraction(code & 7, 8) * Fraction(2) ** -6 if code < 8 else (1 + Fraction(code & 7, 8)) * Fraction(2) ** ((code >> 3) - 7)
     for code in range(0x7F)
 ]
-"""The value of every E4M3 code without sign, from its bits: 4 of exponent (bias 7), 3 of mantissa."""
+"""The value of every E4M3 code without sign, from its bits: 4 for the exponent (bias 7), 3 for the mantissa."""

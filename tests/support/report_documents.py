@@ -1,4 +1,4 @@
-"""Documents of schema 2, as runs on models of any size would write them; the numbers are drawn with a fixed seed."""
+"""Documents of schema 2, like those of runs on models of any size; numbers are drawn with a fixed seed."""
 
 import math
 import random
@@ -16,7 +16,7 @@ STATIC = "E4M3, one scale a tensor, static activations"
 
 @dataclass
 class Shape:
-    """What a document is about."""
+    """The model and the kind of run that a document describes."""
 
     layers: int = 30
     experts: int = 0
@@ -26,7 +26,7 @@ class Shape:
 
 
 def document(shape: Shape = Shape()) -> dict[str, Any]:  # noqa: B008
-    """A whole document."""
+    """A complete document."""
     draw = random.Random(7)
     rows = [row for form in shape.formats for layer in range(shape.layers) for row in tensors(draw, shape, form, layer)]
     base = {

@@ -1,4 +1,4 @@
-"""Small torch_dist checkpoints of any content, made of torch's own classes, without megatron-core."""
+"""Small torch_dist checkpoints with any content, built from torch's own classes, without megatron-core."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ SHARD = "__0_0.distcp"
 
 
 def saved(value: Any) -> bytes:
-    """A `torch.save` file."""
+    """The bytes of a `torch.save` file."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
 
 
 class Maker:
-    """A checkpoint in the making; every record goes to the end of one shard."""
+    """Builds a checkpoint; every record is appended to one shard."""
 
     def __init__(self) -> None:
         self.metadata = Metadata({}, storage_data={})
@@ -45,7 +45,7 @@ class Maker:
     def tensor(
         self, name: str, tensor: torch.Tensor, boxes: list[tuple[tuple[int, ...], tuple[int, ...]]] | None = None
     ) -> None:
-        """A tensor in chunks: (offsets, sizes) of each."""
+        """Add a tensor in chunks, given as (offsets, sizes)."""
         boxes = boxes or [((0,) * tensor.dim(), tuple(tensor.shape))]
         entry = TensorStorageMetadata(TensorProperties(tensor.dtype), tensor.shape, [])
         for offset, size in boxes:
@@ -58,7 +58,7 @@ class Maker:
         entry.chunks.append(ChunkStorageMetadata(torch.Size(offset), torch.Size(size)))
 
     def raw_tensor(self, name: str, like: torch.Tensor, raw: bytes) -> None:
-        """A tensor of one chunk, whose record is `raw`."""
+        """Add a tensor of one chunk, whose record is `raw`."""
         entry = TensorStorageMetadata(TensorProperties(like.dtype), like.shape, [])
         self.stored(name, entry, (0,) * like.dim(), raw, tuple(like.shape))
         self.metadata.state_dict_metadata[name] = entry
@@ -68,7 +68,7 @@ class Maker:
         self.record(raw, name, None)
 
     def write(self, root: Path) -> Path:
-        """Write what there is, as `root`/iter_0000005."""
+        """Write the checkpoint as `root`/iter_0000005."""
         directory = root / "iter_0000005"
         directory.mkdir(parents=True)
         (directory / SHARD).write_bytes(self.shard)

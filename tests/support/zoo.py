@@ -1,17 +1,17 @@
-"""Tiny models of every architecture, as megatron-core builds and saves them: the table, and what tests need of it.
+"""Tiny models of every architecture, as megatron-core builds and saves them: the table, and helpers for tests.
 
 A row is the command line of a Megatron-LM training run (the common part is in `COMMON`), the class of transformers that
-computes the same function, and what one has to know to say so. tests/support/build_zoo.py builds them, in a process of its own.
+computes the same function, and notes on the mapping. tests/support/build_zoo.py builds them, in a separate process.
 
-What megatron-core 0.19.2 does, for all of them:
+Behavior of megatron-core 0.19.2, for all of them:
 
 - Arguments are stored under their destinations: --norm-epsilon is `layernorm_epsilon`, --apply-layernorm-1p
   `layernorm_zero_centered_gamma`. Biases in linears imply `add_qkv_bias`.
-- With `bias_gelu_fusion`, which is on unless there are no biases, gelu is the tanh approximation; without it is exact.
+- With `bias_gelu_fusion`, which is on unless there are no biases, gelu is the tanh approximation; without it, gelu is exact.
 - TEGroupedMLP saves what SequentialMLP saves: `mlp.experts.experts.linear_fc1.weight`, experts stacked, or with one key per
   layer `mlp.experts.experts.0.linear_fc1.weight_w`. Its parameters' names, `weight0`, are not in torch_dist checkpoints.
-- Layers with experts are stacked like others, unless some have none: then there is one key per layer.
-- Latent attention keeps rope's pairs as neighbours (rope_interleave), and multiplies its softmax's scale by the square of
+- Layers with experts are stacked like others, unless some layers have none: then there is one key per layer.
+- Latent attention stores rope's pairs as neighbors (rope_interleave), and multiplies its softmax scale by the square of
   yarn's mscale for all dimensions; mla_down_proj_fusion changes nothing that is saved.
 - A prediction layer's own layer is `mtp.layers.0.transformer_layer` in checkpoints, `mtp_model_layer` in the model.
 - `expert_bias` is float32. Mamba's in_proj and conv1d are saved in parts: `in_proj.weight.z`, `.x`, `.B`, `.C`, `.dt`.
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 VOCABULARY = 500
-"""Words that mean something: the table has 512 rows, and those above are random too."""
+"""Number of ids in use: the table has 512 rows, and the other rows are random too."""
 
 COMMON = """
     --hidden-size 256 --ffn-hidden-size 384 --num-attention-heads 4 --seq-length 256 --max-position-embeddings 256
@@ -39,13 +39,13 @@ COMMON = """
     --no-rope-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-masked-softmax-fusion --no-persist-layer-norm
     --no-gradient-accumulation-fusion
 """
-"""What every run has; a row's own arguments come after, and win."""
+"""Arguments of every run; a row's own arguments come after them and take precedence."""
 
 ROPE = "--position-embedding-type rope --untie-embeddings-and-output-weights"
 LLAMA = f"--num-layers 2 --normalization RMSNorm --swiglu --disable-bias-linear {ROPE}"
 GQA = "--group-query-attention --num-query-groups 2"
 
-# The other dispatchers need CUDA streams; in which order tokens reach experts changes nothing.
+# The other dispatchers need CUDA streams; the order in which tokens reach experts does not matter.
 MIXTURE = "--moe-router-load-balancing-type none --moe-token-dispatcher-type allgather"
 QWEN_MOE = f"{LLAMA} {GQA} {MIXTURE} --num-experts 8 --moe-router-topk 3 --moe-ffn-hidden-size 128 --norm-epsilon 1e-6"
 QWEN3_MOE = f"{QWEN_MOE} --qk-layernorm --kv-channels 128"
@@ -73,11 +73,11 @@ HYBRID = (
 class Row:
     """One architecture.
 
-    `argv` is what the training run adds to `COMMON`; `hf` the class of transformers; `note` where the two differ.
-    `length` is the number of tokens of each of the four sequences; with `te`, tensors are saved under the names that
-    Transformer Engine's layers give them where the local ones give others (build_zoo.py, `te_key`). `activation` names a
-    function of megatron.core.activations and `embedding_scale` is the factor on the embeddings: what Megatron-Bridge sets
-    on the config and the model, and no argument says.
+    `argv` is what the training run adds to `COMMON`; `hf` the class of transformers; `note` describes differences.
+    `length` is the number of tokens of each of the four sequences; with `te`, tensors are saved under the names of
+    Transformer Engine's layers where they differ from the local ones (zoo_weights.py, `te_key`). `activation` names a
+    function of megatron.core.activations and `embedding_scale` is the factor on the embeddings: Megatron-Bridge sets
+    these on the config and the model, and no argument specifies them.
     """
 
     argv: str
@@ -90,7 +90,7 @@ class Row:
 
     @property
     def group(self) -> str:
-        """What is built in one process: starting one costs more than several models."""
+        """The models that are built in one process: starting one costs more than several models."""
         kinds = {"--hybrid-layer-pattern": "hybrid", "--multi-latent-attention": "latent", "--num-experts": "mixture"}
         return next((kind for flag, kind in kinds.items() if flag in self.argv.split()), "dense")
 
@@ -100,7 +100,7 @@ ZOO: dict[str, Row] = {
     "llama-mha-tied": Row(
         LLAMA.replace(" --untie-embeddings-and-output-weights", ""),
         "LlamaForCausalLM",
-        "tie_word_embeddings; num_query_groups is 1 in the args, which means nothing without group_query_attention",
+        "tie_word_embeddings; num_query_groups is 1 in the args, which has no effect without group_query_attention",
     ),
     "llama-mqa": Row(f"{LLAMA} --group-query-attention --num-query-groups 1", "LlamaForCausalLM", "one KV head"),
     "llama3": Row(
@@ -114,9 +114,9 @@ ZOO: dict[str, Row] = {
         f"{LLAMA} {GQA} --window-size 7,0",
         "MistralForCausalLM",
         "window_size (7, 0) is seven positions before a token and the token itself: sliding_window = 8. The local core "
-        "attention honours it",
+        "attention applies it",
     ),
-    "qwen2": Row(f"{LLAMA} {GQA} --add-qkv-bias", "Qwen2ForCausalLM", "biases in linear_qkv alone"),
+    "qwen2": Row(f"{LLAMA} {GQA} --add-qkv-bias", "Qwen2ForCausalLM", "biases only in linear_qkv"),
     "qwen3": Row(
         f"{LLAMA} {GQA} --qk-layernorm --kv-channels 128 --rotary-base 1000000",
         "Qwen3ForCausalLM",
@@ -138,7 +138,7 @@ ZOO: dict[str, Row] = {
     "partial-rotary": Row(
         f"{LLAMA} {GQA} --rotary-percent 0.5",
         "none",
-        "the first half of each head is rotated. transformers' LlamaForCausalLM reads no partial_rotary_factor",
+        "the first half of each head is rotated. transformers' LlamaForCausalLM does not read partial_rotary_factor",
     ),
     "arcee": Row(
         f"--num-layers 2 --normalization RMSNorm --squared-relu --disable-bias-linear {ROPE} {GQA}",
@@ -154,7 +154,7 @@ ZOO: dict[str, Row] = {
         "--num-layers 2 --ffn-hidden-size 512",
         "GPT2LMHeadModel",
         "with bias_gelu_fusion, the default, the fused function computes the tanh approximation: activation gelu_new. GPT-2 "
-        "has its linears transposed (Conv1D) and q, k, v one after another, not head by head; n_inner = 512",
+        "has its linears transposed (Conv1D) and q, k, v one after another, not interleaved by head; n_inner = 512",
     ),
     "gpt-erf": Row(
         "--num-layers 2 --ffn-hidden-size 512 --no-bias-gelu-fusion",
@@ -170,8 +170,8 @@ ZOO: dict[str, Row] = {
         "--num-layers 2 --normalization RMSNorm --apply-layernorm-1p --disable-bias-linear --position-embedding-type rope "
         "--kv-channels 128 --group-query-attention --num-query-groups 1",
         "GemmaForCausalLM",
-        "the args say neither the gate nor the activation (swiglu False): there is no argument for a gated gelu, and "
-        "--openai-gelu is read by nobody. The scale of the embeddings is not in them either, as Megatron-Bridge trains it; "
+        "the args specify neither the gate nor the activation (swiglu False): there is no argument for a gated gelu, and "
+        "nothing reads --openai-gelu. The scale of the embeddings is not in them either, as Megatron-Bridge trains it; "
         "--use-mup --mup-embedding-mult 16 --mup-attn-scale-power 0.5 is the same function bit for bit",
         activation="fast_gelu",
         embedding_scale=16.0,
@@ -185,7 +185,7 @@ ZOO: dict[str, Row] = {
         f"{QWEN_MOE} --add-qkv-bias --moe-router-pre-softmax "
         "--moe-shared-expert-intermediate-size 256 --moe-shared-expert-gate",
         "Qwen2MoeForCausalLM",
-        "moe_router_pre_softmax is norm_topk_prob False, as Megatron-Bridge maps it for Qwen3-MoE; it knows no Qwen2-MoE",
+        "moe_router_pre_softmax is norm_topk_prob False, as Megatron-Bridge maps it for Qwen3-MoE; it has no Qwen2-MoE",
     ),
     "qwen3-moe": Row(QWEN3_MOE, "Qwen3MoeForCausalLM", "norm_topk_prob True"),
     "qwen3-moe-pre-softmax": Row(f"{QWEN3_MOE} --moe-router-pre-softmax", "Qwen3MoeForCausalLM", "norm_topk_prob False"),
@@ -197,27 +197,27 @@ ZOO: dict[str, Row] = {
     "moe-freq-number": Row(
         f"{QWEN3_MOE} --num-layers 4 --moe-layer-freq 2",
         "Qwen3MoeForCausalLM",
-        "layers 0 and 2 have experts, where decoder_sparse_step 2 means 1 and 3: so mlp_only_layers [1, 3]",
+        "layers 0 and 2 have experts, while decoder_sparse_step 2 means 1 and 3: so mlp_only_layers [1, 3]",
     ),
     "deepseek-v2-lite": Row(
         f"{DEEPSEEK} {YARN} --num-experts 8 --moe-router-topk 3 --moe-router-topk-scaling-factor 1.5 "
         "--moe-router-num-groups 1 --moe-router-group-topk 1",
         "DeepseekV2ForCausalLM",
         "greedy routing in one group, which limits nothing, norm_topk_prob False. The norms of the latents have epsilon 1e-6 "
-        "in transformers, whatever the config says, hence norm_epsilon 1e-6",
+        "in transformers, regardless of the config, hence norm_epsilon 1e-6",
     ),
     "deepseek-v3": Row(
         f"{DEEPSEEK_V3} --rope-type rope",
         "DeepseekV3ForCausalLM",
         "norm_topk_prob True. A group's score is the sum of its best topk / group_topk experts, in transformers of its best "
-        "two: the same only where topk is twice group_topk",
+        "two: the same only if topk is twice group_topk",
     ),
     "deepseek-v3-yarn": Row(f"{DEEPSEEK_V3} {YARN}", "DeepseekV3ForCausalLM"),
     "deepseek-v3-latents": Row(
         f"{DEEPSEEK_V3} {YARN} --q-lora-rank 256 --kv-lora-rank 512 --qk-pos-emb-head-dim 64 --qk-head-dim 128 "
         "--v-head-dim 128",
         "DeepseekV3ForCausalLM",
-        "the latents of the real model, 512 + 64: 576 rows are no whole blocks of 128, and the only ones that engines' kernels "
+        "the latents of the real model, 512 + 64: 576 rows are not a multiple of 128, and the only size that engines' kernels "
         "of latent attention are built for",
     ),
     "gpt-oss": Row(
@@ -227,10 +227,10 @@ ZOO: dict[str, Row] = {
         "--window-size 7,0 --window-attn-skip-freq 2 --position-embedding-type yarn --rotary-base 150000 "
         "--rotary-scaling-factor 32 --yarn-original-max-position-embeddings 4096 --no-yarn-correction-range-round-to-int",
         "GptOssForCausalLM",
-        "every second layer is a full one: layer_types sliding, full, sliding, full. Biases in all linears, the experts' and "
-        "the router's too. rope_type yarn with truncate False; mscale 1 and mscale_all_dim 0, the defaults, mean what no "
-        "mscale means in transformers. Gate and up are halves here, alternating rows in transformers. Without the fusion, "
-        "because the fused function clamps before it adds the experts' bias, where SequentialMLP leaves the bias to it: "
+        "every second layer is a full one: layer_types sliding, full, sliding, full. Biases in all linears, including the "
+        "experts' and the router's. rope_type yarn with truncate False; mscale 1 and mscale_all_dim 0, the defaults, are "
+        "equivalent to no mscale in transformers. Gate and up are halves here, alternating rows in transformers. Without the "
+        "fusion, because the fused function clamps before it adds the experts' bias, which SequentialMLP leaves to it: "
         "transformers and grouped experts, whose linears add it themselves, clamp the sum",
     ),
     "deepseek-v3-mtp": Row(f"{DEEPSEEK_V3} {YARN} --mtp-num-layers 1", "DeepseekV3ForCausalLM"),
@@ -253,15 +253,15 @@ for _name in ("mixtral", "moe-freq-list", "deepseek-v2-lite", "deepseek-v3-mtp")
 
 
 class Builder:
-    """Builds models in processes of their own, once."""
+    """Builds each model once, in separate processes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.built = folder, set[Path]()
 
     def __call__(self, name: str, *, tp: int = 1, pp: int = 1, ep: int = 1, per_layer: bool = False) -> Path:
-        """The folder of the model: `ckpt`, and `logits.pt` where it was built in one process.
+        """The folder of the model: `ckpt`, and `logits.pt` if it was built in one process.
 
-        That of one process comes with the rest of its group, others alone.
+        Models that take one process are built together with the rest of their group, others alone.
         """
         sizes = {"tp": tp, "pp": pp, "ep": ep}
         folder = self.folder / "-".join([*map(str, sizes.values()), "layers" if per_layer else "stacks"])
@@ -278,7 +278,7 @@ class Builder:
 
 
 def observed(folder: Path) -> dict[str, torch.Tensor]:
-    """What megatron-core computed: "ids", "logits" and "hidden" (tests/support/build_zoo.py)."""
+    """megatron-core's results: "ids", "logits" and "hidden" (tests/support/build_zoo.py)."""
     import torch
 
     return torch.load(folder / "logits.pt", weights_only=True)

@@ -1,4 +1,4 @@
-"""What the models of tests/support/zoo.py compute, and whether they would notice a mistake."""
+"""Results of the models of tests/support/zoo.py, and checks that a mistake would change them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BATCH = 4
 
 
 class OnCpu(TorchFunctionMode):
-    """Lets megatron-core create its masks, and the second table of tied embeddings, without the GPU that it asks for."""
+    """Lets megatron-core create its masks, and the second table of tied embeddings, without the GPU that it requires."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -46,9 +46,9 @@ def observe(model, ids):
 
 @torch.no_grad()
 def cached_latents(model, ids):
-    """What engines cache of each layer of latent attention: largest latent after its norm, largest rotated shared key.
+    """The values that engines cache per layer of latent attention: largest latent after its norm, largest rotated shared key.
 
-    Float32 [layers, 2]. The shared key is what follows the head's own part in every head's key.
+    Float32 [layers, 2]. The shared key is the last part of every head's key.
     """
     found = torch.zeros(len(model.decoder.layers), 2)
     hooks = []
@@ -85,20 +85,20 @@ class OneHeadWrong:
 
     def rotate(self, states, frequencies, *args, **kwargs):
         out = self.right(states, frequencies, *args, **kwargs).clone()
-        if states.shape[2] > 1:  # one head alone may be a key that is shared by all
+        if states.shape[2] > 1:  # a single head may be a key shared by all
             half = frequencies.chunk(2, dim=-1)[0].flip(-1)
             out[:, :, :1] = self.right(states[:, :, :1], torch.cat([half, half], dim=-1), *args, **kwargs)
         return out
 
 
 def divergence(logits, other):
-    """Mean KL divergence of two models' next words, in nats."""
+    """Mean KL divergence of two models' next-token distributions, in nats."""
     p, q = logits.log_softmax(-1), other.log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1).mean().item()
 
 
 def check_sensitive(model, ids, logits):
-    """A model that does not notice wrong positions, or one head's decay in place of another's, would not test anything."""
+    """Check that wrong positions, or one head's decay instead of another's, change the logits; return the KL divergence."""
     shifted = {"learned_absolute": "embedding.position_embeddings.weight", "none": "decoder.layers.0.mixer.A_log"}
     if model.position_embedding_type in shifted:
         table = model.get_parameter(shifted[model.position_embedding_type]).data
@@ -114,7 +114,7 @@ def check_sensitive(model, ids, logits):
 
 
 class Routing:
-    """While entered, notes which experts each router chooses, and disturbs what it reads by `noise`, relative to its size."""
+    """While entered, records which experts each router chooses, and disturbs the routers' inputs by relative `noise`."""
 
     def __init__(self, model, noise=0.0):
         from megatron.core.transformer.moe.router import TopKRouter
@@ -139,7 +139,7 @@ class Routing:
 
 
 def moved_tokens(model, ids, noise):
-    """Which tokens [batch, length] go to other experts when what routers read is off by `noise`."""
+    """Which tokens [batch, length] are routed to other experts if the routers' inputs are off by `noise`; experts' counts."""
     with Routing(model) as exact:
         observe(model, ids)
     moved = torch.zeros_like(ids, dtype=torch.bool)
@@ -153,7 +153,7 @@ def moved_tokens(model, ids, noise):
 
 
 def sentences(model, row):
-    """Token ids [4, length], which no rounding sends to other experts."""
+    """Token ids [4, length] that no rounding routes to other experts."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, VOCABULARY, (BATCH, row.length), generator=generator)
     if not model.config.num_moe_experts:

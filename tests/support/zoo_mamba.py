@@ -1,6 +1,6 @@
-"""Hybrid models without a GPU: a local spec of their layers, and the little of mamba-ssm that megatron-core imports.
+"""Hybrid models without a GPU: a local spec of their layers, and the parts of mamba-ssm that megatron-core imports.
 
-mamba-ssm needs CUDA to install. What stands in for it computes the same in torch, one token after another.
+Installing mamba-ssm requires CUDA. Its replacement computes the same in torch, one token after another.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 
 class RMSNormGated(torch.nn.Module):
-    """RMSNorm of groups of channels of `x` times silu of `z`, as mamba_ssm.ops.triton.layernorm_gated's."""
+    """RMSNorm of groups of channels of `x` times silu of `z`, like that of mamba_ssm.ops.triton.layernorm_gated."""
 
     def __init__(self, hidden_size, eps=1e-5, group_size=None, norm_before_gate=True, device=None, dtype=None):
         super().__init__()
@@ -27,7 +27,7 @@ class RMSNormGated(torch.nn.Module):
 
 
 def mamba_chunk_scan_combined(x, dt, a, b, c, _chunk_size, D=None, dt_bias=None, dt_softplus=False, **others):  # noqa: N803
-    """The selective scan of Mamba 2: `x` [batch, length, heads, dim], `dt` [batch, length, heads], `a` [heads], `b` and `c`
+    """Run the selective scan of Mamba 2: `x` [batch, length, heads, dim], `dt` [batch, length, heads], `a` [heads], `b` and `c`
     [batch, length, groups, state], to the shape of `x`."""
     assert dt_softplus
     assert not any(value is not None and value is not False for value in others.values()), others
@@ -44,12 +44,12 @@ def mamba_chunk_scan_combined(x, dt, a, b, c, _chunk_size, D=None, dt_bias=None,
 
 
 def mamba_split_conv1d_scan_combined(*_args, **_kwargs):
-    """The fused function of training, which is not called where `use_mamba_mem_eff_path` is off."""
+    """The fused function for training, which is not called if `use_mamba_mem_eff_path` is off."""
     raise NotImplementedError
 
 
 def install():
-    """Let megatron-core import this as mamba-ssm."""
+    """Make megatron-core import this module's replacements as mamba-ssm."""
     contents = {
         "layernorm_gated": {"RMSNorm": RMSNormGated},
         "ssd_combined": {
@@ -67,7 +67,7 @@ def install():
 def stack_spec():
     """megatron-core's spec of hybrid layers (models/hybrid/hybrid_layer_specs.py) with local linears and norms.
 
-    Their norms are saved under the names of Transformer Engine's layers, as there.
+    As there, the norms are saved under the names of Transformer Engine's layers.
     """
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec

@@ -1,6 +1,6 @@
-"""How models of tests/support/zoo.py are built with megatron-core: its local layers, with what the CPU needs.
+"""Building the models of tests/support/zoo.py with megatron-core: its local layers, adapted to the CPU.
 
-Nothing of mptq, and nothing of megatron-core before it is told that there is no GPU (tests/support/build_zoo.py).
+Imports nothing of mptq, and nothing of megatron-core before build_zoo.py has replaced the CUDA calls.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 
 
 class CenteredNorm(torch.nn.Module):
-    """What Transformer Engine's norms compute with zero_centered_gamma, which megatron-core's local ones refuse."""
+    """Transformer Engine's norms with zero_centered_gamma, which megatron-core's local ones refuse."""
 
     def __init__(self, config, hidden_size, eps=1e-5):
         super().__init__()
@@ -38,7 +38,7 @@ def float_config(args, row):
 
 
 def attention_class():
-    """megatron-core's local core attention, which works for latent attention once it knows the width of its values."""
+    """megatron-core's local core attention, which supports latent attention once the width of its values is set."""
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
     class Attention(DotProductAttention):
@@ -50,11 +50,11 @@ def attention_class():
 
 
 def plain_queries():
-    """Latent attention whose queries are projected from what came in, as DeepSeek-V2-Lite's.
+    """Latent attention whose queries are projected directly from the hidden states, as in DeepSeek-V2-Lite.
 
-    megatron-core 0.17 builds it so. 0.19.2 wants a norm of its own in front of that projection wherever the latent of keys
-    and values has one (transformer/mla_qk_norm_config.py), as a tensor `linear_q_proj.layer_norm_weight` for which
-    DeepSeek-V2 has no place; its local layers cannot build it.
+    megatron-core 0.17 builds it this way. 0.19.2 requires a separate norm in front of that projection wherever the latent of
+    keys and values has one (transformer/mla_qk_norm_config.py), as a tensor `linear_q_proj.layer_norm_weight` that does not
+    exist in DeepSeek-V2; its local layers cannot build it.
     """
     from megatron.core.tensor_parallel import ColumnParallelLinear
     from megatron.core.transformer.multi_latent_attention import MLASelfAttention
@@ -71,7 +71,7 @@ def plain_queries():
 
 
 def layer_specs(config):
-    """Specs of this rank's layers: megatron-core's local ones, with what the CPU needs."""
+    """Specs of this rank's layers: megatron-core's local ones, adapted to the CPU."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer.identity_op import IdentityOp
 
@@ -94,7 +94,7 @@ def layer_specs(config):
 
 
 def build(args, row):
-    """This rank's part of the model in float32, its weights still undefined."""
+    """This rank's part of the model in float32, with uninitialized weights."""
     config = float_config(args, row)
     model = (build_hybrid if args.hybrid_layer_pattern else build_gpt)(config, args)
     if row.embedding_scale != 1 and model.pre_process:
@@ -103,7 +103,7 @@ def build(args, row):
 
 
 def common(args):
-    """What all models of megatron-core take."""
+    """The arguments that all models of megatron-core take."""
     from megatron.core import parallel_state
 
     return {
@@ -120,7 +120,7 @@ def common(args):
 
 
 def build_gpt(config, args):
-    """A GPTModel, as Megatron's training builds it."""
+    """A GPTModel, built as in Megatron's training."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
 
@@ -136,14 +136,14 @@ def build_gpt(config, args):
 
 
 def build_hybrid(config, args):
-    """A HybridModel: attention, Mamba, MLPs and experts, one to a layer, as the pattern says."""
+    """A HybridModel: attention, Mamba, MLPs and experts, one per layer, as the pattern specifies."""
     from megatron.core.models.hybrid import hybrid_block
     from megatron.core.models.hybrid.hybrid_model import HybridModel
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     from tests.support.zoo_mamba import stack_spec
 
-    hybrid_block.TENorm = WrappedTorchNorm  # the last norm is no part of the spec
+    hybrid_block.TENorm = WrappedTorchNorm  # the last norm is not part of the spec
     config.use_mamba_mem_eff_path = False
     pattern = args.hybrid_layer_pattern
     return HybridModel(config=config, hybrid_stack_spec=stack_spec(), hybrid_layer_pattern=pattern, **common(args))

@@ -1,8 +1,8 @@
-"""The weights of the models of tests/support/zoo.py, and what checkpoints call them.
+"""The weights of the models of tests/support/zoo.py, and their names in checkpoints.
 
-Weights are drawn by the name of the tensor, layer and expert, whole, and cut to this rank's part, so that they are the same
-in every layout. Norms, biases and routers are drawn so that mistakes with them show, and the attention so that it is far
-from uniform.
+Each tensor is drawn whole, seeded by its name, layer and expert, and cut to this rank's part, so that weights are the same
+in every layout. Norms, biases and routers are drawn so that mistakes with them are visible, and the attention so that it is
+far from uniform.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ def sharded_tensors(model, args):
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
     from megatron.training.checkpointing import _build_sharded_state_dict_metadata
 
-    stacked = {"singleton_local_shards": False}  # whatever is saved: names make the weights
+    stacked = {"singleton_local_shards": False}  # regardless of what is saved: the weights are seeded by these names
     described = model.sharded_state_dict(metadata=_build_sharded_state_dict_metadata(args) | stacked)
     apply_factories(described)
     return [value for value in nested_values(described) if isinstance(value, ShardedTensor)]
 
 
 def place_of(tensor):
-    """Name of a tensor without its layer's number, and its numbers in stacks: layer, expert."""
+    """Name of a tensor without its layer index, and its indices in stacks: layer, expert."""
     numbers = list(tensor.global_offset[: tensor.prepend_axis_num])
     found = re.search(r"\.layers\.(\d+)\.", tensor.key)
     if found:
@@ -35,9 +35,9 @@ def place_of(tensor):
 
 
 def draw(name, shape, args, row):
-    """The whole tensor called `name` in float32."""
+    """Draw the whole tensor called `name` in float32."""
     normal = torch.randn(shape)
-    name = re.sub(r"\.(z|x|B|C|dt)$", "", name)  # Mamba's, which are saved in parts
+    name = re.sub(r"\.(z|x|B|C|dt)$", "", name)  # Mamba's tensors, which are saved in parts
     if name.endswith("A_log"):
         return torch.rand(shape).mul(15).add(1).log()
     if name.endswith("dt_bias"):
@@ -50,9 +50,9 @@ def draw(name, shape, args, row):
         return normal * (0.05 if name.endswith("expert_bias") else 0.2)
     if name.endswith("softmax_offset"):
         return normal
-    if "embeddings" in name:  # a tied one is small: with a large one, the next word would always be the word itself
+    if "embeddings" in name:  # small if tied: otherwise the next token would always be the token itself
         return normal * (1.0 if args.untie_embeddings_and_output_weights else 0.1 / row.embedding_scale**0.5)
-    clamp = bool(args.activation_func_clamp_value)  # something must reach it
+    clamp = bool(args.activation_func_clamp_value)  # some values must reach the clamp
     scale = {
         "linear_qkv.weight": 1.3,
         "output_layer.weight": 2.0,
@@ -64,7 +64,7 @@ def draw(name, shape, args, row):
 
 
 def preferences(words, experts, groups):
-    """How much each word prefers each expert, [words, experts]: an order of the groups, and one of the experts in each."""
+    """How much each token prefers each expert, [words, experts]: an order of the groups, and one of the experts in each."""
     among = torch.rand(words, groups, 1).argsort(dim=1) / 2
     within = torch.rand(words, groups, experts // groups).argsort(dim=2)
     order = (among + within).flatten(1)
@@ -72,10 +72,10 @@ def preferences(words, experts, groups):
 
 
 def tell_experts(name, tensor, args):
-    """Change `tensor` so that experts are chosen by wide margins: rounding must not send a token to another one.
+    """Change `tensor` so that experts are chosen by wide margins: rounding must not route a token to another one.
 
-    Each word is told its experts by the first coordinates of its embedding, large ones, which the layers hardly change and
-    which every router reads.
+    The first coordinates of each token's embedding are large and determine its experts; the layers hardly change them, and
+    every router reads them.
     """
     experts = args.num_experts
     if name.endswith("word_embeddings.weight"):
@@ -91,7 +91,7 @@ def tell_experts(name, tensor, args):
 
 @torch.no_grad()
 def fill(model, args, row):
-    """Give every tensor of this rank its part of the drawn one, rounded to BF16."""
+    """Fill every tensor of this rank with its part of the drawn one, rounded to BF16."""
     for parameter in model.parameters():
         parameter.fill_(torch.nan)
     for tensor in sharded_tensors(model, args):
@@ -108,7 +108,7 @@ def fill(model, args, row):
 
 
 def to_bfloat16(model):
-    """Round what is BF16 in training: everything but the bias of experts, which megatron-core keeps in float32."""
+    """Round what is BF16 in training: everything except the bias of experts, which megatron-core keeps in float32."""
     kept = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("expert_bias")}
     model.bfloat16()
     for name, buffer in kept.items():
@@ -116,10 +116,10 @@ def to_bfloat16(model):
 
 
 def te_key(key, keys):
-    """What Transformer Engine's layers call a tensor that the local ones call `key`; `keys` are those of the whole model.
+    """Transformer Engine's name for a tensor that the local layers call `key`; `keys` are those of the whole model.
 
-    Its norms are part of the linear that follows, except before experts. Those of the local ones are so in checkpoints too,
-    except in latent attention, and so is the one before experts.
+    Its norms are part of the linear that follows, except before experts. In checkpoints the same holds for the local layers,
+    except in latent attention, and the norm before experts is part of the linear too.
     """
     found = re.match(r"(.*\blayers\.(?:\d+\.)?(?:transformer_layer\.)?)(.*)", key)
     if not found:
@@ -129,7 +129,7 @@ def te_key(key, keys):
         "self_attention.kv_layernorm.weight": "self_attention.linear_kv_up_proj.layer_norm_weight",
         "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
     }
-    if f"{layer}self_attention.linear_q_up_proj.weight" in keys:  # elsewhere it is that of each head
+    if f"{layer}self_attention.linear_q_up_proj.weight" in keys:  # otherwise it is the norm of each head
         renamed["self_attention.q_layernorm.weight"] = "self_attention.linear_q_up_proj.layer_norm_weight"
     if f"{layer}mlp.router.weight" in keys:
         del renamed["pre_mlp_layernorm.weight"]
@@ -138,7 +138,7 @@ def te_key(key, keys):
 
 
 def name_as_te(model):
-    """Let `model` describe its tensors to checkpoints by Transformer Engine's names."""
+    """Make `model` describe its tensors to checkpoints by Transformer Engine's names."""
     describe = model.sharded_state_dict
 
     def renamed(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""Arrows between modules go one way, and what needs no torch does not import it."""
+"""Imports between modules go one way, and modules that need no torch do not import it."""
 
 import ast
 import graphlib
@@ -17,14 +17,14 @@ ORDER = [
     *("checkpoint", "model", "recipes", "quantize", "output", "formats", "layers", "plan", "distributed", "calibration"),
     *("report", "inspection", "verification", "pipeline", "cli", "__init__", "__main__"),
 ]
-"""Each imports from those before it, types included: the picture in docs/architecture.md from left to right."""
+"""Each imports only from those before it, including for type checking: the diagram in docs/architecture.md."""
 HOMES = {
     "modelopt": {"quantize", "recipes"},
     "megatron": {"calibration", "layers", "pipeline"},
     "typer": {"cli"},
     "rich": {"cli"},
 }
-"""Libraries that are imported in few packages only (megatron by pipeline for its types)."""
+"""Libraries that only these packages may import (pipeline imports megatron for its types)."""
 
 
 def modules():
@@ -51,8 +51,8 @@ def test_imports_go_one_way(part, path):
         assert part in HOMES.get(top, {part}), f"{path}: {top} is imported by {' and '.join(HOMES[top])} only"
 
 
-def test_no_module_imports_one_that_imports_it():
-    """Within packages too, types included."""
+def test_no_imports_are_circular():
+    """Within packages too, including imports for type checking."""
     names = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for _, path in modules()}
     graph = {
         name: {target for found in imported(path) for target in (found, found.rpartition(".")[0]) if target in names}
@@ -62,7 +62,7 @@ def test_no_module_imports_one_that_imports_it():
     assert list(graphlib.TopologicalSorter({name: graph[name] - {name} for name in graph}).static_order())
 
 
-def test_nothing_outside_formats_compares_with_the_name_of_one():
+def test_nothing_outside_formats_compares_format_names():
     names = "|".join(FORMATS)
     compared = re.compile(rf"""(?:==|!=|\bin\b)\s*\(?["'](?:{names})["']|["'](?:{names})["']\s*(?:==|!=|\bin\b)""")
     found = [str(path) for part, path in modules() if part not in ("formats", "cli") and compared.search(path.read_text())]
@@ -79,7 +79,7 @@ def test_nothing_outside_formats_compares_with_the_name_of_one():
         "import mptq.calibration.tokens",
     ],
 )
-def test_planning_imports_no_torch(code):
+def test_planning_does_not_import_torch(code):
     heavy = "torch", "megatron", "modelopt", "transformers", "numpy", "datasets", "pyarrow", "matplotlib", "jinja2"
     check = f"{code}; import sys; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)

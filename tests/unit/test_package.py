@@ -1,4 +1,4 @@
-"""The wheel: what it holds, and that installing it leaves the user's torch alone."""
+"""The wheel: its contents, and that installing it does not replace the user's torch."""
 
 import re
 import subprocess
@@ -32,8 +32,8 @@ def test_recipes_types_and_templates_are_in_the_wheel(wheel, tmp_path):
     assert "fp8-blockwise" in done.stdout
 
 
-def test_installing_replaces_nothing(wheel):
-    """Every requirement is loose enough for what is installed, so pip would install mptq alone."""
+def test_installing_replaces_no_package(wheel):
+    """Every requirement accepts the installed versions, so pip would install only mptq."""
     done = run(sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--force-reinstall", "--no-deps", wheel)
     assert "Would install mptq" in done.stdout
     done = run(sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--upgrade", wheel)
@@ -41,7 +41,7 @@ def test_installing_replaces_nothing(wheel):
 
 
 def test_property_tests_have_no_time_limits():
-    """One profile for all (tests/conftest.py): no test sets its own, and none fails because the machine is busy."""
+    """All use one profile (tests/conftest.py): no test sets its own limit, and none fails because the machine is busy."""
     assert settings.default.deadline is None
     assert HealthCheck.too_slow in settings.default.suppress_health_check
     own = [path.name for path in sorted((ROOT / "tests").rglob("test_*.py")) if re.search(r"deadline[=]", path.read_text())]
