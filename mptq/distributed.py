@@ -109,7 +109,7 @@ class Ranks:
         return tensor
 
     def _group(self, device: torch.device) -> ProcessGroup:
-        """Returns the process group for tensors on `device`, created on first use, which all ranks must reach together."""
+        """Returns the process group for tensors on `device`, created on first use, by all ranks at once."""
         from torch import distributed
 
         if device.type not in self.groups:

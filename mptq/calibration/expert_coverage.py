@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def observed(linears: Sequence[LinearSpec], static: Sequence[LinearSpec]) -> list[LinearSpec]:
-    """Returns the `linears` of a layer whose inputs are observed: the `static` ones, and the same linear of all experts.
+    """Returns the `linears` of a layer whose inputs are observed: the `static` ones, and that linear in all experts.
 
     An expert to which no token is routed gets its scale from the others, including those that need no scale themselves.
     """

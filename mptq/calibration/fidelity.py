@@ -1,4 +1,4 @@
-"""Distance of the quantized stream from the reference: hidden states after each layer, then next-token distributions."""
+"""How far the quantized stream is from the reference: hidden states of each layer, and next-token distributions."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class NextTokens:
     agreement: Mean = field(default_factory=Mean)
 
     def add(self, sequence: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
-        """Adds a sequence in pieces: float32 logits of both [tokens, vocabulary], and the next token ids int64 [tokens]."""
+        """Adds a sequence in pieces: float32 logits of both [tokens, vocabulary], next token ids int64 [tokens]."""
         sums = torch.zeros(4, dtype=torch.float64)
         count = 0
         for reference, quantized, following in sequence:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HiddenStateOptions:
-    """How to run forward passes. If hidden states take more than `memory` bytes on a rank, they are in files in `folder`."""
+    """How to run forward passes. Hidden states over `memory` bytes on a rank are kept in files in `folder`."""
 
     device: torch.device
     batch_size: int
@@ -94,7 +94,7 @@ class HiddenStatePair:
         )
 
     def embed(self, tables: Sequence[torch.Tensor]) -> None:
-        """Initializes both streams from the word embeddings [vocabulary, hidden] and, if any, the position embeddings."""
+        """Initializes both streams from the word embeddings [vocabulary, hidden] and any position embeddings."""
         for stream in (self.reference, self.quantized):
             for batch in [*self.held_out, *self.calibration]:
                 if batch.tokens.stop <= len(stream.states):
@@ -170,7 +170,7 @@ class HiddenStatePair:
         return {"hidden_relative_error": deviation.relative_error, "hidden_cosine": deviation.cosine}
 
     def finish(self, norm: Sequence[torch.Tensor], head: torch.Tensor) -> dict[str, Any] | None:
-        """Compares next-token distributions on the held-out sequences (returns None without any), and closes both streams.
+        """Compares next-token distributions on the held-out sequences (None without any), and closes both streams.
 
         `norm` [hidden] are the final norm's weight and, if it has one, its bias; `head` [padded vocabulary, hidden] is
         the output layer's weight. Raises CheckpointError for distributions that are not finite, or that give the

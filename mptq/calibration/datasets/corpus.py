@@ -9,7 +9,7 @@ import numpy as np
 
 
 def pieces(documents: Iterable[np.ndarray], length: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields numbered documents. If there is only one, it is cut into pieces of `length` tokens, so that it can be split."""
+    """Yields numbered documents. A single one is cut into pieces of `length` tokens, so that it can be split."""
     filled = enumerate(documents)
     first, second = next(filled, None), next(filled, None)
     if first is not None and second is None:

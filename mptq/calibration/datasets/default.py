@@ -36,14 +36,14 @@ MODULES = (
 
 
 def read_reference(name: str, options: DataOptions, bits: np.random.PCG64) -> Iterator[Document]:
-    """Yields stretches of the language reference (English); raises DataError if it is not installed with this Python."""
+    """Yields stretches of the language reference (English); raises DataError if this Python lacks it."""
     del name
     topics = sorted(_topics(_library_file(TOPICS)).items())
     return stretches([(f"topic {topic}", text.encode()) for topic, text in topics], options, bits)
 
 
 def read_library(name: str, options: DataOptions, bits: np.random.PCG64) -> Iterator[Document]:
-    """Yields stretches of the modules' source code; raises DataError if one is not installed with this Python."""
+    """Yields stretches of the modules' source code; raises DataError if this Python lacks one."""
     del name
     modules = [f"{module}.py" for module in MODULES.split()]
     return stretches([(module, mapped(_library_file(module))) for module in modules], options, bits)

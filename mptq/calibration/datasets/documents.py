@@ -27,7 +27,7 @@ def _text(text: Any) -> str | None:
 
 
 def _messages(messages: Any) -> Messages | None:
-    """Returns the messages without keys that are null (fill values of table columns), or None if they are not messages."""
+    """Returns the messages without null keys (fill values of table columns), or None if they are not messages."""
     if not isinstance(messages, list) or not messages:
         return None
     if not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages):

@@ -46,7 +46,7 @@ def is_text(path: Path) -> bool:
 
 
 def text_files(name: str) -> list[Path]:
-    """Returns the text file `name`, or the sorted files of a directory of .txt (and .md) files only; otherwise nothing."""
+    """Returns the text file `name`, or the sorted files of a directory of only .txt (and .md) files; else nothing."""
     path = Path(name)
     if path.is_file():
         return [path] if is_text(path) else []
@@ -65,7 +65,7 @@ def read_text(name: str, options: DataOptions, bits: np.random.PCG64) -> Iterato
 
 
 def stretches(texts: Sequence[tuple[str, Buffer]], options: DataOptions, bits: np.random.PCG64) -> Iterator[Document]:
-    """Yields stretches of UTF-8 texts, given as pairs of name and bytes; raises DataError for bytes that are not UTF-8."""
+    """Yields stretches of UTF-8 texts, given as names and bytes; raises DataError for bytes that are not UTF-8."""
     size = STRETCH * options.seq_length
     ends = list(accumulate(-(-len(buffer) // size) for _, buffer in texts))
     for index in shuffled(ends[-1] if ends else 0, bits):
@@ -80,7 +80,7 @@ def stretches(texts: Sequence[tuple[str, Buffer]], options: DataOptions, bits: n
 
 
 def _border(buffer: Buffer, at: int, size: int) -> int:
-    """Returns where the stretch at `at` begins: after the next line end within `size`, otherwise at the next character."""
+    """Returns where the stretch at `at` begins: after the next line end within `size`, else at the next character."""
     if at == 0 or at >= len(buffer):
         return min(at, len(buffer))
     end = buffer.find(b"\n", at - 1, at + size)
@@ -127,7 +127,7 @@ def _line_starts(path: Path) -> np.ndarray:
 
 
 def read_parquet(name: str, options: DataOptions, bits: np.random.PCG64) -> Iterator[Document]:
-    """Yields the document of each row. Row groups are shuffled, then the rows in each; one group is in memory at a time.
+    """Yields the document of each row. Row groups are shuffled, then rows within each; one group is in memory at once.
 
     Raises DataError for a file that is not Parquet or lacks the columns, and for a row without a document.
     """

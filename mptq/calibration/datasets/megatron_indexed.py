@@ -73,7 +73,7 @@ def _open(prefix: str) -> Any:
 
 
 def _join(dataset: Any, parts: range, most: int) -> np.ndarray:
-    """Returns the first `most` tokens of a document's parts, copied because the maps close when the dataset is freed."""
+    """Returns the first `most` tokens of a document's parts, copied: the maps close when the dataset is freed."""
     import numpy as np
 
     found = [np.zeros(0, np.int64)]

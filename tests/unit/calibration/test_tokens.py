@@ -150,7 +150,7 @@ def test_the_account(rows, words):
 
 
 def test_what_is_left_out_is_counted(words, tmp_path):
-    """Null and blank documents, and copies of held-out ones: 1 + 26 sequences use all rows but the last, an empty one."""
+    """Null and blank documents, and copies of held-out ones: 1 + 26 sequences use all rows but an empty last one."""
     empty = [{"text": None}, {"text": " "}, {"prompt": "w1", "completion": None}, {"messages": None}]
     path = write_json_lines(tmp_path / "rows.jsonl", [*empty, *ROWS[:14], *ROWS[:14]])
     data = load(path, words, options=replace(SMALL, packed=False, seq_length=64, eval_size=1, calib_size=26))

@@ -1,4 +1,4 @@
-"""Every kind of dataset, from real files: each document once, in an order set by the seed; one-line errors for damage."""
+"""Every kind of dataset, from real files: each document once, in the order of the seed; one-line errors for damage."""
 
 import json
 import os
