@@ -123,7 +123,7 @@ class CoreAttention(torch.nn.Module):
             self.softmax_offset = torch.nn.Parameter(torch.empty(config.num_attention_heads, dtype=config.params_dtype))
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_args: Any, **_kw: Any) -> torch.Tensor:
-        """Attends with `query` [s, b, heads, dim] to `key` and `value` with as many or fewer heads: [s, b, heads * dim]."""
+        """Returns [s, b, heads * dim] for `query` [s, b, heads, dim] and `key` and `value` of no more heads."""
         query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
         grouped = query.shape[1] != key.shape[1]
         if self.sinks:

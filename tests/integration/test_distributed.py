@@ -243,5 +243,5 @@ def test_what_cannot_be_shared_out_is_one_line(crossing, tokens, tmp_path):
     recipe = calibrated(tmp_path, "method: percentile, percentile: 99.9")
     done = torchrun(2, crossing, "--recipe", recipe, "--calib-dataset", tokens, "-o", tmp_path / "out")
     assert done.returncode == 1
-    assert "mptq: a percentile is of all samples together" in done.stderr
+    assert "mptq: percentile calibration needs all samples in one process" in done.stderr
     assert contents(tmp_path) == {"recipe.yaml": recipe.read_bytes()}
