@@ -31,7 +31,7 @@ def _release_memory() -> None:
 
 
 class LayerStream:
-    """Yields the outputs of each unit, in the order of the forward pass; the checkpoint is read two tensors ahead.
+    """Produces the outputs of all units, in the order of the forward pass; reads the checkpoint two tensors ahead.
 
     A layer has one output per linear. Hidden states, if any, pass through each layer as it is quantized, on all ranks
     together. For a unit that another rank writes, only the empty last output is yielded. Peak memory:

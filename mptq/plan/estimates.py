@@ -161,7 +161,7 @@ def _live_memory(plan: Plan, layer: int, work: ActivationBudget) -> int:
             tokens = tokens * model.moe_topk // model.num_experts
         inputs = (4 + width) * tokens * linear.in_features
         steps.append(kept + passed + inputs + 4 * tokens * linear.shape[0] + 4 * numel)
-        rounded = 2 * 4 * numel if first.splits and first.scheme(layer, linear) else 0  # dequantized members and fused matrix
+        rounded = 2 * 4 * numel if first.splits and first.scheme(layer, linear) else 0  # dequantized, and fused
         steps.append(items[place].source + items[place].made + items[place - 1].made + rounded)
     return sum(item.source for item in items) + max(steps)
 

@@ -132,8 +132,8 @@ def test_special_ids_are_those_of_transformers(kind, ends, tmp_path):
     loaded = load_tokenizer(tmp_path)
     expected = {key: getattr(loaded, key) for key in KEYS}
     assert (expected["bos_token_id"], expected["eos_token_id"]) == (1, {"</s>": 2, "<|im_end|>": 6, None: None}[ends])
-    told = {key: number for key, number in expected.items() if number is not None}
-    assert special_ids(tmp_path).fields == told
+    given = {key: number for key, number in expected.items() if number is not None}
+    assert special_ids(tmp_path).fields == given
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     whole = json.loads((tmp_path / "tokenizer.json").read_text())
     # As transformers before 5 wrote it: tokens as objects, and the added tokens in the config too.
@@ -142,12 +142,12 @@ def test_special_ids_are_those_of_transformers(kind, ends, tmp_path):
     old = {key: value for key, value in config.items() if key not in special} | objects | {"added_tokens_decoder": decoder}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(old))
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole | {"added_tokens": []}))
-    assert special_ids(tmp_path).fields == told
+    assert special_ids(tmp_path).fields == given
     # Names in a separate file, and only a vocabulary.
     (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(special))
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 6}))
-    assert special_ids(tmp_path).fields == told
+    assert special_ids(tmp_path).fields == given
 
 
 def test_a_token_without_an_id_in_any_file_has_none(tmp_path):
