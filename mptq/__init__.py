@@ -1,6 +1,6 @@
 """mptq: quantize Megatron distributed checkpoints to FP8, one layer at a time.
 
-The public functions are what the command line calls. Importing the package imports neither torch nor Megatron.
+These are the functions that the command line calls. Importing the package imports neither torch nor Megatron.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Options", "inspect", "load_recipe", "make_plan", "run", "verify"]
 
-_HOMES = {
+_MODULES = {
     "Options": "mptq.pipeline.options",
     "inspect": "mptq.inspection",
     "load_recipe": "mptq.recipes.recipe",
@@ -29,13 +29,13 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public function, or look up the version, when it is first used."""
+    """Imports a public function, or looks up the version, on first use."""
     if name == "__version__":
-        from importlib.metadata import version  # which takes as long to import as all else
+        from importlib.metadata import version  # imported here: it takes as long as all other imports together
 
         return version("mptq")
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'mptq' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -1,4 +1,4 @@
-"""The processes of a run, as torchrun starts them: each takes its share of the work, and rank 0 plans and finishes."""
+"""The processes of a run, started by torchrun: each takes a share of the work; rank 0 plans and finishes."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store
 
 PATIENCE = timedelta(hours=2)
-"""How long the others may take for their shares, which are of equal bytes, when this process is done with its own."""
+"""How long a process that has finished its share waits for the others, whose shares have about as many bytes."""
 
 
 @dataclass(slots=True)
 class Ranks:
-    """This process, number `rank` of `size`.
+    """This process, number `rank` of `size`, and its communication with the others.
 
-    They speak through torch's key-value store, and share tensors through process groups of their own, gloo on CPUs and NCCL on
-    GPUs. None of these is torch's default group: ModelOpt and megatron-core would take that for the group of a model that is
-    spread over the processes, and reduce the scales of different layers into one.
+    Objects go through torch's key-value store; tensors go through separate process groups, gloo on CPUs and NCCL on
+    GPUs. None of these is torch's default group: ModelOpt and megatron-core would assume that one model is sharded over
+    it, and reduce the scales of different layers into one.
     """
 
     rank: int = 0
@@ -38,51 +38,54 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether it is the one that plans, commits and prints."""
+        """Whether this is rank 0, which plans, finishes and prints."""
         return self.rank == 0
 
     def broadcast_object(self, value: Callable[[], Any]) -> Any:
-        """What `value` gives on rank 0, on every rank; what it raises there is raised there, and MptqError on the others."""
+        """Calls `value` on rank 0 and returns the result on every rank.
+
+        If `value` raises, rank 0 raises the same exception and the others raise MptqError.
+        """
         if self.store is None:
             return value()
         self.talks += 1
         key = f"mptq/{self.talks}"
         if not self.first:
-            with _told():
-                said, content = self._hear(key)
-            if not said:
-                raise MptqError("rank 0 has ended: see what it says")
+            with _peer_failures():
+                succeeded, content = self._get(key)
+            if not succeeded:
+                raise MptqError("rank 0 failed: see its error message")
             return content
         try:
             content = value()
         except BaseException:
-            self._say(key, (False, None))
+            self._set(key, (False, None))
             raise
-        self._say(key, (True, content))
+        self._set(key, (True, content))
         return content
 
     def barrier(self) -> None:
-        """Until every rank is here; raises MptqError when one of them has ended, or does not come."""
+        """Waits for every rank; raises MptqError when one has exited or does not arrive in time."""
         if self.store is not None:
             import torch
             from torch.distributed import BarrierOptions
 
-            with _told():
+            with _peer_failures():
                 self._group(torch.device("cpu")).barrier(BarrierOptions()).wait()
 
     def all_gather(self, value: Any) -> list[Any]:
-        """The `value` of every rank, by rank, on every rank."""
+        """Returns the `value` of every rank, in rank order, on every rank."""
         if self.store is None:
             return [value]
         self.talks += 1
         keys = [f"mptq/{self.talks}/{rank}" for rank in range(self.size)]
-        self._say(keys[self.rank], value)
+        self._set(keys[self.rank], value)
         self.barrier()
-        with _told():
-            return [self._hear(key) for key in keys]
+        with _peer_failures():
+            return [self._get(key) for key in keys]
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> None:
-        """Fill a contiguous `tensor` with that of rank `source`, which has the same shape and dtype."""
+        """Fills the contiguous `tensor` with that of rank `source`, which has the same shape and dtype."""
         if self.store is None:
             return
         import torch
@@ -90,23 +93,23 @@ class Ranks:
 
         options = BroadcastOptions()
         options.rootRank, options.rootTensor = source, 0
-        with _told():
+        with _peer_failures():
             self._group(tensor.device).broadcast([tensor.view(-1).view(torch.uint8)], options).wait()
 
     def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The elements of `tensor` [any], each the largest of all ranks; in place."""
+        """Reduces `tensor` [any] in place to its elementwise maximum over all ranks, and returns it."""
         if self.store is None or not tensor.numel():
             return tensor
         from torch.distributed import AllreduceOptions, ReduceOp
 
         options = AllreduceOptions()
         options.reduceOp = ReduceOp.MAX
-        with _told():
+        with _peer_failures():
             self._group(tensor.device).allreduce([tensor], options).wait()
         return tensor
 
     def _group(self, device: torch.device) -> ProcessGroup:
-        """The process group for tensors on `device`, made when it is first asked for: by all ranks at once."""
+        """Returns the process group for tensors on `device`, created on first use, by all ranks at once."""
         from torch import distributed
 
         if device.type not in self.groups:
@@ -116,58 +119,64 @@ class Ranks:
             self.groups[device.type] = getattr(distributed, made)(store, self.rank, self.size, PATIENCE)
         return self.groups[device.type]
 
-    def _say(self, key: str, content: Any) -> None:
+    def _set(self, key: str, content: Any) -> None:
         assert self.store is not None
         self.store.set(key, b64encode(pickle.dumps(content)).decode())
 
-    def _hear(self, key: str) -> Any:
-        """What a rank says there, when it does: of a process of this run (docs/security.md)."""
+    def _get(self, key: str) -> Any:
+        """Waits until a rank sets `key`. Only processes of this run write to the store (docs/security.md)."""
         assert self.store is not None
         return pickle.loads(b64decode(self.store.get(key)))  # noqa: S301
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _peer_failures() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # torch's DistError, of a timeout or a closed connection
+    except RuntimeError as error:  # torch's DistError: a timeout or a closed connection
         raise MptqError(
-            "another process of the run has ended: see what it says; what was finished is kept for --resume"
+            "another process of the run has exited: see its error message; finished units are kept for --resume"
         ) from error
 
 
 def _size() -> int:
-    """How many processes the environment says there are, as torchrun writes it."""
+    """Number of processes: WORLD_SIZE, which torchrun sets, or 1."""
     words = os.environ.get("WORLD_SIZE", "1")
     if not words.isdecimal() or words == "0":
-        raise MptqError(f"WORLD_SIZE is {words!r} in the environment, and must be a number of processes: unset it to run alone")
+        raise MptqError(f"WORLD_SIZE is {words!r}, which is not a number of processes: unset it to run a single process")
     return int(words)
 
 
 def is_first() -> bool:
-    """Whether this process is rank 0 of those that torchrun started, or alone. No torch."""
+    """Whether this process is rank 0, or the only one. Does not import torch."""
     return _size() == 1 or os.environ.get("RANK") == "0"
 
 
 def started() -> Ranks:
-    """This process among those that torchrun says there are, or alone."""
+    """Connects to the other processes that torchrun started, if there are any.
+
+    Raises MptqError when WORLD_SIZE is not a number or the processes cannot connect.
+    """
     if _size() == 1:
         return Ranks()
     from torch.distributed import rendezvous
 
     try:
         store, rank, size = next(iter(rendezvous("env://", timeout=PATIENCE)))
-    except (ValueError, RuntimeError) as error:  # a variable that is missing, or a store that is not there
+    except (ValueError, RuntimeError) as error:  # a missing variable, or a store that cannot be reached
         reason = str(error).partition("\n")[0]
         raise MptqError(
-            f"the environment says that there are {_size()} processes, which do not find each other ({reason}): start them "
-            "with torchrun, or unset WORLD_SIZE to run alone"
+            f"WORLD_SIZE is {_size()}, but the processes cannot connect to each other ({reason}): start them with torchrun, or "
+            "unset WORLD_SIZE to run a single process"
         ) from error
     return Ranks(rank, size, store)
 
 
 def shares(weights: Mapping[int, int], size: int) -> list[set[int]]:
-    """Units by rank: each unit, the largest first, to the rank that has least bytes so far. `weights` are bytes by unit."""
+    """Returns the units of each rank. Each unit, largest first, goes to the rank with the fewest bytes so far.
+
+    `weights` are bytes by unit.
+    """
     found: list[set[int]] = [set() for _ in range(size)]
     loads = [0] * size
     for unit in sorted(weights, key=lambda unit: (-weights[unit], unit)):

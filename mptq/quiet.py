@@ -1,4 +1,4 @@
-"""Importing megatron-core and ModelOpt without their warnings, and without changing how the host warns and logs."""
+"""Importing megatron-core and ModelOpt without their warnings, leaving the host's warnings and logging unchanged."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Silence what imports say of optional packages and a missing GPU; filters and levels are as before afterwards."""
-    logger = logging.getLogger("torch.utils.cpp_extension")  # on a machine with a CUDA toolkit and no GPU
+    """Silences warnings about optional packages and a missing GPU; restores warning filters and log levels on exit."""
+    logger = logging.getLogger("torch.utils.cpp_extension")  # it logs on a machine with a CUDA toolkit but no GPU
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

@@ -1,1 +1,1 @@
-"""Tokens, datasets, hidden states and what their difference says of the quantized model."""
+"""Tokens, datasets, hidden states, and the fidelity of the quantized model."""

@@ -1,4 +1,4 @@
-"""How many tokens each expert of a layer saw, and static scales for those that saw too few to have their own."""
+"""Counts the tokens routed to each expert of a layer, and provides static scales for experts that saw too few."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 
 def observed(linears: Sequence[LinearSpec], static: Sequence[LinearSpec]) -> list[LinearSpec]:
-    """Of a layer's `linears`, those whose inputs are observed: the `static` ones, and their like in every other expert.
+    """Returns the `linears` of a layer whose inputs are observed: the `static` ones, and that linear in all experts.
 
-    An expert that no token comes to has its scale from the others, also from those that need none themselves.
+    An expert to which no token is routed gets its scale from the others, including those that need no scale themselves.
     """
     kinds = {linear.kind for linear in static if linear.expert is not None}
     return [linear for linear in linears if linear in static or (linear.expert is not None and linear.kind in kinds)]
 
 
 class ExpertCoverage:
-    """Tokens by expert of one layer, counted as they come into the expert's first linear."""
+    """Tokens per expert of one layer, counted at the input of the expert's first linear."""
 
     def __init__(self, linears: Sequence[LinearSpec]) -> None:
         self.experts = [(linear.expert, linear) for linear in linears if linear.expert is not None]
@@ -31,7 +31,7 @@ class ExpertCoverage:
 
     @contextlib.contextmanager
     def counting(self, layer: torch.nn.Module) -> Iterator[None]:
-        """Count what passes through `layer`; changes nothing of it."""
+        """Counts the tokens that pass through `layer`, without changing them."""
         first = dict(reversed(self.experts))
         hooks = [
             layer.get_submodule(linear.module).register_forward_pre_hook(self._counter(expert))
@@ -51,16 +51,16 @@ class ExpertCoverage:
         return count
 
     def join(self, ranks: Sequence[Counter[int]]) -> None:
-        """Count what each of the `ranks` has counted."""
+        """Replaces the counts with the sum of the counts of all `ranks`."""
         self.tokens = sum(ranks, Counter())
 
     def complete(self, amax: dict[str, torch.Tensor], minimum: int, static: Container[str]) -> dict[str, Any] | None:
-        """Give the experts that saw fewer than `minimum` tokens, in `amax`, the largest magnitude of their layer's others.
+        """Gives experts that saw fewer than `minimum` tokens the largest amax of the layer's other experts.
 
-        `amax` has the linears that were observed and saw a token, by module, and `static` those that have a scale: the others
-        only lend theirs. Returns the report's row: tokens of each expert, and which of them got that. None for a layer
-        without experts. Where no expert saw enough, the largest of all stands in; engines take the largest over experts
-        anyway.
+        `amax`, updated in place, has the magnitudes of the observed linears that saw a token, by module. Only the
+        modules in `static` get a scale; the others only contribute to the maximum. If no expert saw enough tokens, the
+        maximum is over all of them; engines take the largest over experts anyway. Returns the report's row (tokens of
+        each expert, and the experts that got the maximum), or None for a layer without experts.
         """
         if not self.experts:
             return None
@@ -71,7 +71,7 @@ class ExpertCoverage:
             alike = [(expert, linear.module) for expert, linear in self.experts if linear.kind == kind]
             seen = [(expert, module) for expert, module in alike if module in amax]
             rich = [module for expert, module in seen if expert not in poor] or [module for _, module in seen]
-            if rich:  # else nothing is static here
+            if rich:  # otherwise linears of this kind are not observed, or saw no token
                 largest = torch.stack([amax[module] for module in rich]).max()
                 needy = {module: expert for expert, module in alike if expert in poor and module in static}
                 amax |= dict.fromkeys(needy, largest)

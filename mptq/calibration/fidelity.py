@@ -1,4 +1,4 @@
-"""How far the quantized stream is from the reference: hidden states after a layer, and next-token distributions at the end."""
+"""How far the quantized stream is from the reference: hidden states of each layer, and next-token distributions."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 import torch
 
 _LARGEST = math.log(sys.float_info.max)
-"""The exponential of more is no float."""
+"""The exponential of anything larger overflows a float."""
 
 
 @dataclass
 class Deviation:
-    """Relative error and cosine of hidden states against the reference's.
+    """Relative error and cosine of hidden states against the reference.
 
-    Sums over batches, each in float64; their own sums are exact, so that they are the same in whatever order.
+    Keeps float64 sums for each batch. These are added exactly, so the order of batches does not matter.
     """
 
     batches: list[tuple[float, float, float, float]] = field(default_factory=list)
 
     def add(self, reference: torch.Tensor, quantized: torch.Tensor) -> None:
-        """Two tensors of hidden states of the same tokens."""
+        """Adds a batch: the hidden states of the same tokens in both streams, of the same shape."""
         left, right = reference.float(), quantized.float()
         products = (left - right).square(), left.square(), right.square(), left * right
         noise, signal, other, product = (float(part.sum(dtype=torch.float64)) for part in products)
@@ -32,18 +32,18 @@ class Deviation:
 
     @property
     def finite(self) -> bool:
-        """Whether all sums are numbers."""
+        """Whether all sums are finite."""
         return all(math.isfinite(part) for batch in self.batches for part in batch)
 
     @property
     def relative_error(self) -> float:
-        """Norm of the difference over the norm of the reference."""
+        """Norm of the difference divided by the norm of the reference; 0 if the latter is 0."""
         noise, signal, _, _ = self._sums()
         return math.sqrt(noise / signal) if signal else 0.0
 
     @property
     def cosine(self) -> float:
-        """Cosine of the angle between the two, all tokens as one vector."""
+        """Cosine of the angle between the two, with all tokens as one vector."""
         _, signal, other, product = self._sums()
         norms = math.sqrt(signal * other)
         return product / norms if norms else 1.0
@@ -54,29 +54,29 @@ class Deviation:
 
 @dataclass
 class Mean:
-    """Mean of values, with the standard error that their spread over sequences implies.
+    """Mean over tokens, with the standard error estimated from the spread over sequences.
 
-    Tokens of one sequence are not independent, so a sequence is one observation: the error is that of a ratio of sums
-    (Cochran, Sampling Techniques, section 6.4), sqrt(sum over sequences of (sum - mean * count)^2 * n / (n - 1)) / count in
-    all. None for a single sequence.
+    The tokens of a sequence are not independent, so each sequence is one observation: the error is that of a ratio of
+    sums (Cochran, Sampling Techniques, section 6.4), sqrt(sum over sequences of (sum - mean * count)^2 * n / (n - 1)) /
+    total count. None for a single sequence.
     """
 
     sums: list[float] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
 
     def add(self, total: float, count: int) -> None:
-        """The sum of the values of one sequence, and how many there are."""
+        """Adds a sequence: the sum of its values, and their number."""
         self.sums.append(total)
         self.counts.append(count)
 
     @property
     def mean(self) -> float:
-        """Sum of all values over their number."""
+        """Sum of all values divided by their number."""
         return math.fsum(self.sums) / sum(self.counts)
 
     @property
     def standard_error(self) -> float | None:
-        """Of the mean."""
+        """Standard error of the mean; None for fewer than two sequences."""
         number = len(self.sums)
         if number < 2:
             return None
@@ -86,10 +86,12 @@ class Mean:
 
 @dataclass
 class NextTokens:
-    """Distributions of the next token by both streams, sequence by sequence.
+    """Next-token distributions of both streams, sequence by sequence, over the positions that have a next token.
 
-    KL divergence of the quantized from the reference distribution (in nats, for every position that has a next token), the
-    negative log likelihood of that token under both, and whether both find the same token the likeliest.
+    `kl` is the divergence of the quantized from the reference distribution, KL(reference || quantized), in nats.
+    `reference` and `quantized` are the negative log likelihoods of the next token in nats, `rise` their difference,
+    quantized minus reference, and `agreement` the share of positions where both streams have the same most likely
+    token.
     """
 
     kl: Mean = field(default_factory=Mean)
@@ -99,7 +101,7 @@ class NextTokens:
     agreement: Mean = field(default_factory=Mean)
 
     def add(self, sequence: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
-        """One sequence in pieces: float32 logits of both streams [tokens, vocabulary], and the next tokens int64 [tokens]."""
+        """Adds a sequence in pieces: float32 logits of both [tokens, vocabulary], next token ids int64 [tokens]."""
         sums = torch.zeros(4, dtype=torch.float64)
         count = 0
         for reference, quantized, following in sequence:
@@ -110,7 +112,7 @@ class NextTokens:
         self.rise.add(float(sums[2] - sums[1]), count)
 
     def join(self, others: Iterable[NextTokens]) -> None:
-        """Add the sequences of `others`."""
+        """Adds the sequences of `others`."""
         for other in others:
             for mine, more in ((getattr(self, name), getattr(other, name)) for name in vars(self)):
                 mine.sums += more.sums
@@ -118,12 +120,12 @@ class NextTokens:
 
     @property
     def finite(self) -> bool:
-        """Whether every figure is a number: NaN is in none of the comparisons, and perplexities are not beyond all floats."""
+        """Whether all figures are finite: no mean is NaN (which fails the comparison), and no perplexity overflows."""
         return all(mean.mean < _LARGEST for mean in (self.kl, self.reference, self.quantized))
 
     @property
     def document(self) -> dict[str, Any]:
-        """As plain data: the report's `fidelity`; for figures that are `finite`."""
+        """The report's `fidelity`, as plain data. Requires that the figures are `finite`."""
         ratio = math.exp(self.rise.mean)
         error = self.rise.standard_error
         return {
@@ -141,7 +143,7 @@ class NextTokens:
 
 
 def _sums(reference: torch.Tensor, quantized: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
-    """KL, both negative log likelihoods, agreements, summed over tokens: float64 [4]."""
+    """Returns KL divergence, both negative log likelihoods and agreement, each summed over tokens: float64 [4]."""
     left, right = reference.log_softmax(-1), quantized.log_softmax(-1)
     kl = (left.exp() * (left - right)).sum(-1)
     place = following[:, None]

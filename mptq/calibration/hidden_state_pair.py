@@ -1,4 +1,4 @@
-"""The two streams of activations, reference and quantized, that go through the layers side by side with the weights."""
+"""The two streams of hidden states, reference and quantized, that pass through each layer as it is processed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HiddenStateOptions:
-    """Where and in what pieces the activations are computed; `folder` holds what is over `memory` bytes of a rank."""
+    """How to run forward passes. Hidden states over `memory` bytes on a rank are kept in files in `folder`."""
 
     device: torch.device
     batch_size: int
@@ -47,9 +47,10 @@ class HiddenStateOptions:
 
 @dataclass
 class Calibrated:
-    """What the calibration of a layer found: float32 [] magnitudes of the inputs of linears, by module, and of the cache.
+    """Result of calibrating a layer: float32 [] magnitudes of the inputs of linears, by module, and of the KV cache.
 
-    `rounded` are those that the quantized stream rounds by; the others only belong to an output that it does not follow.
+    `rounded` names those that the quantized stream rounds with: those of the first format. `experts` is the report's
+    row.
     """
 
     observers: ActivationQuantizers
@@ -59,12 +60,14 @@ class Calibrated:
 
 
 class HiddenStatePair:
-    """Hidden states of the held-out and calibration sequences by both streams, before the layer that comes next.
+    """Hidden states of the held-out and calibration sequences in both streams: the inputs of the next layer.
 
-    Held-out tokens come first. The quantized stream holds those, and the calibration tokens only where they calibrate
-    (`propagate: quantized`). Of several ranks, each has every n-th batch: of calibration tokens the same batches as one
-    would have, so that scales are the same to the bit; of held-out tokens smaller ones where there are too few to share.
-    Memory: tokens * hidden * 2 bytes for each stream, of the rank's own, up to a budget; then they are in files.
+    Held-out tokens come first. With `propagate: quantized`, both streams hold the held-out tokens, and the quantized
+    one also the calibration tokens; otherwise the reference holds both, and the quantized stream only the held-out
+    ones. With several ranks, each takes every n-th batch. Calibration batches are the same as with a single rank, so
+    scales are the same bit for bit; held-out batches are smaller where there would be too few for all ranks. Memory:
+    tokens * hidden * 2 bytes for each stream (for 16-bit models), of the rank's own tokens: in memory up to a budget,
+    in files beyond it.
     """
 
     def __init__(self, plan: Plan, tokens: TokenData, options: HiddenStateOptions) -> None:
@@ -91,7 +94,7 @@ class HiddenStatePair:
         )
 
     def embed(self, tables: Sequence[torch.Tensor]) -> None:
-        """Start both streams from the embeddings of words [vocabulary, hidden] and, where there is one, of positions."""
+        """Initializes both streams from the word embeddings [vocabulary, hidden] and any position embeddings."""
         for stream in (self.reference, self.quantized):
             for batch in [*self.held_out, *self.calibration]:
                 if batch.tokens.stop <= len(stream.states):
@@ -99,10 +102,11 @@ class HiddenStatePair:
                     stream.write(batch, embed(ids.to(tables[0].device), tables))
 
     def calibrate(self, index: int, layer: TransformerLayer, static: Sequence[LinearSpec]) -> Calibrated:
-        """Run the reference stream through `layer`, which has its own weights, and find the scales of its activations.
+        """Runs the reference through `layer`, which has its original weights, and collects the amax of its activations.
 
-        `static` are the linears whose inputs have one. Raises CheckpointError for activations that are not finite, and for a
-        linear that no token came to and that no other stands in for.
+        `static` are the linears whose inputs have a static scale. With `propagate: quantized`, calibration sequences
+        come from the quantized stream. Raises CheckpointError for activations that are not finite, and for a static
+        linear that saw no token and has no other expert to take its scale from.
         """
         linears, where = self.plan.linears(index), megatron_layer(index).rstrip(".")
         seen = observed(linears, static)
@@ -114,7 +118,7 @@ class HiddenStatePair:
         coverage = ExpertCoverage(linears)
         with observers.collecting(layer), coverage.counting(layer):
             self._collect(layer)
-        # Without calibration data, the held-out tokens are those that the report counts.
+        # Without calibration data, the report counts the held-out tokens of each expert.
         with nullcontext() if self.calibrates else coverage.counting(layer):
             for batch in self.held_out:
                 self.reference.write(batch, self._run(layer, self.reference, batch))
@@ -125,31 +129,31 @@ class HiddenStatePair:
         experts = coverage.complete(amax, self.options.moe_min_tokens, modules)
         for name in (*modules, *of_cache):
             if name not in amax:
-                raise CheckpointError(f"{where}.{name}: no token of the calibration data came to it: give more data")
+                raise CheckpointError(f"{where}.{name}: no token of the calibration data was routed to it: use more data")
         for name in of_cache:
             amax[name] = _representable(amax[name], self.compute_dtype)
-        # The quantized stream is what the first of the formats stores.
+        # The quantized stream uses the numbers that the first format stores.
         return Calibrated(observers, amax, tuple(dict.fromkeys((*modules, *cached[self.plan.formats[0]]))), experts)
 
     def _largest(self, magnitudes: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
-        """The largest of all ranks, without what nothing passed on any."""
+        """Returns the maximum of each magnitude over all ranks, without those that are None on every rank."""
         nothing = torch.tensor(-1.0, device=self.options.device)
         found = [nothing if one is None else one for one in magnitudes.values()]
         together = self.options.ranks.all_reduce_max(torch.stack(found) if found else nothing[None][:0])
         return {name: one for name, one in zip(magnitudes, together, strict=True) if one >= 0}
 
     def _collect(self, layer: TransformerLayer) -> None:
-        """Run the calibration sequences through a layer with its own weights."""
+        """Runs the calibration sequences through a layer with its original weights."""
         source = self.quantized if self.propagates else self.reference
         for batch in self.calibration:
             out = self._run(layer, source, batch)
-            if not self.propagates:  # else the quantized layer hands on
+            if not self.propagates:  # else `compare` writes the outputs of the quantized layer
                 source.write(batch, out)
 
     def compare(self, index: int, layer: TransformerLayer, calibrated: Calibrated) -> dict[str, float] | None:
-        """Run the quantized stream through `layer`, which has its quantized weights now; how far it is from the reference.
+        """Runs the quantized stream through `layer`, now with quantized weights, and compares it with the reference.
 
-        None without held-out tokens. Raises CheckpointError for activations that are not finite.
+        Returns None without held-out tokens. Raises CheckpointError for activations that are not finite.
         """
         deviation = Deviation()
         with calibrated.observers.quantizing(layer, {name: calibrated.amax[name] for name in calibrated.rounded}):
@@ -160,17 +164,17 @@ class HiddenStatePair:
                     deviation.add(self.reference.read(batch, out.device), out)
         deviation.batches = [*chain.from_iterable(self.options.ranks.all_gather(deviation.batches))]
         if not deviation.finite:
-            raise CheckpointError(f"layer {index}: the held-out data leads to activations that are not finite")
+            raise CheckpointError(f"layer {index}: the held-out data produces activations that are not finite")
         if not self.measures:
             return None
         return {"hidden_relative_error": deviation.relative_error, "hidden_cosine": deviation.cosine}
 
     def finish(self, norm: Sequence[torch.Tensor], head: torch.Tensor) -> dict[str, Any] | None:
-        """Compare the distributions of the next token on the held-out sequences; None without any.
+        """Compares next-token distributions on the held-out sequences (None without any), and closes both streams.
 
-        `norm` [hidden] are the final norm's weight and, where it has one, bias; `head` [vocabulary and its padding, hidden] is
-        the output layer's weight. Raises CheckpointError for distributions that are not finite, or that hold the held-out
-        tokens for impossible.
+        `norm` [hidden] are the final norm's weight and, if it has one, its bias; `head` [padded vocabulary, hidden] is
+        the output layer's weight. Raises CheckpointError for distributions that are not finite, or that give the
+        held-out tokens a probability of zero.
         """
         norm = [weight.to(self.options.device) for weight in norm]
         head = head[: self.config.vocab_size].to(self.options.device).float()
@@ -185,12 +189,12 @@ class HiddenStatePair:
         mine, found = found, NextTokens()
         found.join(self.options.ranks.all_gather(mine))
         if not found.finite:
-            raise CheckpointError("output layer: the held-out data leads to probabilities whose logarithms are not finite")
+            raise CheckpointError("output layer: the held-out data produces log probabilities that are not finite")
         return found.document
 
     def save(self, path: Path) -> None:
-        """Write the rank's part of both streams to its place in a file, for a run that goes on from here."""
-        # Made by whichever rank comes first, and emptied by none: the others may have written.
+        """Writes the rank's batches of both streams at their offsets in a file, from which a run can be resumed."""
+        # Created by whichever rank comes first, and truncated by none, because others may have written already.
         with PieceFile(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), "wb") as file:
             file.truncate(self.bytes)
             for place, states in self._bytes():
@@ -200,9 +204,9 @@ class HiddenStatePair:
                     left = left[file.write(left) or 0 :]
 
     def load(self, path: Path) -> None:
-        """Go on from what `save` wrote, on however many ranks; raises OutputError for a file of another size."""
+        """Restores what `save` wrote, on any number of ranks; raises OutputError for a file of the wrong size."""
         if path.stat().st_size != self.bytes:
-            raise OutputError(f"{path} is not what the run wrote: pass --overwrite instead of --resume to begin again")
+            raise OutputError(f"{path} does not have the expected size: pass --overwrite instead of --resume to begin again")
         with path.open("rb", buffering=0) as file:
             for place, states in self._bytes():
                 file.seek(place)
@@ -211,7 +215,7 @@ class HiddenStatePair:
                     left = left[file.readinto(left) or 0 :]
 
     def _bytes(self) -> Iterator[tuple[int, memoryview]]:
-        """The bytes of each of the rank's batches in both streams, and their place among those of all."""
+        """Yields the bytes of each of the rank's batches in both streams, with their offset in the file."""
         start = 0
         for states in (self.reference.states, self.quantized.states):
             width = states.shape[1] * states.itemsize
@@ -222,7 +226,7 @@ class HiddenStatePair:
             start += states.nbytes
 
     def close(self) -> None:
-        """Give memory and files back."""
+        """Frees the memory and removes the files."""
         self.reference.close()
         self.quantized.close()
 
@@ -232,7 +236,7 @@ class HiddenStatePair:
     def _piece(
         self, piece: slice, norm: Sequence[torch.Tensor], head: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Float32 logits of both streams at some tokens, and the tokens that follow them."""
+        """Returns float32 logits of both streams at the tokens `piece`, and the ids of the tokens that follow them."""
         left, right = (
             logits(final_norm(stream.states[piece].to(self.options.device), norm, self.config), head)
             for stream in (self.reference, self.quantized)
@@ -241,10 +245,10 @@ class HiddenStatePair:
 
 
 def _representable(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The least magnitude, no less than `amax`, whose scale (amax / 448) is a bfloat16 and a normal number of `dtype`.
+    """Returns the smallest magnitude >= `amax` whose scale (amax / 448) is exact in bfloat16 and normal in `dtype`.
 
-    vLLM keeps the cache's scales in the model's dtype. Of a model in float16 they are so 2 ** -14 or more, which puts a cache
-    whose largest magnitude is under 448 times that off by at most 2 ** -24.
+    vLLM keeps the scales of the cache in the model's dtype. For a float16 model they are therefore at least 2 ** -14; a
+    cache whose largest magnitude is under 448 times that gets an error of at most 2 ** -24.
     """
     scale = (amax / E4M3_MAX).clamp(min=torch.finfo(dtype).tiny)
     rounded = scale.bfloat16()

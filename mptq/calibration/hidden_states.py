@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """`count` sequences of `length` tokens each, the first token at `start` of all tokens, end to end."""
+    """`count` sequences of `length` tokens each, from token `start` of all sequences end to end."""
 
     start: int
     count: int
@@ -28,12 +28,12 @@ class Batch:
 
     @property
     def sequences(self) -> list[Batch]:
-        """Its sequences, each alone."""
+        """Its sequences, each as a batch of one."""
         return [Batch(self.start + place * self.length, 1, self.length) for place in range(self.count)]
 
 
 def batches(lengths: Sequence[int], size: int, start: int = 0) -> list[Batch]:
-    """Neighboring sequences of the same length, at most `size` together: nothing is padded, so padding is never computed."""
+    """Groups neighboring sequences of the same length, at most `size` in a batch, so that nothing is ever padded."""
     found: list[Batch] = []
     for length in lengths:
         last = found[-1] if found else None
@@ -46,10 +46,10 @@ def batches(lengths: Sequence[int], size: int, start: int = 0) -> list[Batch]:
 
 
 class HiddenStates:
-    """Hidden states [tokens, hidden] of all sequences end to end, replaced batch by batch as a layer hands them on.
+    """Hidden states [tokens, hidden] of all sequences end to end, replaced batch by batch with the outputs of a layer.
 
-    With `folder`, they are in a file there, removed at `close`; without, in memory. Memory: tokens * hidden * 2 bytes (for
-    16-bit models), or what the operating system keeps of the file.
+    With `folder`, they are in a memory-mapped file there, removed by `close`; without, in memory. Memory: tokens *
+    hidden * 2 bytes (for 16-bit models), or the part of the file that the operating system caches.
     """
 
     def __init__(self, tokens: int, hidden: int, dtype: torch.dtype, folder: Path | None, name: str) -> None:
@@ -60,27 +60,27 @@ class HiddenStates:
             self.states = torch.from_file(str(self._file), shared=True, size=tokens * hidden, dtype=dtype).view(tokens, hidden)
 
     def read(self, batch: Batch, device: torch.device) -> torch.Tensor:
-        """The batch's hidden states [count, length, hidden] on `device`."""
+        """Returns the batch's hidden states [count, length, hidden] on `device`."""
         states: torch.Tensor = self.states[batch.tokens].unflatten(0, (batch.count, batch.length))
         return states.to(device)
 
     def write(self, batch: Batch, states: torch.Tensor) -> None:
-        """Replace the batch's hidden states by `states` [count, length, hidden]."""
+        """Replaces the batch's hidden states with `states` [count, length, hidden]."""
         self.states[batch.tokens].unflatten(0, (batch.count, batch.length)).copy_(states)
 
     def close(self) -> None:
-        """Give the memory back and remove the file."""
+        """Frees the memory and removes the file."""
         self.states = torch.empty(0)
         if self._file is not None:
             self._file.unlink(missing_ok=True)
 
 
 def flat(sequences: Sequence[np.ndarray]) -> torch.Tensor:
-    """All sequences end to end: int64 [tokens]."""
+    """Concatenates all sequences: int64 [tokens]."""
     return torch.cat([torch.from_numpy(sequence) for sequence in sequences])
 
 
 def chunks(tokens: slice, size: int) -> Iterator[slice]:
-    """`tokens` in pieces of at most `size`."""
+    """Splits `tokens` into pieces of at most `size`."""
     for start in range(tokens.start, tokens.stop, size):
         yield slice(start, min(start + size, tokens.stop))

@@ -1,4 +1,4 @@
-"""Documents as token ids, through the model's own tokenizer."""
+"""Encodes documents as token ids with the model's own tokenizer."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ if TYPE_CHECKING:
 
 
 _UNREADABLE = (OSError, ValueError, TypeError, AttributeError, LookupError, ImportError)
-"""What transformers raises for files that are missing or malformed, for code of its own, and for packages it lacks."""
+"""What transformers raises for missing or malformed files, for tokenizers with custom code, and missing packages."""
 
 
 def tokenizer_directory(source: Path | str) -> Path:
-    """The directory of a tokenizer, given itself or a file inside of it; raises DataError when there is none."""
+    """Returns a tokenizer's directory, given the directory or a file in it; raises DataError if it does not exist."""
     path = Path(source)
     if not path.exists():
-        raise DataError(f"tokenizer {path} does not exist: name a directory with tokenizer.json or tokenizer.model")
+        raise DataError(f"tokenizer {path} does not exist: pass a directory with tokenizer.json or tokenizer.model")
     return (path if path.is_dir() else path.parent).resolve()
 
 
 def generation_config(directory: Path) -> list[GenerationSource]:
-    """The generation_config.json beside a tokenizer, if there is one; raises DataError where it is not a JSON object."""
+    """Returns the generation_config.json next to a tokenizer, if any; raises DataError if it is not a JSON object."""
     file = directory / "generation_config.json"
     return [GenerationSource(str(file), _json(file), whole=True)] if file.is_file() else []
 
 
 def special_ids(directory: Path) -> GenerationSource:
-    """The ids of the special tokens that a tokenizer's files name, read as JSON: no transformers.
+    """Returns the ids of the special tokens that a tokenizer's files name, read as JSON, without transformers.
 
-    Raises DataError for a file that is not a JSON object. Source: transformers' tokenization_utils_base.py, for the names and
-    `added_tokens_decoder`; the tokenizer.json of `tokenizers`, for `added_tokens` and the vocabulary.
+    Raises DataError for a file that is not a JSON object. Sources: transformers' tokenization_utils_base.py for the
+    names and `added_tokens_decoder`, the tokenizer.json of `tokenizers` for `added_tokens` and the vocabulary.
     """
     config = _json(directory / "tokenizer_config.json")
-    told = _json(directory / "special_tokens_map.json") | {key: value for key, value in config.items() if value is not None}
-    wanted = {key: _content(told.get(key.removesuffix("_id"))) for key in IDS}
+    tokens = _json(directory / "special_tokens_map.json") | {key: value for key, value in config.items() if value is not None}
+    wanted = {key: _content(tokens.get(key.removesuffix("_id"))) for key in IDS}
     wanted = {key: token for key, token in wanted.items() if token is not None}
     found: dict[str, Any] = {}
     for vocabulary in _vocabularies(directory, config):
@@ -52,7 +52,7 @@ def special_ids(directory: Path) -> GenerationSource:
 
 
 def _vocabularies(directory: Path, config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Token -> id in the files of a tokenizer, the small ones first."""
+    """Yields the mappings from token to id in the files of a tokenizer, the small ones first."""
     decoder = config.get("added_tokens_decoder")
     if isinstance(decoder, dict):
         yield {content: int(number) for number, token in decoder.items() if (content := _content(token)) and number.isdecimal()}
@@ -63,20 +63,20 @@ def _vocabularies(directory: Path, config: dict[str, Any]) -> Iterator[dict[str,
     yield {content: entry.get("id") for entry in entries if (content := _content(entry))}
     model = whole.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(vocabulary, list):  # of Unigram: pairs of piece and score
+    if isinstance(vocabulary, list):  # Unigram: pairs of piece and score
         yield {str(pair[0]): number for number, pair in enumerate(vocabulary) if isinstance(pair, list) and pair}
     yield vocabulary if isinstance(vocabulary, dict) else {}
     yield _json(directory / "vocab.json")
 
 
 def _content(token: Any) -> str | None:
-    """The text of a token, which may be an object with its properties."""
+    """Returns the text of a token, given as a string or as an object with properties; None if there is none."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) and content else None
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """The object in a tokenizer's file; empty where there is no such file."""
+    """Reads the JSON object in a tokenizer's file; empty if there is no such file."""
     try:
         content = json.loads(file.read_text())
     except FileNotFoundError:
@@ -89,9 +89,9 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def load_tokenizer(source: Path | str, trust_remote_code: bool = False) -> Any:
-    """The transformers tokenizer in a local directory, of which a file may be named instead. Uses no network.
+    """Loads the transformers tokenizer in a local directory, given the directory or a file in it. Uses no network.
 
-    Raises DataError when it is not there, cannot be read, or runs code of its own without `trust_remote_code`.
+    Raises DataError if it does not exist, cannot be loaded, or needs its own code and `trust_remote_code` is not set.
     """
     directory = tokenizer_directory(source)
     from transformers import AutoTokenizer
@@ -99,22 +99,22 @@ def load_tokenizer(source: Path | str, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:
-        # For a file that it cannot read, `tokenizers` raises Exception itself, of no class of its own.
+        # For a file that it cannot read, `tokenizers` raises Exception itself rather than a subclass.
         if type(error) is not Exception and not isinstance(error, _UNREADABLE):
             raise
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise DataError(
-                f"tokenizer {directory} needs Python code that is in its directory: pass --trust-remote-code if you trust it"
+                f"tokenizer {directory} needs the Python code in its directory: pass --trust-remote-code if you trust it"
             ) from error
         raise DataError(f"tokenizer {directory} cannot be loaded: {one_line(error)}") from error
 
 
 def encode(document: Document, tokenizer: Any, ended: bool) -> np.ndarray:
-    """Token ids of a document, int64 [n]; none for blank text.
+    """Returns the token ids of a document, int64 [n]; none for blank text.
 
-    Text gets the special tokens that the tokenizer adds by default (its BOS before every document, if it has that
-    habit) and, when `ended`, its EOS, unless it added that itself. A chat is what the chat template makes of it, and token
-    ids are left as they are.
+    Text gets the special tokens that the tokenizer adds by default (often BOS) and, if `ended`, EOS unless the
+    tokenizer has added it already. A chat is rendered with the chat template, and token ids are left as they are.
+    Raises DataError for a chat if there is no chat template, or if it rejects the messages.
     """
     import numpy as np
 
@@ -136,9 +136,9 @@ def _encode_chat(messages: Messages, where: str, tokenizer: Any) -> list[int]:
     from jinja2 import TemplateError
 
     if tokenizer.chat_template is None:
-        raise DataError(f"{where} is a chat, and the tokenizer has no chat template: name a dataset with text instead")
+        raise DataError(f"{where} is a chat, but the tokenizer has no chat template: use a dataset of plain text")
     try:
         ids: list[int] = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     except (TemplateError, TypeError, ValueError, KeyError) as error:
-        raise DataError(f"{where}: the tokenizer's chat template does not take these messages: {one_line(error)}") from error
+        raise DataError(f"{where}: the tokenizer's chat template rejects these messages: {one_line(error)}") from error
     return ids

@@ -1,4 +1,4 @@
-"""Calibration data: token sequences out of datasets, and an account of what exactly was used."""
+"""Calibration data: token sequences from datasets, and a record of exactly what was used."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenData:
-    """Token ids, int64 [length] a sequence, and the `account` of them for reports (plain values, no paths)."""
+    """Token ids of each sequence, int64 [length]; `account` records them for reports (plain values, no paths)."""
 
     calibration: tuple[np.ndarray, ...]
     held_out: tuple[np.ndarray, ...]
@@ -28,16 +28,16 @@ class TokenData:
 
 
 LEAST = {"calib_size": 1, "eval_size": 0, "seq_length": 2, "seed": 0}
-"""The least value of each number of the options."""
+"""Minimum of each numeric option."""
 
 
 def needs_tokenizer(options: DataOptions) -> bool:
-    """Whether any dataset is not tokenized yet; raises DataError for a name that stands for no dataset."""
+    """Whether any dataset is not tokenized yet; raises DataError for a name that is not a dataset."""
     return any(not source.kind.tokenized for source in find_sources(options.datasets))
 
 
 def check_datasets(options: DataOptions) -> None:
-    """Raise DataError with everything that is wrong in one line, as far as it shows without reading the datasets."""
+    """Raises DataError with every problem, in one line, that can be found without reading the datasets."""
     problems = [
         f"{name} must be at least {least}, not {getattr(options, name)}"
         for name, least in LEAST.items()
@@ -52,17 +52,17 @@ def check_datasets(options: DataOptions) -> None:
 
 
 def load_tokens(options: DataOptions, tokenizer: Path | str | None, vocab_size: int, calibrate: bool) -> TokenData:
-    """Sequences held out and, when `calibrate`, sequences to calibrate on; reads no more documents than they take.
+    """Returns held-out sequences and, if `calibrate`, calibration sequences; reads no more documents than they need.
 
-    `tokenizer` is the directory of the model's tokenizer, or a file in it; token ids are below `vocab_size`. The
-    documents of each dataset are shuffled by the seed, and the held-out sequences are made of the first: they do not
-    depend on `calib_size` or `calibrate`. The rest of a document held out, and copies of it, are not calibrated on; a
-    dataset of one document is split between its sequences. Sequences are shared out between datasets by their weights.
-    Packed documents end with the tokenizer's EOS if it has one (chats and tokenized datasets are taken as they are), and
-    begin with BOS only where the tokenizer adds it by itself (mptq/calibration/tokenizer.py).
+    `tokenizer` is the directory of the model's tokenizer, or a file in it. The documents of each dataset are shuffled
+    with the seed, and the held-out sequences are taken first, so they do not depend on `calib_size` or `calibrate`. The
+    rest of a held-out document, and copies of it, are not used to calibrate; a dataset of a single document is split
+    between sequences. The number of sequences of each dataset is proportional to its weight. Packed documents end with
+    the tokenizer's EOS if it has one (chats and tokenized datasets are used as they are), and begin with BOS only if
+    the tokenizer adds it by default.
 
-    Raises DataError for what check_datasets finds, a missing or unreadable tokenizer or dataset, a row without a
-    document, token ids beyond the vocabulary, and too little data.
+    Raises DataError for problems that check_datasets finds, a missing or unreadable tokenizer or dataset, a row without
+    a document, token ids outside `vocab_size`, and too little data.
     """
     check_datasets(options)
     from mptq.calibration.datasets.corpus import describe, interleave, shares
@@ -97,21 +97,21 @@ def load_tokens(options: DataOptions, tokenizer: Path | str | None, vocab_size: 
 
 
 def _supplies(sources: Sequence[Dataset], options: DataOptions, tokenizer: Path | str | None) -> list[Supply]:
-    """The sequences of each dataset, of which nothing is read yet."""
+    """Returns a supply of sequences for each dataset, without reading any document yet."""
     from mptq.calibration.datasets.corpus import Supply
 
     loaded = None
     raw = [source.path for source in sources if not source.kind.tokenized]
     if raw:
         if tokenizer is None:
-            raise DataError(f"no tokenizer for dataset {raw[0]!r}: name the directory of the model's tokenizer")
+            raise DataError(f"no tokenizer for dataset {raw[0]!r}: pass the directory of the model's tokenizer")
         loaded = load_tokenizer(tokenizer, options.trust_remote_code)
     apart: set[bytes] = set()
     return [Supply(_encoded(source, options, loaded), options.seq_length, options.packed, apart) for source in sources]
 
 
 def _encoded(source: Dataset, options: DataOptions, tokenizer: Any) -> Iterator[np.ndarray]:
-    """The documents of a dataset as token ids, int64 [n] each, in the order of the seed."""
+    """Yields the documents of a dataset as token ids, int64 [n] each, shuffled with the seed."""
     import numpy as np
 
     for document in source.kind.read(source.path, options, np.random.PCG64(options.seed)):
@@ -122,23 +122,23 @@ def _check_enough(
     source: Dataset, there: tuple[int, int], asked: tuple[int, int], options: DataOptions, supply: Supply
 ) -> None:
     if there != asked:
-        kind = f"of {options.seq_length} tokens" if options.packed else "(a document each)"
+        kind = f"of {options.seq_length} tokens" if options.packed else "(one document each)"
         counts = {"empty documents": supply.empty, "copies of held-out documents": supply.copies}
         left_out = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
         raise DataError(
-            f"dataset {source.path!r} has {sum(there)} sequences {kind} to use{left_out and ', beside '}{left_out}, and "
-            f"{sum(asked)} are asked for "
-            f"({asked[0]} held out, {asked[1]} to calibrate): name more datasets, or ask for fewer or shorter sequences"
+            f"dataset {source.path!r} has {sum(there)} usable sequences {kind}{left_out and ', not counting '}{left_out}, but "
+            f"{sum(asked)} are needed "
+            f"({asked[0]} held out, {asked[1]} to calibrate): add datasets, or use fewer or shorter sequences"
         )
 
 
 def _check_vocabulary(source: Dataset, sequences: Sequence[np.ndarray], tokenizer: Path | str | None, vocab_size: int) -> None:
-    """Raise DataError for an id that the model has no embedding of."""
+    """Raises DataError for a token id for which the model has no embedding."""
     ends = [end for ids in sequences for end in (int(ids.min()), int(ids.max()))]
     strange = next((end for end in ends if not 0 <= end < vocab_size), None)
     if strange is None:
         return
-    wrong = f"token id {strange}, and the model's vocabulary is of {vocab_size}"
+    wrong = f"token id {strange}, but the model's vocabulary size is {vocab_size}"
     if source.kind.tokenized:
-        raise DataError(f"dataset {source.path!r} holds {wrong}: it is another tokenizer's")
-    raise DataError(f"tokenizer {tokenizer} makes {wrong} (dataset {source.path!r}): it is another model's")
+        raise DataError(f"dataset {source.path!r} has {wrong}: it was tokenized with another tokenizer")
+    raise DataError(f"tokenizer {tokenizer} produces {wrong} (dataset {source.path!r}): it belongs to another model")

@@ -1,1 +1,1 @@
-"""The modules that run: megatron-core's transformer layer without Transformer Engine."""
+"""The forward pass: megatron-core's transformer layer without Transformer Engine."""

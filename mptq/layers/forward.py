@@ -1,6 +1,6 @@
-"""What surrounds the layers in the forward pass: embedding, rotary angles, final norm and output layer, one piece at a time.
+"""The forward pass: embedding, a single layer with its rotary angles, final norm and output layer, called separately.
 
-The arithmetic is megatron-core's (models/gpt/gpt_model.py); hidden states are [tokens, hidden], sequences end to end.
+The arithmetic is megatron-core's (models/gpt/gpt_model.py).
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 
 def embed(ids: torch.Tensor, tables: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Hidden states [..., length, hidden] of token ids int64 [..., length].
+    """Returns the hidden states [..., length, hidden] of token ids int64 [..., length].
 
-    `tables` are the embedding of words [vocabulary, hidden], and that of positions [positions, hidden] where there is one.
+    `tables` are the word embeddings [vocabulary, hidden] and, if the model has any, the position embeddings
+    [positions, hidden].
     """
     words, *positions = tables
     states = torch.nn.functional.embedding(ids, words)
@@ -33,20 +34,20 @@ def embed(ids: torch.Tensor, tables: Sequence[torch.Tensor]) -> torch.Tensor:
 
 @torch.no_grad()
 def run_layer(layer: TransformerLayer, config: ModelConfig, hidden: torch.Tensor) -> torch.Tensor:
-    """One layer on hidden states [sequences, length, hidden], every sequence on its own from position 0."""
+    """Runs a layer on hidden states [sequences, length, hidden]; each sequence is separate, from position 0 on."""
     rotary = None
     if config.get("position_embedding_type") in ("rope", "yarn") and not config.latent:
         rotary = angles(config, hidden.shape[1], hidden.device)
-    # Megatron's order is [length, sequences, hidden].
+    # Megatron's layout is [length, sequences, hidden].
     out: torch.Tensor = layer(hidden.transpose(0, 1).contiguous(), attention_mask=None, rotary_pos_emb=rotary)[0]
     return out.transpose(0, 1)
 
 
 def weigh_output(expert: torch.nn.Module) -> None:
-    """Let the router's weights multiply what an expert of a layer hands on, and no longer the input of its second linear.
+    """Makes the router's weights multiply the output of an expert instead of the input of its second linear.
 
-    The first is where engines have them (and transformers: modeling_mixtral.py), the second megatron-core (transformer/mlp.py).
-    But for rounding it is the same, and not to a scale of the second linear's input.
+    Engines and transformers (modeling_mixtral.py) apply them to the output, megatron-core (transformer/mlp.py) to the
+    input. The results are the same up to rounding, but the scale of the second linear's input is not.
     """
     kept: list[torch.Tensor] = []
 
@@ -65,7 +66,7 @@ def weigh_output(expert: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def final_norm(hidden: torch.Tensor, weights: Sequence[torch.Tensor], config: ModelConfig) -> torch.Tensor:
-    """Hidden states [tokens, hidden] after the final norm, whose weight, and bias where it has one, are `weights` [hidden]."""
+    """Applies the final norm to hidden states [tokens, hidden]; `weights` are its weight and, if any, bias [hidden]."""
     module = Norm(transformer_config(config), config.hidden_size, eps=config.norm_epsilon)
     for name, weight in zip(("weight", "bias"), weights, strict=False):
         setattr(module, name, torch.nn.Parameter(weight, requires_grad=False))
@@ -75,9 +76,9 @@ def final_norm(hidden: torch.Tensor, weights: Sequence[torch.Tensor], config: Mo
 
 @torch.no_grad()
 def logits(states: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """Float32 logits [tokens, vocabulary] of `final_norm`'s states [tokens, hidden].
+    """Returns the float32 logits [tokens, vocabulary] of the outputs [tokens, hidden] of `final_norm`.
 
-    `head` float32 [vocabulary, hidden] is the output layer's weight without the padding of the vocabulary. The logits are not
-    rounded to the model's dtype, so that the difference of two models is theirs alone.
+    `head` float32 [vocabulary, hidden] is the output layer's weight without vocabulary padding. Logits are not rounded
+    to the model's dtype, so that rounding does not add to the difference between two models.
     """
     return torch.nn.functional.linear(states.float(), head)

@@ -1,4 +1,4 @@
-"""Rotary angles: megatron-core's, without its calls of CUDA.
+"""Rotary angles, computed as megatron-core does but without CUDA calls.
 
 Source: megatron/core/models/common/embeddings/rotary_pos_embedding.py, yarn_rotary_pos_embedding.py.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class _Alone:
-    """A process group of one, for code that asks for the default group where it is given none."""
+    """A process group of one, for code that would otherwise use the default group."""
 
     def size(self) -> int:
         return 1
@@ -36,7 +36,7 @@ ALONE = _Alone()
 
 @lru_cache(maxsize=64)
 def angles(config: ModelConfig, length: int, device: torch.device) -> torch.Tensor:
-    """Rotary angles float32 [length, 1, 1, rotary dimensions] of positions 0, 1, ..."""
+    """Returns the rotary angles float32 [length, 1, 1, rotary dimensions] of positions 0, 1, ..."""
     frequencies = _rope(config) if config.yarn is None else _yarn(config, config.yarn)
     places = torch.arange(length, dtype=torch.float32)
     factor = config.get("seq_len_interpolation_factor")
@@ -48,7 +48,7 @@ def angles(config: ModelConfig, length: int, device: torch.device) -> torch.Tens
 
 
 def _rope(config: ModelConfig) -> torch.Tensor:
-    """Inverse frequencies [dimensions / 2], rescaled as Llama 3's where the model says so."""
+    """Returns the inverse frequencies [dimensions / 2], scaled as in Llama 3 if `rope_scaling` is set."""
     found: torch.Tensor = RotaryEmbedding(
         config.latent.rotary_dim if config.latent else config.head_dim,
         float(config.get("rotary_percent")),
@@ -62,7 +62,7 @@ def _rope(config: ModelConfig) -> torch.Tensor:
 
 
 def _yarn(config: ModelConfig, fields: Mapping[str, Any]) -> torch.Tensor:
-    """Inverse frequencies [dimensions / 2] of yarn: those of long waves divided by the factor, a ramp between."""
+    """Returns the YaRN inverse frequencies [dimensions / 2]: low ones divided by the factor, high ones kept."""
     base = config.get("rotary_base")
     dim = config.latent.rotary_dim if config.latent else config.head_dim
     exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
@@ -83,19 +83,19 @@ def _yarn(config: ModelConfig, fields: Mapping[str, Any]) -> torch.Tensor:
 
 
 class Positions:
-    """Stands in for the rotary embedding that multi-latent attention makes for itself."""
+    """Replaces the rotary embedding that multi-latent attention creates for itself."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
         self.device = torch.device("cpu")
 
     def get_rotary_seq_len(self, _context: Any, _transformer: Any, hidden: torch.Tensor, *_args: Any) -> int:
-        """Length of the sequences in `hidden` [length, sequences, hidden]."""
+        """Returns the length of the sequences in `hidden` [length, sequences, hidden]."""
         self.device = hidden.device
         return hidden.shape[0]
 
     def __call__(self, length: int, **_packed: Any) -> Any:
-        """The angles; with yarn, also the factor by which it multiplies cosine and sine."""
+        """Returns the angles; with YaRN, also the factor by which cosine and sine are multiplied."""
         found = angles(self.config, length, self.device)
         fields = self.config.yarn
         if fields is None:

@@ -1,7 +1,7 @@
-"""One megatron-core TransformerLayer that needs neither Transformer Engine nor apex nor a GPU.
+"""Builds a megatron-core TransformerLayer without Transformer Engine, apex or a GPU.
 
 `Linear` and `Norm` have the interface of megatron-core's own (megatron/core/post_training/modelopt/layers.py) and the
-parameter names of its local layer spec, so that a checkpoint trained with either loads.
+parameter names of its local layer spec, so checkpoints trained with either load.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ if TYPE_CHECKING:
 
 
 def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`x` [..., in] times `weight` [out, in], in the dtype of `x`.
+    """Applies the linear `weight` [out, in] to `x` [..., in], in the dtype of `x`.
 
-    On a CPU the sums of 16-bit factors are made in float32 and rounded once: the same precision, and four times as fast as
-    torch's 16-bit product where the CPU has no instructions for it (scripts/bench_quantize.py).
+    On a CPU, products of 16-bit tensors are computed in float32 and rounded once: the same precision, and four times as
+    fast as torch's 16-bit product on CPUs without instructions for it (scripts/bench_quantize.py).
     """
     if x.device.type != "cpu" or x.dtype == torch.float32:
         return torch.nn.functional.linear(x, weight, bias)
@@ -56,7 +56,7 @@ def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
 
 
 class Linear(torch.nn.Linear):
-    """A whole linear in place of megatron-core's parallel ones: weight [out, in], returns (output, bias or None)."""
+    """An unsharded linear for megatron-core's parallel ones; weight [out, in]. Returns (output, bias or None)."""
 
     def __init__(
         self, input_size: int, output_size: int, *, config: TransformerConfig, bias: bool = False, **parallel: Any
@@ -65,17 +65,17 @@ class Linear(torch.nn.Linear):
         super().__init__(input_size, output_size, bias=bias, dtype=config.params_dtype)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:  # type: ignore[override]
-        """`x` [..., in] to [..., out]; the bias is handed back unadded where megatron-core fuses its addition."""
+        """Maps `x` [..., in] to [..., out]; the bias is returned separately where megatron-core fuses its addition."""
         if self.skip_bias_add:
             return project(x, self.weight), self.bias
         return project(x, self.weight, self.bias), None
 
 
 class Norm:
-    """Builds the norm that the config names; called as megatron-core calls its norms."""
+    """Builds the norm that the config selects, with the constructor arguments that megatron-core passes to norms."""
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_parallel: Any) -> Any:
-        """A torch.nn.RMSNorm or torch.nn.LayerNorm over the last dimension, or one whose weight is stored less 1."""
+        """Returns an RMSNorm or LayerNorm over the last dimension: torch's, or the zero-centered variant."""
         kinds = {
             ("RMSNorm", False): torch.nn.RMSNorm,
             ("LayerNorm", False): torch.nn.LayerNorm,
@@ -87,7 +87,7 @@ class Norm:
 
 
 class ZeroCenteredRMSNorm(torch.nn.RMSNorm):
-    """RMSNorm by 1 + weight, in float32 as Transformer Engine computes it."""
+    """RMSNorm with the weight stored minus 1 (zero-centered), computed in float32 as Transformer Engine does."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [..., hidden] normalized."""
@@ -96,7 +96,7 @@ class ZeroCenteredRMSNorm(torch.nn.RMSNorm):
 
 
 class ZeroCenteredLayerNorm(torch.nn.LayerNorm):
-    """LayerNorm by 1 + weight ("LayerNorm1P"), in float32 as Transformer Engine computes it."""
+    """LayerNorm with the weight stored minus 1 ("LayerNorm1P"), computed in float32 as Transformer Engine does."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [..., hidden] normalized."""
@@ -105,7 +105,10 @@ class ZeroCenteredLayerNorm(torch.nn.LayerNorm):
 
 
 class CoreAttention(torch.nn.Module):
-    """Causal attention by torch's scaled_dot_product_attention, for equal, grouped or latent heads, windows and sinks."""
+    """Causal attention for multi-head, grouped-query and multi-latent attention, with sliding windows and sinks.
+
+    Uses torch's scaled_dot_product_attention except with sinks.
+    """
 
     def __init__(
         self, config: TransformerConfig, layer_number: int = 1, softmax_scale: float | None = None, **_parallel: Any
@@ -120,7 +123,7 @@ class CoreAttention(torch.nn.Module):
             self.softmax_offset = torch.nn.Parameter(torch.empty(config.num_attention_heads, dtype=config.params_dtype))
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_args: Any, **_kw: Any) -> torch.Tensor:
-        """`query` [sequence, batch, heads, dim], `key` and `value` with as many or fewer heads, to [s, b, heads * dim]."""
+        """Returns [s, b, heads * dim] for `query` [s, b, heads, dim] and `key` and `value` of no more heads."""
         query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
         grouped = query.shape[1] != key.shape[1]
         if self.sinks:
@@ -136,14 +139,14 @@ class CoreAttention(torch.nn.Module):
         return out.permute(2, 0, 1, 3).flatten(2)
 
     def _seen(self, query: torch.Tensor) -> torch.Tensor:
-        """Bool [length, length]: which keys a query sees: itself, and those before it up to the window's left edge."""
+        """Returns the mask, bool [length, length]: positions attend to themselves and to earlier ones in the window."""
         length = query.shape[2]
         places = torch.arange(length, device=query.device)
         behind = places[:, None] - places
         return (behind >= 0) & (behind <= (length if self.window is None else self.window[0]))
 
     def _with_sinks(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Attention in which a score of each head's own (0 for "off-by-one"), that belongs to no key, is in the softmax."""
+        """Attention with one more score per head in the softmax, which belongs to no key (0 for "off-by-one")."""
         repeats = query.shape[1] // key.shape[1]
         key, value = (part.repeat_interleave(repeats, dim=1) for part in (key, value))
         scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
@@ -156,10 +159,10 @@ class CoreAttention(torch.nn.Module):
 
 
 class Router(TopKRouter):  # type: ignore[misc]
-    """megatron-core's router, which computes where its weight is; its own moves a weight on the CPU to a GPU."""
+    """megatron-core's router, computing on the device of its weight; the original moves a CPU weight to a GPU."""
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
-        # megatron-core makes the biases of the experts on a GPU.
+        # megatron-core creates the expert biases on a GPU.
         super().__init__(replace(config, moe_router_enable_expert_bias=False), *args, **kwargs)
         self.config = config
         self.enable_expert_bias = config.moe_router_enable_expert_bias
@@ -169,7 +172,7 @@ class Router(TopKRouter):  # type: ignore[misc]
             self.register_buffer("expert_bias", torch.zeros(config.num_moe_experts))
 
     def gating(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits [sequence, batch, experts] of the hidden states `x` [sequence, batch, hidden]."""
+        """Returns the logits [sequence, batch, experts] of hidden states `x` [sequence, batch, hidden]."""
         dtypes = {"fp32": torch.float32, "fp64": torch.float64}
         dtype = dtypes.get(self.config.moe_router_dtype, x.dtype)
         logits: torch.Tensor = router_gating_linear(x, self.weight, self.bias, dtype)
@@ -184,7 +187,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "squared_relu": squared_relu,
     "quick_gelu": quick_gelu,
 }
-"""Settings' words for `activation_func`."""
+"""Values of the setting `activation_func`."""
 _PLAIN = (
     "normalization",
     "layernorm_zero_centered_gamma",
@@ -212,29 +215,29 @@ _PLAIN = (
     "moe_router_enable_expert_bias",
     "moe_shared_expert_gate",
 )
-"""Settings that go to megatron-core as they are: what changes the outcome of a layer."""
+"""Settings that are passed to megatron-core unchanged: those that affect the output of a layer."""
 _LATENT = ("rope_type", "rotary_base", "rotary_percent", *(name for name in YARN if name != "correction_range_round_to_int"))
-"""The same of multi-latent attention, which makes its own positions."""
+"""The same for multi-latent attention, which computes its own rotary embedding."""
 
 
 @cache
 def transformer_config(config: ModelConfig) -> TransformerConfig:
-    """megatron-core's config of the model, every fused kernel and every random number off.
+    """Returns megatron-core's config of the model, without fused kernels, dropout or random initialization.
 
-    Raises UnsupportedModelError, in megatron-core's words, for a combination of settings that it refuses.
+    Raises UnsupportedModelError, with megatron-core's message, for a combination of settings that it rejects.
     """
     try:
         return _transformer_config(config)
     except (ValueError, AssertionError) as error:  # what TransformerConfig.__post_init__ raises
-        reason = " ".join(str(error).split()) or "a combination of settings"
-        raise UnsupportedModelError(f"megatron-core does not build this model: {reason}") from error
+        reason = " ".join(str(error).split()) or "unsupported combination of settings"
+        raise UnsupportedModelError(f"megatron-core cannot build this model: {reason}") from error
 
 
 def _transformer_config(config: ModelConfig) -> TransformerConfig:
     dtype = getattr(torch, config.dtype)
     fields = {key: config.get(key) for key in _PLAIN if config.get(key) is not None}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of options that mptq does not set
+        warnings.simplefilter("ignore")  # about options that mptq does not set
         made = (MLATransformerConfig if config.latent else TransformerConfig)(
             num_layers=config.num_layers,
             hidden_size=config.hidden_size,
@@ -264,7 +267,7 @@ def _transformer_config(config: ModelConfig) -> TransformerConfig:
         )
     if config.yarn and not config.latent:
         for name, value in config.yarn.items():
-            setattr(made, f"yarn_{name}", value)  # where megatron-core's attention looks for them, beside the fields
+            setattr(made, f"yarn_{name}", value)  # read by megatron-core's attention, but not fields
     return made
 
 
@@ -290,12 +293,12 @@ def _moe_options(config: ModelConfig) -> dict[str, Any]:
         "moe_ffn_hidden_size": config.moe_ffn_hidden_size,
         "moe_shared_expert_intermediate_size": config.shared_ffn_hidden_size or None,
         "moe_router_load_balancing_type": "none",
-        "moe_token_dispatcher_type": "allgather",  # the others need CUDA streams; in a single process it gathers nothing
+        "moe_token_dispatcher_type": "allgather",  # others need CUDA streams; one process gathers nothing
     }
 
 
 def _single_process() -> ProcessGroupCollection:
-    """The process groups of a layer that is not parallel: none."""
+    """Returns the process groups of a layer that is not parallel: all None except cp, a group of one."""
     groups = ProcessGroupCollection()
     names = "tp cp pp tp_cp tp_dp_cp hcp ep expt_tp tp_ep tp_ep_pp dp dp_cp expt_dp"
     for name in names.split():
@@ -305,7 +308,7 @@ def _single_process() -> ProcessGroupCollection:
 
 
 def _mlp(kind: LayerKind) -> Callable[..., torch.nn.Module]:
-    """Builds what stands after the attention: nothing, an MLP, or a router and experts."""
+    """Returns a builder for the module after the attention: an identity, an MLP, or a router with experts."""
     linears = MLPSubmodules(linear_fc1=Linear, linear_fc2=Linear)
     if kind.ffn == "mlp":
         return partial(MLP.as_mlp_submodule, submodules=linears)
@@ -316,11 +319,11 @@ def _mlp(kind: LayerKind) -> Callable[..., torch.nn.Module]:
 
 
 def _latent_attention() -> Any:
-    """megatron-core's MLASelfAttention that builds with `Linear` and without a GPU.
+    """Returns megatron-core's MLASelfAttention, able to build with `Linear` and without a GPU.
 
-    Its constructor takes no other linear for its down projections than those that its module knows by name, and makes its
-    rotary embedding on a GPU, which `Positions` replaces afterwards. So the class is of a second instance of the module, with
-    names of its own: the one that the rest of the process imports stays as it is.
+    Its constructor accepts only the linears that its module imports by name for the down projections, and creates its
+    rotary embedding on a GPU (`Positions` replaces it afterwards). So a second instance of the module is loaded, and
+    these names are replaced in it; the module that the rest of the process imports is not changed.
     """
     spec = multi_latent_attention.__spec__
     assert spec is not None
@@ -334,9 +337,9 @@ def _latent_attention() -> Any:
 
 
 class LatentAttention(_latent_attention()):  # type: ignore[misc]
-    """megatron-core's multi-latent attention with the linears and norms that the layer gives it.
+    """megatron-core's multi-latent attention with the linears and norms of the given submodules.
 
-    Its own choice of them (mla_qk_norm_config.py) is between Transformer Engine's fused ones.
+    The original chooses between Transformer Engine's fused ones (mla_qk_norm_config.py).
     """
 
     def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
@@ -368,7 +371,7 @@ def _attention(config: ModelConfig, kind: LayerKind) -> ModuleSpec:
 
 
 def build_layer(config: ModelConfig, index: int) -> TransformerLayer:
-    """Layer `index` (from 0) of the model, on the meta device: shapes and modules, no memory for weights."""
+    """Builds layer `index` (from 0) of the model on the meta device: modules and shapes, no memory for weights."""
     kind = config.kinds[index]
     assert kind.mixer != "mamba", "megatron-core builds a Mamba layer only where mamba-ssm is installed"
     spec = TransformerLayerSubmodules(
@@ -380,7 +383,7 @@ def build_layer(config: ModelConfig, index: int) -> TransformerLayer:
         mlp_bda=get_bias_dropout_add if kind.ffn else IdentityFuncOp,
     )
     with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of options that mptq does not set
+        warnings.simplefilter("ignore")  # about options that mptq does not set
         layer = TransformerLayer(
             transformer_config(config), spec, layer_number=index + 1, pg_collection=_single_process()
         ).eval()

@@ -1,1 +1,1 @@
-"""The run: one transformer layer after another is read, calibrated, quantized, written and freed."""
+"""The run: reads, calibrates, quantizes, writes and frees one transformer layer after another."""

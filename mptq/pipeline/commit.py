@@ -1,4 +1,4 @@
-"""The steps of a run on the disk: what each unit's outputs become, and the journal that says which of them are there."""
+"""Writes the outputs of units to the disk, and commits each complete unit in the journal."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 
 STATE = ".activations-after-{}"
-"""Both streams of activations after a unit, by its number modulo 2: the one before is there until the journal has the next."""
+"""File of the hidden states after a unit, by its number modulo 2: the previous one stays until the next commit."""
 
 
 @contextmanager
-def _telling(where: Path) -> Iterator[None]:
-    """Say where it was that the disk was full, or failed."""
+def _disk_errors(where: Path) -> Iterator[None]:
+    """Turns an OSError into an OutputError that names the path."""
     try:
         yield
     except OSError as error:
@@ -42,10 +42,10 @@ def _telling(where: Path) -> Iterator[None]:
 
 
 class Committer:
-    """Writes what is made, behind what is being made, and commits each unit when all of it is on the disk.
+    """Writes outputs in the background, and commits each unit when all of it is on the disk.
 
-    A unit's row in the journal is what the report and the metadata need of it. Activations are kept rather than computed again:
-    a layer's forward passes take minutes, and its hidden states seconds to write. Memory: the output that is being written.
+    A unit's row in the journal has what the report and the metadata need of it. Hidden states are saved, because
+    computing them again takes minutes per layer, and writing them seconds. Memory: the output that is being written.
     """
 
     def __init__(self, plan: Plan, folder: Path, log: RunLog, ranks: Ranks) -> None:
@@ -59,11 +59,12 @@ class Committer:
         self._journal: Journal | None = None
 
     def begin(self, header: Mapping[str, Any], writers: Callable[[Mapping[int, Row]], Mapping[str, Writer]]) -> Collection[int]:
-        """Go on where an earlier run was stopped, if there was one of this `header`; return the units that are done.
+        """Resumes an unfinished run with the same `header`, if there is one; returns the units that are done.
 
-        `writers`, by format, are made from the rows of these.
+        `writers` creates the writers, by format, from the journal rows of these units. Raises OutputError if the
+        unfinished run had another header.
         """
-        rows: dict[int, Row] = self.ranks.broadcast_object(lambda: self._taken_over(header))
+        rows: dict[int, Row] = self.ranks.broadcast_object(lambda: self._resumed_rows(header))
         self._journal = Journal(self.folder, header, self.ranks.rank)
         self.writers = writers(rows)
         if self.ranks.size > 1:
@@ -78,27 +79,27 @@ class Committer:
     def _prepare(self) -> None:
         for writer in self.writers.values():
             writer.prepare()
-        sync_tree(self.folder)  # what this process has made: the others sync what they write
+        sync_tree(self.folder)  # what this process has created; the others sync what they write
 
-    def _taken_over(self, header: Mapping[str, Any]) -> dict[int, Row]:
+    def _resumed_rows(self, header: Mapping[str, Any]) -> dict[int, Row]:
         begun = read(self.folder / NAME)[0]
         other = differences(begun, {"schema": SCHEMA, **header}) if begun else []
         if other:
             raise OutputError(
-                f"{self.folder} was begun with another {' and '.join(other)}: go on with the same, or pass --overwrite "
-                "instead of --resume to begin again"
+                f"unfinished output {self.folder} differs in {' and '.join(other)}: resume with the same options, or pass "
+                "--overwrite instead of --resume to begin again"
             )
         return committed(self.folder)
 
     def follow(self, activations: HiddenStatePair, done: Collection[int]) -> None:
-        """Keep these with every unit from now on; those of an earlier run are taken up where the last unit left them."""
+        """Saves these hidden states after every unit, and restores those of an earlier run's last unit."""
         self.activations, self._together = activations, self.ranks
         through = [unit for unit in self.plan.units if unit.flows and unit.number in done]
         if through and through[-1].hands_on:
             activations.load(self._state(through[-1]))
 
     def write(self, output: LayerOutput, mine: bool = True) -> None:
-        """Write an output behind; with a unit's last, commit it, unless it is another rank's."""
+        """Writes an output in the background; the last one of a unit commits it, if it is this rank's (`mine`)."""
         work: Callable[[], None] = partial(self._write, output)
         if output.last:
             unit = self.plan.units[output.index]
@@ -111,13 +112,13 @@ class Committer:
             self._behind.do(work)
 
     def _keep(self, unit: Unit) -> None:
-        """Keep the activations after a unit, where there are any: what each rank has, before any goes on."""
+        """Saves the hidden states after a unit, if there are any. All ranks save theirs before any continues."""
         if self.activations is None or not unit.hands_on:
             return
         self._behind.wait()
-        self._together.barrier()  # the unit before is committed
+        self._together.barrier()  # the previous unit is committed
         state = self._state(unit)
-        with self.log.timed("keep activations"), _telling(state):
+        with self.log.timed("keep activations"), _disk_errors(state):
             self.activations.save(state)
             sync(state)
             sync(self.folder)
@@ -133,9 +134,9 @@ class Committer:
         return {"rank": self.ranks.rank, "tensors": rows, "layers": layers, "fidelity": self.log.fidelity}
 
     def _write(self, output: LayerOutput) -> None:
-        with self.log.timed("write"), _telling(self.folder):
+        with self.log.timed("write"), _disk_errors(self.folder):
             self.log.bytes["write"] += output.nbytes
-            # Each format at the same time: none waits for another's arithmetic or disk. All end before an error is raised.
+            # In parallel, so that no format waits for another's computation or disk. All end before an error is raised.
             with ThreadPoolExecutor(len(self.writers), "format") as pool:
                 for files in pool.map(lambda writer: writer.write(output), self.writers.values()):
                     self._hashes.add(files)
@@ -143,15 +144,15 @@ class Committer:
     def _commit(self, output: LayerOutput, row: Row) -> None:
         assert self._journal is not None
         self._write(output)
-        with self.log.timed("write"), _telling(self.folder):
-            sync_folders(self.folder)  # the journal's own name among those of new files
+        with self.log.timed("write"), _disk_errors(self.folder):
+            sync_folders(self.folder)  # directory entries of new files, including the journal
             accounts = {form: writer.account() for form, writer in self.writers.items()}
             self._journal.commit(output.index, row | {"accounts": accounts})
 
     def stop_if(self, asked: Callable[[], bool], unit: Unit) -> None:
-        """Raise StoppedError after `unit`, with everything committed that was made, if it is asked for.
+        """Raises StoppedError after `unit`, with all its outputs committed, if a stop was requested.
 
-        Ranks that go through the layers together stop together, whichever is asked.
+        Ranks that process the layers together stop together, whichever of them got the request.
         """
         together = self._together if unit.flows else Ranks()
         if any(together.all_gather(asked())):
@@ -160,17 +161,17 @@ class Committer:
             raise StoppedError(f"stopped after {len(committed(self.folder))} of {len(self.plan.units)} steps")
 
     def wait(self) -> None:
-        """Until everything that was given to write is on the disk."""
+        """Waits until everything passed to `write` is on the disk."""
         self._behind.wait()
 
     def finish(self) -> dict[str, Any]:
-        """Let each writer write what belongs to the whole, on rank 0; return size and hash of every file."""
+        """Writes what belongs to the whole output, on rank 0; returns size and hash of every file (other ranks: {})."""
         self.ranks.barrier()
         if not self.ranks.first:
             return {}
         rows = committed(self.folder)
         self._report(rows)
-        with self.log.timed("finish"), _telling(self.folder):
+        with self.log.timed("finish"), _disk_errors(self.folder):
             for form, writer in self.writers.items():
                 writer.join({unit: row["accounts"][form] for unit, row in rows.items()})
                 self._hashes.add(writer.finish())
@@ -179,7 +180,7 @@ class Committer:
             return self._hashes.collect()
 
     def _report(self, rows: Mapping[int, Row]) -> None:
-        """Make the log that of all units, in their order, whatever process made them."""
+        """Fills the log with the rows of all units, in order, whichever process wrote them."""
         log, weights = self.log, unit_bytes(self.plan)
         log.rows[:] = [entry for row in rows.values() for entry in row["tensors"]]
         log.layers[:] = [entry for row in rows.values() for entry in row["layers"]]
@@ -190,7 +191,7 @@ class Committer:
             share["bytes"] += weights[unit]
 
     def close(self) -> None:
-        """Finish what is being written, and let go of files and threads."""
+        """Finishes pending writes, and closes files and threads."""
         self._behind.close()
         for writer in self.writers.values():
             writer.abort()

@@ -1,4 +1,4 @@
-"""What the steps of a run share: the plan, the device, the checkpoint's tensors as they are read, and what is recorded."""
+"""What the steps of a run share: plan, device, reader of the checkpoint's tensors, and log."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunContext:
-    """The run on this process. `mine` are the numbers of the units that it writes (None: all)."""
+    """The run on this process. `mine` has the numbers of the units that it writes (None: all)."""
 
     plan: Plan
     device: torch.device
@@ -39,19 +39,19 @@ class RunContext:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype in which the model computes."""
+        """The model's compute dtype."""
         found: torch.dtype = getattr(torch, self.plan.model.dtype)
         return found
 
     def writes(self, unit: Unit) -> bool:
-        """Whether this process writes a unit."""
+        """Whether this process writes `unit`."""
         return self.mine is None or unit.number in self.mine
 
 
 class PlannedReader:
-    """Reads the tensors of units in the order of the run, the next two while one is worked on, and others out of that order.
+    """Reads the tensors of units in the order of the run, two tensors ahead; `read` reads any tensor out of order.
 
-    Memory: the tensor that was taken last, and the next two (pinned for a GPU, which fetches them by itself).
+    Memory: the tensor taken last, and the next two (pinned if the device is a GPU, for asynchronous copies).
     """
 
     def __init__(self, context: RunContext, units: Sequence[Unit]) -> None:
@@ -60,7 +60,7 @@ class PlannedReader:
         self._prefetcher = Prefetcher(self._read, (item for unit in units for item in self._items(unit)))
 
     def _items(self, unit: Unit) -> Iterator[Item]:
-        """What a unit takes from the checkpoint, in its order."""
+        """Yields what a unit takes from the checkpoint, in order."""
         plan = self.context.plan
         if unit.layer is not None:
             prefix = megatron_layer(unit.layer)
@@ -70,7 +70,7 @@ class PlannedReader:
             yield from (item for tensor in plan.units.tensors(unit) for item in self.pieces(tensor))
 
     def pieces(self, tensor: UnquantizedTensor) -> Iterator[Item]:
-        """A tensor outside the layers, or some rows after the others of a large one, where every format takes it so."""
+        """Yields a tensor outside the layers, in blocks of rows if it is large and every format supports that."""
         plan = self.context.plan
         row = math.prod(tensor.shape[1:]) * DTYPE_BYTES[plan.source.dtype(tensor.megatron)]
         by_rows = tensor.by_rows and plan.by_rows
@@ -79,14 +79,14 @@ class PlannedReader:
             yield Item(tensor.megatron, (min(height, tensor.shape[0] - first), *tensor.shape[1:]), first)
 
     def take(self, name: str, shape: tuple[int, ...], first: int = 0) -> torch.Tensor:
-        """The tensor (or rows of it) that is next in the order of the run, in its own dtype, in CPU memory."""
+        """Returns the next tensor (or its rows) in the order of the run, in its stored dtype, in CPU memory."""
         with self.context.log.timed("waiting to read"):
             tensor = self._prefetcher.take(Item(name, shape, first))
         self.context.progress.bytes(tensor.nbytes)
         return tensor
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """A tensor out of that order, for the hidden states: in the dtype in which the model computes, on the device."""
+        """Reads a tensor out of order, for the hidden states: in the compute dtype, on the device."""
         return self._read(Item(name, shape)).to(self.context.device, self.context.dtype)
 
     def _read(self, item: Item) -> torch.Tensor:
@@ -98,5 +98,5 @@ class PlannedReader:
             return self._reader.read_parts(context.plan.source.places[item.name], out, item.first)
 
     def close(self) -> None:
-        """Stop reading."""
+        """Stops reading."""
         self._prefetcher.close()

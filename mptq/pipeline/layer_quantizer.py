@@ -1,4 +1,4 @@
-"""One layer on its way from the checkpoint into the formats: calibrated, quantized linear by linear, and compared."""
+"""Processes one layer: calibrates it, quantizes it linear by linear for each format, and measures the error."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def place(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Make `tensor` the parameter (or buffer) `name` of a layer, frozen."""
+    """Sets the parameter (frozen) or buffer `name` of a layer to `tensor`."""
     owner, _, attribute = name.rpartition(".")
     held = module.get_submodule(owner)
     buffer = attribute in held._buffers
@@ -42,10 +42,11 @@ def place(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 class LayerQuantizer:
-    """One layer, linear by linear.
+    """Quantizes one layer, linear by linear.
 
-    Where there are hidden states, `live` is megatron-core's layer that they go through: first as it was, then with the numbers
-    that the first format stores. Several ranks then have the same layer: each quantizes its share of the linears for all.
+    With hidden states, `live` is megatron-core's layer that they pass through: first with the original weights, then
+    with those that the first format stores. All ranks then have the same layer, and each quantizes its share of the
+    linears.
     """
 
     def __init__(self, context: RunContext, reader: PlannedReader, unit: Unit) -> None:
@@ -63,7 +64,7 @@ class LayerQuantizer:
         self.rows: list[tuple[int, dict[str, Any]]] = []
 
     def outputs(self) -> Iterator[LayerOutput]:
-        """What the formats store of the layer: first what keeps its precision, then one linear after another."""
+        """Yields what the formats store of the layer: first the tensors that keep their precision, then each linear."""
         yield self._unquantized()
         states = self.context.hidden_states
         if states:
@@ -87,7 +88,7 @@ class LayerQuantizer:
         return output
 
     def _calibrate(self, states: HiddenStatePair) -> None:
-        """Load the layer as it is, and let the reference through it."""
+        """Loads the layer with its original weights, and runs the reference through it."""
         from mptq.layers.transformer_layer import build_layer
 
         device, dtype, live = self.context.device, self.context.dtype, build_layer(self.plan.model, self.layer)
@@ -107,7 +108,7 @@ class LayerQuantizer:
         self.row["experts"] = self.calibrated.experts
 
     def _compare(self, states: HiddenStatePair) -> None:
-        """Let the quantized hidden states through the layer, whose live weights are those that are stored by now."""
+        """Runs the quantized hidden states through the layer, whose live weights are now the stored ones."""
         assert self.live is not None
         assert self.calibrated is not None
         self.context.progress.doing("running the quantized layer")
@@ -116,10 +117,10 @@ class LayerQuantizer:
         self.context.log.layers.append(self.row)
 
     def _linear(self, linear: LinearSpec, number: int) -> LayerOutput:
-        """Quantize one linear, of that number in the layer: what each format stores of it."""
+        """Quantizes the linear with that number in the layer; returns what each format stores of it."""
         output, source = empty(self.plan, self.unit), self._source(linear)
         made = self._quantized(linear, source, self.owners[number])
-        for form in reversed(self.plan.formats):  # the report's order of rows
+        for form in reversed(self.plan.formats):  # the order of rows in the report
             layout = self.plan.layouts[form]
             scheme, weights = layout.scheme(self.layer, linear), made.get(form)
             input_amax = self._input_amax(linear) if scheme is not None and scheme.static else None
@@ -131,7 +132,7 @@ class LayerQuantizer:
         return output
 
     def _source(self, linear: LinearSpec) -> torch.Tensor:
-        """The weight of `linear`. Linears that have one scale are taken together: its largest magnitude is of all of them."""
+        """Returns the weight of `linear`. Linears that share a scale are read together, for their common amax."""
         if linear.megatron not in self.waiting:
             group = self.plan.assignment.sharing(self.layer, linear)
             self.waiting = {one.megatron: self._weight(one) for one in group}
@@ -142,12 +143,12 @@ class LayerQuantizer:
         if self.live is None:
             weight = self.reader.take(canonical_weight(self.layer, linear), linear.shape)
             return weight.to(self.context.device, non_blocking=True)
-        # A copy: the live weight is overwritten by what the first format stores.
+        # Copied, because the live weight is overwritten with what the first format stores.
         copied: torch.Tensor = self.live.get_parameter(f"{linear.module}.weight").clone()
         return copied
 
     def _largest(self, group: Sequence[LinearSpec], sources: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-        """The largest magnitude of linears that share one scale, float32 []; None where scales are of blocks or rows."""
+        """Returns the amax of linears that share one scale, float32 []; None if scales are per block or row."""
         scheme = self.plan.assignment.scheme(self.layer, group[0])
         if scheme is None or not scheme.shared:
             return None
@@ -156,9 +157,10 @@ class LayerQuantizer:
             return torch.stack(found).amax()
 
     def _quantized(self, linear: LinearSpec, source: torch.Tensor, owner: int) -> dict[str, Quantized]:
-        """What each format that quantizes the linear stores of it: its projections, or the fused matrix alone.
+        """Returns, for each format that quantizes the linear, its quantized projections or the single fused matrix.
 
-        Projections are made once for all formats of the same scheme; a fused matrix of the same numbers is put together.
+        Projections are quantized once for all formats with the same scheme. A fused matrix with the same numbers is
+        merged from them.
         """
         found: dict[str, Quantized] = {}
         made: dict[tuple[Scheme, bool], Quantized] = {}
@@ -185,7 +187,7 @@ class LayerQuantizer:
     def _shared(
         self, scheme: Scheme, sources: Sequence[Sequence[torch.Tensor]], quantize: Callable[[], Quantized], owner: int
     ) -> Quantized:
-        """What `quantize` makes of `sources` on rank `owner`, on every rank; errors on that one alone."""
+        """Calls `quantize` on rank `owner` and returns its weights on every rank, with errors only on the owner."""
         ranks = self.context.ranks
         with self.context.log.timed("quantize"):
             made = quantize() if owner == ranks.rank else [(quantizer.unfilled(source, scheme), None) for source in sources]
@@ -196,7 +198,7 @@ class LayerQuantizer:
         return made
 
     def _kv_cache(self) -> LayerOutput:
-        """The scales of the KV cache; the report has those that the quantized hidden states are rounded by."""
+        """Returns the scales of the KV cache; the report has those of the first format, as in the quantized stream."""
         assert self.calibrated is not None
         output, found = empty(self.plan, self.unit), dict[str, list[torch.Tensor]]()
         for form, layout in self.plan.layouts.items():
@@ -207,7 +209,7 @@ class LayerQuantizer:
         return output
 
     def _show(self, linear: LinearSpec, source: torch.Tensor, made: Mapping[str, Quantized]) -> None:
-        """Let the quantized hidden states see what the first format stores of a linear."""
+        """Replaces the live weight of a linear with what the first format stores, for the quantized hidden states."""
         if self.live is None:
             return
         out, first = self.live.get_parameter(f"{linear.module}.weight").data, self.plan.formats[0]
@@ -222,7 +224,7 @@ class LayerQuantizer:
             dequantize(fused, scheme, out)
 
     def _report(self, number: int, form: str, linear: LinearSpec, weights: Quantized) -> None:
-        """Add a row to the report for each weight that a format stores; without its error, it is another rank's to."""
+        """Adds a row to the report for each stored weight; weights without an error are reported by another rank."""
         layout = self.plan.layouts[form]
         scheme, source = layout.scheme(self.layer, linear), canonical_weight(self.layer, linear)
         assert scheme is not None

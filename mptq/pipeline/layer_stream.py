@@ -1,4 +1,4 @@
-"""The layer stream: reads a checkpoint and quantizes it, one unit at a time, into what the formats store."""
+"""Reads and quantizes a checkpoint, one unit at a time, and yields what the formats store."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def _release_memory() -> None:
-    """Free the layer that has been written: ModelOpt ties its modules into cycles, and glibc keeps what is freed."""
+    """Frees a written layer: ModelOpt's modules form reference cycles, and glibc keeps freed memory."""
     gc.collect()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in every C library
@@ -31,10 +31,11 @@ def _release_memory() -> None:
 
 
 class LayerStream:
-    """The outputs of one unit after another, in the order of the forward pass; the checkpoint is read two tensors ahead.
+    """Produces the outputs of all units, in the order of the forward pass; reads the checkpoint two tensors ahead.
 
-    A layer has an output for each of its linears. Where there are hidden states, both go through each layer as it is quantized,
-    on all ranks together; of a unit that another rank writes, only the last output comes. Peak memory: `estimates.peak_memory`.
+    A layer has one output per linear. Hidden states, if any, pass through each layer as it is quantized, on all ranks
+    together. For a unit that another rank writes, only the empty last output is yielded. Peak memory:
+    `estimates.peak_memory`.
     """
 
     def __init__(self, context: RunContext, units: Sequence[Unit] | None = None) -> None:
@@ -42,7 +43,7 @@ class LayerStream:
         self.units = context.plan.units if units is None else units
 
     def outputs(self) -> Generator[LayerOutput]:
-        """The outputs of the units; an empty one with `last` set follows those of each."""
+        """Yields the outputs of the units; those of each unit are followed by an empty one with `last` set."""
         reader = PlannedReader(self.context, self.units)
         try:
             for unit in self.units:
@@ -69,7 +70,7 @@ class LayerStream:
             self._embed(reader)
 
     def _unquantized(self, unit: Unit, tensor: UnquantizedTensor, reader: PlannedReader) -> Iterator[LayerOutput]:
-        """A tensor outside the layers, as it is."""
+        """Yields a tensor outside the layers, unchanged."""
         for item in reader.pieces(tensor):
             values = reader.take(*item)
             require_finite(values, tensor.megatron)
@@ -78,14 +79,14 @@ class LayerStream:
             yield output
 
     def _rest(self, unit: Unit) -> LayerOutput:
-        """What formats store beside the model's tensors."""
+        """Returns what formats store besides the model's tensors."""
         output = empty(self.context.plan, unit)
         for form, layout in self.context.plan.layouts.items():
             add(output, form, FORMATS[form].store_rest(layout))
         return output
 
     def _embed(self, reader: PlannedReader) -> None:
-        """Start the hidden states from the embeddings."""
+        """Initializes the hidden states from the embeddings."""
         states = self.context.hidden_states
         if states:
             before, _ = outer_copies(self.context.plan.model)
@@ -93,7 +94,7 @@ class LayerStream:
                 states.embed([reader.read(tensor.megatron, tensor.shape) for tensor in before])
 
     def _measure(self, reader: PlannedReader) -> None:
-        """Let the hidden states through the final norm and the output layer, and record how far they are apart."""
+        """Runs the hidden states through the final norm and the output layer, and records the fidelity."""
         states, plan = self.context.hidden_states, self.context.plan
         if not states:
             return

@@ -1,4 +1,4 @@
-"""How to run, and of which kind each option of `mptq quantize` is: what a run with `--resume` compares. No torch."""
+"""Run options, and which options of `mptq quantize` `--resume` compares. Does not import torch."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class Options:
-    """How to run, as against what to do to the model (the recipe). `device` is auto, cpu, cuda or cuda:N.
+    """How to run; what to do to the model is in the recipe. `device` is auto, cpu, cuda or cuda:N.
 
-    `data` are the sequences that calibrate and on which fidelity is measured, `batch_size` of them at once; their hidden
-    states take up to `activation_memory` bytes (None: a quarter of what is free) before they go to a file. An expert that
-    saw fewer than `moe_min_tokens` gets its static scales from its layer. With `resume`, a run that was stopped goes on;
-    `stop` is asked between layers whether this one shall.
+    `data` selects the calibration and held-out sequences, `batch_size` of which are processed at once. Their hidden
+    states are kept in memory up to `activation_memory` bytes (None: a quarter of the available memory), and in files
+    beyond that. An expert that saw fewer than `moe_min_tokens` tokens gets its static scales from the layer's other
+    experts. With `resume`, an interrupted run is continued. `stop` is called after each unit; if it returns True, the
+    run stops.
     """
 
     tokenizer: Path | None = None
@@ -47,9 +48,9 @@ class Options:
 
 
 LIMIT = "limit"
-"""A limit on the report's figures: checked at every run, on a complete output too."""
+"""A limit on the report's figures, checked on every run, even if the output is complete already."""
 RUN = "run"
-"""How it runs, where it goes or what is printed: the output is the same."""
+"""Affects how the run works, where it writes or what it prints, but not the output."""
 
 KINDS: Mapping[str, str] = {
     "CKPT": "checkpoint",
@@ -75,7 +76,7 @@ KINDS: Mapping[str, str] = {
     "--max-ppl-increase": LIMIT,
     "--output": RUN,
     "--activation-memory": RUN,
-    "--trust-remote-code": RUN,  # what it changes shows in the tokens
+    "--trust-remote-code": RUN,  # its effects are in `tokens`
     "--overwrite": RUN,
     "--resume": RUN,
     "--dry-run": RUN,
@@ -83,27 +84,27 @@ KINDS: Mapping[str, str] = {
     "--quiet": RUN,
     "--verbose": RUN,
 }
-"""Every option of `mptq quantize` -> LIMIT, RUN, or the key of `decisive` in which it shows, for what changes the output."""
+"""Every option of `mptq quantize` -> LIMIT, RUN, or, if it changes the output, the key of `decisive` it affects."""
 
 _CONTENTS = {
-    "shards": "content of the shards",
-    "tokens": "content of the data",
-    "tensors": "plan of the tensors",
-    "generation": "generation config",
+    "shards": "the contents of the shards",
+    "tokens": "the contents of the data",
+    "tensors": "the plan of the tensors",
+    "generation": "the generation config",
 }
-"""Keys of `decisive` that are named only where no option differs: they follow from the options and from files."""
-_RUNS = {"versions": "set of package versions", "schema": "version of the journal"}
-"""What the journal of an unfinished output has beside `decisive`."""
+"""Keys of `decisive` that follow from options and files, and are only reported if no option differs."""
+_RUNS = {"versions": "package versions", "schema": "the journal version"}
+"""What the journal of an unfinished output has in addition to `decisive`."""
 
 
 def decisive(
     plan: Plan, options: Options, device: str, tokenizer: Path | None, generation: Generation, data: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """What the output depends on, as plain data: what must be the same for `--resume` to go on, or to leave it as it is.
+    """Returns what the output depends on, as plain data. `--resume` requires it to be unchanged.
 
-    `device` is the device's type, `tokenizer` the directory that is copied into the output, `generation` the ids of its
-    configs, and `data` the account of the token sequences, None for a run without activations. Values that do not matter to
-    the output are left out or None.
+    `device` is the type of the device, `tokenizer` the directory that is copied into the output, `generation` the ids
+    in its configs, and `data` the record of the token sequences (None for a run without activations). Values that do
+    not affect the output are left out or None.
     """
     checkpoint, made = plan.source.checkpoint, report.manifest_of(plan, {}, {})
     keys = {part.key for parts in plan.source.places.values() for part in parts}
@@ -136,7 +137,7 @@ def decisive(
 
 
 def differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """The options in which two results of `decisive` differ, as the user writes them, with both values where they are short."""
+    """Returns the options in which two results of `decisive` differ, as command-line flags, with short values."""
     keys = [*wanted, *(key for key in made if key not in wanted)]
     differing = [key for key in keys if key in made and key in wanted and made[key] != wanted[key]]
     chosen = [key for key in differing if key not in _CONTENTS] or differing
@@ -158,6 +159,6 @@ def _digest(content: Any) -> dict[str, str]:
 
 
 def _tokenizer(directory: Path) -> dict[str, str]:
-    """SHA-256 of what is copied of a tokenizer's directory."""
+    """Returns a SHA-256 of the files that are copied from a tokenizer's directory."""
     files = [*tokenizer_files(directory), directory / "generation_config.json"]
     return _digest({file.name: sha256(file) for file in files if file.is_file()})

@@ -1,4 +1,4 @@
-"""What must hold before the first tensor is read, and what is known then."""
+"""Checks before the first tensor is read."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from mptq.calibration.tokens import TokenData
 
 SLACK_BYTES = 64_000_000
-"""Room for what the plan does not count: headers, byte items, tokenizer, manifest and report."""
+"""Disk space for what the plan does not count: headers, byte items, tokenizer, manifest and report."""
 
 
 def default_output(plan: Plan, given: Path) -> Path:
-    """The checkpoint's name, a dash and the recipe's name, beside the checkpoint."""
+    """Returns the default output path: checkpoint name, dash, recipe name, next to the checkpoint."""
     root = plan.source.checkpoint.location.root
     name = root.name if given.resolve() == root else f"{root.name}-{plan.source.checkpoint.directory.name}"
     return root.parent / f"{name}-{plan.recipe.name}"
@@ -42,9 +42,9 @@ def default_output(plan: Plan, given: Path) -> Path:
 
 @dataclass(frozen=True)
 class Preflight:
-    """What `check` found: the tokenizer's directory, what activations will take (None: there are none), and warnings.
+    """Result of `check`: the tokenizer's directory, the budget of activations (None: no forward passes), and warnings.
 
-    `generation` is what is known of the ids with which generation begins and ends. `complete` says that there is nothing to do.
+    `generation` has the ids with which generation begins and ends. If `complete`, there is nothing to do.
     """
 
     tokenizer: Path | None
@@ -55,13 +55,14 @@ class Preflight:
 
 
 def check(plan: Plan, out: Path, options: Options, processes: int = 1) -> Preflight:
-    """What must hold before the first tensor is read, by a run of so many `processes`.
+    """Checks everything that can be checked before the first tensor is read, for a run of `processes` processes.
 
-    Raises OutputError for an output that cannot be written and for a `--tokenizer` that holds none, DataError for data that
-    the recipe or a gate needs and that is not there, and MptqError for a device that is not there.
+    Raises OutputError for an output that cannot be written and for a `--tokenizer` without tokenizer files, DataError
+    if data that the recipe or a limit needs is missing, UnsupportedModelError if the recipe needs forward passes and
+    the model cannot be run, and MptqError for a device that does not exist.
     """
     plan.require_runnable()
-    if options.device not in ("auto", "cpu"):  # these are always there, and looking takes an import of torch
+    if options.device not in ("auto", "cpu"):  # these always exist, and checking imports torch
         pick_device(options.device)
     check_datasets(options.data)
     tokenizer, missing = _tokenizer(plan, options)
@@ -73,12 +74,12 @@ def check(plan: Plan, out: Path, options: Options, processes: int = 1) -> Prefli
     if not has_data:
         _require_no_data(plan, options, missing)
         if options.data.eval_size and plan.runs:
-            notes.append(f"no fidelity figures ({missing}): pass --tokenizer DIR, or --eval-size 0 to want none")
+            notes.append(f"no fidelity figures ({missing}): pass --tokenizer DIR, or --eval-size 0 to skip them")
     if tokenizer is None and _has_tokenizer(plan):
         notes.append(f"no tokenizer in the output ({missing}): pass --tokenizer DIR")
     runs = plan.runs and has_data and (plan.recipe.needs_data or options.data.eval_size > 0)
     if runs and processes > 1 and plan.recipe.calibration.method != "max":
-        raise DataError("a percentile is of all samples together: calibrate with method max, or start one process")
+        raise DataError("percentile calibration needs all samples in one process: use method max, or start a single process")
     notes += _without_effect(plan, options, runs)
     work = _work(plan, options) if runs else None
     checked = Preflight(tokenizer, work, notes, generation)
@@ -90,51 +91,51 @@ def check(plan: Plan, out: Path, options: Options, processes: int = 1) -> Prefli
 
 
 def _without_effect(plan: Plan, options: Options, runs: bool) -> list[str]:
-    """Options that were given and that nothing of this run reads."""
+    """Returns a warning for each given option that this run does not use."""
     notes = []
     if options.data.datasets and not runs:
-        reason = "nothing calibrates, and --eval-size is 0"
+        reason = "no scales are calibrated, and --eval-size is 0"
         if plan.recipe.scheme is None:
             reason = f"recipe {plan.recipe.name} quantizes nothing"
         elif plan.model.not_run:
-            reason = "mptq does not run this model"
+            reason = "mptq cannot run this model"
         notes.append(f"--calib-dataset has no effect: {reason}")
     if options.max_shard_bytes != MAX_SHARD_BYTES and not any(FORMATS[form].is_sharded for form in plan.formats):
-        notes.append(f"--max-shard-size has no effect: {' and '.join(plan.formats)} output has a file for each layer")
+        notes.append(f"--max-shard-size has no effect: {' and '.join(plan.formats)} output has one file per layer")
     return notes
 
 
 def _has_tokenizer(plan: Plan) -> bool:
-    """Whether an output holds the tokenizer and the ids with which generation begins and ends."""
+    """Whether an output includes the tokenizer and the ids with which generation begins and ends."""
     return any(FORMATS[form].has_tokenizer for form in plan.formats)
 
 
 def _needed_bytes(plan: Plan, work: estimates.ActivationBudget | None) -> int:
-    """Bytes on the disk of the outputs and, while the run goes, of the activations."""
+    """Returns the disk space that the run needs, in bytes: outputs and, during the run, activations."""
     needed = sum(layout.nbytes for layout in plan.layouts.values()) + SLACK_BYTES
     if work is None:
         return needed
-    # Twice the activations: those of the layer that was finished last, and of the one before.
+    # Saved activations are there twice: after the last finished layer, and after the one before.
     return needed + work.file_bytes + 2 * (work.stored_bytes + work.file_bytes)
 
 
 def _require_figures(plan: Plan, options: Options) -> None:
-    """Raise DataError for a limit on the fidelity where this run cannot measure any."""
+    """Raises DataError for a limit on the fidelity if this run cannot measure it."""
     if options.gates == report.QualityLimits():
         return
     reason = None
     if not options.data.eval_size:
-        reason = "--eval-size 0 measures none: ask for at least 1 sequence"
+        reason = "--eval-size is 0: use at least 1 sequence"
     elif plan.recipe.scheme is None:
-        reason = f"recipe {plan.recipe.name} quantizes nothing: leave the limit out"
+        reason = f"recipe {plan.recipe.name} quantizes nothing: remove the limit"
     elif plan.model.not_run:
-        reason = f"mptq does not run this model, which has {'; '.join(plan.model.not_run)}: leave the limit out"
+        reason = f"mptq cannot run this model, which has {'; '.join(plan.model.not_run)}: remove the limit"
     if reason is not None:
-        raise DataError(f"a limit on the fidelity ({' and '.join(options.gates.flags)}) needs its figures, and {reason}")
+        raise DataError(f"a fidelity limit ({' and '.join(options.gates.flags)}) needs fidelity figures, but {reason}")
 
 
 def _work(plan: Plan, options: Options) -> estimates.ActivationBudget:
-    """What the activations come to, if every sequence is full."""
+    """Returns the budget of the activations, assuming that every sequence is full."""
     data, recipe = options.data, plan.recipe
     length = min(data.seq_length, plan.model.max_position_embeddings)
     calibrating = data.calib_size if recipe.needs_data else 0
@@ -146,18 +147,18 @@ def _work(plan: Plan, options: Options) -> estimates.ActivationBudget:
 
 
 def activation_memory(options: Options) -> int:
-    """Bytes that hidden states may take in memory."""
+    """Returns the bytes that hidden states may take in memory."""
     if options.activation_memory is not None:
         return options.activation_memory
     return int(psutil.virtual_memory().available) // 4
 
 
 def _tokenizer(plan: Plan, options: Options) -> tuple[Path | None, str]:
-    """The directory of the tokenizer, or None and the reason why there is none."""
+    """Returns the directory of the tokenizer, or None and the reason why there is none."""
     if options.tokenizer is not None:
         if not tokenizer_files(options.tokenizer):
             raise OutputError(
-                f"--tokenizer {options.tokenizer} has no tokenizer files: give a Hugging Face tokenizer directory"
+                f"--tokenizer {options.tokenizer} has no tokenizer files: pass a Hugging Face tokenizer directory"
             )
         return options.tokenizer, ""
     named = plan.model.tokenizer
@@ -166,11 +167,11 @@ def _tokenizer(plan: Plan, options: Options) -> tuple[Path | None, str]:
     directory = Path(named).parent if Path(named).is_file() else Path(named)
     if tokenizer_files(directory):
         return directory, ""
-    return None, f"the tokenizer {named!r}, which the checkpoint names, is not on this machine"
+    return None, f"the checkpoint's tokenizer {named!r} is not on this machine"
 
 
 def _generation(plan: Plan, tokenizer: Path | None) -> Generation:
-    """What is known of generation: what lies beside the tokenizer counts first, the tokenizer itself last."""
+    """Resolves the generation ids. A config next to the tokenizer takes precedence; the tokenizer itself comes last."""
     beside, itself = (generation_config(tokenizer), [special_ids(tokenizer)]) if tokenizer else ([], [])
     return resolve([*beside, *plan.source.generation, *itself], plan.model.vocab_size)
 
@@ -180,15 +181,15 @@ def _require_no_data(plan: Plan, options: Options, missing: str) -> None:
     if plan.recipe.needs_data:
         wanted = f"recipe {plan.recipe.name} calibrates scales on data"
     elif options.data.datasets:
-        wanted = "--calib-dataset holds text"
+        wanted = "--calib-dataset is text"
     elif options.gates != report.QualityLimits():
-        wanted = "a limit on the fidelity needs its figures"
+        wanted = "a fidelity limit needs fidelity figures"
     if wanted is not None:
-        raise DataError(f"{wanted}, and {missing}: pass --tokenizer DIR, or a Megatron indexed dataset as --calib-dataset")
+        raise DataError(f"{wanted}, but {missing}: pass --tokenizer DIR, or a Megatron indexed dataset as --calib-dataset")
 
 
 def tokens_of(plan: Plan, checked: Preflight, options: Options) -> TokenData | None:
-    """The sequences that go through the layers; None where nothing needs them."""
+    """Returns the calibration and held-out sequences; None if the run needs no forward passes."""
     if checked.work is None:
         return None
     length = min(options.data.seq_length, plan.model.max_position_embeddings)
@@ -197,9 +198,9 @@ def tokens_of(plan: Plan, checked: Preflight, options: Options) -> TokenData | N
 
 
 def finished(plan: Plan, out: Path, options: Options, checked: Preflight) -> bool:
-    """Whether `out` is complete already, and what this run would make of it.
+    """Whether, with `resume`, `out` is complete already and the same as what this run would write.
 
-    Raises OutputError where it is complete and this run would make another of it, unless that is wanted (`overwrite`).
+    Raises OutputError if it is complete but this run would write something else, unless `overwrite` is set.
     """
     if not (options.resume and (out / manifest.NAME).is_file()):
         return False
@@ -209,31 +210,34 @@ def finished(plan: Plan, out: Path, options: Options, checked: Preflight) -> boo
     other = differences(made, depends_on(plan, options, checked, account))
     if other and not options.overwrite:
         raise OutputError(
-            f"{out} is complete, and was made with another {' and '.join(other)}: resume with the same, pass --overwrite "
-            "instead of --resume to make it again, or choose another -o"
+            f"{out} is complete, but differs in {' and '.join(other)}: resume with the same options, pass --overwrite "
+            "instead of --resume to replace it, or choose another -o"
         )
     return not other
 
 
 def depends_on(plan: Plan, options: Options, checked: Preflight, account: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the output depends on, as plain data (options.decisive); `account` is that of the token sequences."""
+    """Returns what the output depends on (options.decisive); `account` is the record of the token sequences."""
     device = pick_device(options.device).type
     return decisive(plan, options, device, checked.tokenizer, checked.generation, account)
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the first GPU, or the CPU without one."""
+    """Returns the device `name`; "auto" is a GPU (that of LOCAL_RANK), or the CPU without one.
+
+    Raises MptqError for a device that does not exist.
+    """
     import torch
 
     if name == "auto":
-        # Of the processes that torchrun starts on a machine, each has its own.
+        # Each process that torchrun starts on a machine uses its own GPU.
         return (
             torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
         )
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise MptqError(f"--device {name} is no device: use auto, cpu, cuda or cuda:N") from error
+        raise MptqError(f"--device {name} is not a device: use auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise MptqError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device

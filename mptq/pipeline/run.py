@@ -1,4 +1,4 @@
-"""The loop: preflight; for each unit read, calibrate, quantize, write and free; then finish."""
+"""The main loop: preflight; read, calibrate, quantize, write and free each unit; finish."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from mptq.report.run_log import Progress, Silent
 
 
 def run(plan: Plan, out: Path, options: Options = Options(), progress: Progress = Silent()) -> dict[str, Any]:
-    """Quantize the planned checkpoint into `out` and return the report.
+    """Quantizes the planned checkpoint into `out` and returns the report.
 
-    Raises OutputError when `out` cannot be written, CheckpointError when a tensor cannot be read or holds NaN, and DataError
-    for datasets that cannot be read. `out` is complete afterwards, or as it was before. Where it is complete already, with
-    `resume`, the report is the one that is there, with this run's limits. Peak memory: `estimates.peak_memory`, whatever the
-    number of layers.
+    Raises OutputError if `out` cannot be written, CheckpointError if a tensor cannot be read or is not finite,
+    DataError for datasets that cannot be read, and StoppedError if `options.stop` requested it. Afterwards `out` is
+    complete, or as it was before. With `resume`, if it is complete already, returns its report with this run's limits.
+    Peak memory: `estimates.peak_memory`, independent of the number of layers.
     """
     out = out.resolve()
     ranks = started()
@@ -56,16 +56,16 @@ def _run(plan: Plan, place: Place, checked: Preflight, options: Options, progres
 
 
 def _quantize(plan: Plan, setup: Setup, options: Options, progress: Progress) -> None:
-    """Read, calibrate, quantize and write each unit that is left."""
+    """Reads, calibrates, quantizes and writes each remaining unit."""
     with setup.context.log.timed("imports"):
         from mptq.pipeline.layer_stream import LayerStream
     progress.stage(0, len(plan.units), "reading")
-    # The time of the stream is from the first byte that is read to the last that is on the disk.
+    # "stream" is the time from the first byte read until the last one is on the disk.
     with setup.context.log.timed("stream"), closing(LayerStream(setup.context, setup.units).outputs()) as outputs:
         for output in outputs:
             unit, last = plan.units[output.index], output.last
             setup.committer.write(output, setup.context.writes(unit))
-            del output  # before the next is made
+            del output  # freed before the next one is made
             if last:
                 following = next(
                     (str(later) for later in plan.units[unit.number + 1 :] if later.layer is not None), "finishing"

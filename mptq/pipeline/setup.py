@@ -1,4 +1,4 @@
-"""What a run needs before its loop begins: data, hidden states, writers, and the units that are left to do."""
+"""Prepares what the main loop needs: data, hidden states, writers, and the remaining units."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the output is to be, where it is until it is complete, and which of the processes this is."""
+    """The output path, the directory that holds the output until it is complete, and this process's rank."""
 
     out: Path
     partial: Path
@@ -41,9 +41,9 @@ class Place:
 
 @dataclass(frozen=True)
 class Setup:
-    """A run that is about to begin: its context, the units that are left, and what commits them.
+    """A prepared run: its context, the remaining units, and the committer.
 
-    `depends` is what the output depends on (options.decisive); `calibration` what the report says of the data.
+    `depends` is what the output depends on (options.decisive); `calibration` is the report's section on the data.
     """
 
     context: RunContext
@@ -55,7 +55,7 @@ class Setup:
 
 @contextmanager
 def prepared(plan: Plan, place: Place, checked: Preflight, options: Options, progress: Progress) -> Iterator[Setup]:
-    """Load data, make hidden states and writers, and take up what an earlier run has committed; all is closed at the end."""
+    """Loads data, creates hidden states and writers, and resumes from an earlier run; closes everything on exit."""
     log = RunLog()
     with log.timed("imports"):
         device = pick_device(options.device)
@@ -75,7 +75,7 @@ def prepared(plan: Plan, place: Place, checked: Preflight, options: Options, pro
             committer.follow(states, done)
         left = {unit: weight for unit, weight in unit_bytes(plan).items() if unit not in done}
         mine = shares(left, place.ranks.size)[place.ranks.rank]
-        # Hidden states go through every layer, and what follows the last, on all ranks together.
+        # Hidden states pass through the embeddings, layers and output layer on all ranks together.
         units = [unit for unit in plan.units if unit.number in left and (unit.number in mine or (states and unit.flows))]
         context = RunContext(plan, device, log, progress, states, mine, place.ranks if states else Ranks())
         yield Setup(context, units, committer, depends, _calibration(plan, account, states))
@@ -84,7 +84,7 @@ def prepared(plan: Plan, place: Place, checked: Preflight, options: Options, pro
 def _hidden_states(
     plan: Plan, tokens: TokenData | None, options: Options, device: torch.device, place: Place
 ) -> HiddenStatePair | None:
-    """Both sequences of hidden states; None without tokens."""
+    """Creates both streams of hidden states; None without tokens."""
     if tokens is None:
         return None
     from mptq.calibration.hidden_state_pair import HiddenStateOptions, HiddenStatePair
@@ -95,7 +95,7 @@ def _hidden_states(
 
 
 def _calibration(plan: Plan, account: dict[str, Any] | None, states: HiddenStatePair | None) -> dict[str, Any] | None:
-    """What the report says of the data, and of the states that were made of it."""
+    """Returns the report's section on the calibration data and the hidden states."""
     if account is None or states is None:
         return None
     return (
@@ -109,7 +109,7 @@ def _calibration(plan: Plan, account: dict[str, Any] | None, states: HiddenState
 
 
 def _writers(plan: Plan, directory: Path, options: WriterOptions, done: Mapping[int, Row]) -> dict[str, Writer]:
-    """The writers by format, each in a directory of its own where there are several; `done` are the units that are there."""
+    """Creates the writer of each format, in its own directory if there are several; `done` has the committed units."""
     names = {form: _names(plan, form, done) for form in plan.formats}
     return {
         form: FORMATS[form].writer(
@@ -123,6 +123,6 @@ def _writers(plan: Plan, directory: Path, options: WriterOptions, done: Mapping[
 
 
 def _names(plan: Plan, form: str, done: Mapping[int, Row]) -> frozenset[str]:
-    """The tensors of an output that are in the units that are done."""
+    """Returns the names of the tensors of an output that belong to finished units."""
     stored = plan.layouts[form].by_canonical_name() if done else ()
     return frozenset(spec.name for name, specs in stored if plan.units.of(name).number in done for spec in specs)

@@ -1,4 +1,4 @@
-"""Outputs of a unit: what each format of a run stores of a tensor."""
+"""Builds the outputs of a unit from what each format stores."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def empty(plan: Plan, unit: Unit, first: int = 0, *, last: bool = False) -> LayerOutput:
-    """An output of a unit without tensors."""
+    """Returns an output of a unit, without tensors."""
     return LayerOutput(unit.number, {form: {} for form in plan.formats}, {form: {} for form in plan.formats}, last, first)
 
 
 def add(output: LayerOutput, form: str, stored: Stored) -> None:
-    """Add what a format stores."""
+    """Adds what a format stores."""
     output.tensors[form] |= stored.tensors
     output.blobs[form] |= stored.blobs
 
@@ -30,7 +30,7 @@ def add(output: LayerOutput, form: str, stored: Stored) -> None:
 def store_unquantized(
     plan: Plan, output: LayerOutput, tensor: UnquantizedTensor, values: torch.Tensor, layer: int | None = None
 ) -> None:
-    """Add what each format stores of a tensor that keeps its precision, `values` being its rows from `output.first` on."""
+    """Adds what each format stores of an unquantized tensor; `values` are its rows from `output.first` on."""
     for form, layout in plan.layouts.items():
         specs = layout.unquantized(tensor, layer)
         add(output, form, FORMATS[form].store_unquantized(tensor, specs, values, output.first))

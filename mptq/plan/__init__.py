@@ -1,1 +1,1 @@
-"""Everything that is known before the first tensor is read. No torch."""
+"""Everything that is known before the first tensor is read. Does not import torch."""

@@ -1,4 +1,4 @@
-"""What a plan comes to: bytes by component, peak memory, and what the user should know before starting. No torch."""
+"""Estimates for a plan: bytes by component, peak memory, and warnings. Does not import torch."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 IMPORTS_BYTES = 690_000_000
 """Resident memory of a process that reads and quantizes: torch, and the compiled loops (scripts/bench_memory.py)."""
 LAYER_BYTES = 440_000_000
-"""What megatron-core's layer, ModelOpt and, with it, transformers add."""
+"""Memory that megatron-core's layer and ModelOpt (which imports transformers) add."""
 CONFIG_BYTES = 30_000_000
-"""What transformers adds where it is first needed for the configs of the output."""
+"""Memory that transformers adds if it is only imported for the configs of the output."""
 _MORE_CONFIG_BYTES = {"LlamaConfig": 170_000_000}
-"""What some of its config classes import beside (transformers 5.23: this one all that generation and images need)."""
+"""Memory of what some config classes import (in transformers 5.23, LlamaConfig imports generation and image code)."""
 END_BYTES = 180_000_000
-"""What the report's plots add at the end, and the libraries as they are unloaded: pages of their files, in use once more."""
+"""Memory added at the end by the report's plots, and by libraries, whose file pages are read in on exit."""
 PIECE_BYTES = 1 << 26
-"""Of the rows of a tensor outside the layers that are in memory at once."""
+"""Size of the blocks of rows in which large tensors outside the layers are read."""
 LOGITS = 1 << 23
-"""Logits of one sequence of hidden states that are computed at once: 32 MB in float32."""
+"""Number of logits per stream that are computed at once: 32 MB in float32."""
 _COMPONENTS = (
     ("mtp.", "multi-token prediction"),
     ("mixer", "mamba"),
@@ -47,15 +47,15 @@ _COMPONENTS = (
 
 
 def component(name: str) -> str:
-    """The part of the model that an inner tensor or a module of Megatron belongs to, for people."""
+    """Returns the part of the model that an inner tensor or a Megatron module belongs to, for display."""
     return next(found for part, found in _COMPONENTS if part in name)
 
 
 @dataclass(frozen=True)
 class ActivationBudget:
-    """What activations add to a run: hidden states in memory or in files, tokens of a batch, whether logits are compared.
+    """What activations add to a run: bytes of hidden states in memory or in files, and tokens of a batch.
 
-    A batch is of sequences of `length` tokens.
+    A batch consists of sequences of `length` tokens. `compares` says whether logits are compared.
     """
 
     stored_bytes: int
@@ -66,11 +66,12 @@ class ActivationBudget:
 
 
 def peak_memory(plan: Plan, work: ActivationBudget | None = None) -> int:
-    """Predicted peak resident memory in bytes of a run on a CPU: what is imported, and the most that is there at once beside.
+    """Predicts the peak resident memory in bytes of a run on a CPU: imports plus the most that is in memory at once.
 
-    Without activations that is a linear, the two tensors that are read ahead, and what is made of this linear and of the one
-    before, which is being written. With them it is a layer, and what its forward pass or the rounding of a linear takes, or
-    the output layer with its logits. What is imported at the end of a run, and the end of the process, come after that.
+    Without activations, that is a linear, the two tensors read ahead, the quantized linear, and the previous one, which
+    is being written. With activations, it is a layer plus its forward pass or the quantization of a linear, or the
+    output layer with its logits. Imports at the end of the run and the exit of the process come after that, and may
+    exceed it.
     """
     with_layers = work is not None or any(FORMATS[form].needs_modelopt for form in plan.formats)
     imports = IMPORTS_BYTES + LAYER_BYTES * with_layers
@@ -89,7 +90,7 @@ def _config_memory(plan: Plan) -> int:
 
 @dataclass(frozen=True)
 class _Item:
-    """A tensor of a layer: its bytes as it is read, those that are made of it, and those of a copy that is made on the way."""
+    """A tensor of a layer: its bytes as read, the bytes of the results, and those of a temporary copy."""
 
     source: int
     made: int = 0
@@ -97,7 +98,7 @@ class _Item:
 
 
 def _items(plan: Plan, layer: int) -> list[_Item]:
-    """The tensors of a layer in the order of the run."""
+    """Returns the tensors of a layer in the order of the run."""
     prefix = tensors.megatron_layer(layer)
     copies = (TensorSpec("", plan.source.dtype(prefix + copy.megatron), copy.shape).nbytes for copy in plan.unquantized(layer))
     return [*map(_Item, copies), *(_item(plan, layer, linear) for linear in plan.linears(layer))]
@@ -106,7 +107,7 @@ def _items(plan: Plan, layer: int) -> list[_Item]:
 def _item(plan: Plan, layer: int, linear: LinearSpec) -> _Item:
     weight = TensorSpec("", plan.source.dtype(canonical_weight(layer, linear)), linear.shape)
     layouts = plan.layouts.values()
-    # A weight that keeps its precision is written from where it is, but for members that are split off.
+    # An unquantized weight is written without a copy, unless its members have to be split.
     kept = [weight.nbytes if layout.splits and not linear.fusion.plain else 0 for layout in layouts]
     schemes = [layout.scheme(layer, linear) for layout in layouts]
     made = [bytes_ if scheme is None else weight.numel for bytes_, scheme in zip(kept, schemes, strict=True)]
@@ -117,7 +118,7 @@ def _item(plan: Plan, layer: int, linear: LinearSpec) -> _Item:
 
 
 def _window(items: list[_Item]) -> int:
-    """The most that is there while a tensor is worked on, in a layer among others like it."""
+    """Returns the most that is in memory while a tensor is processed, in a layer between layers like it."""
     around = (tuple(items[(place + step) % len(items)] for step in (-1, 0, 1, 2)) for place in range(len(items)))
     return max(
         written.made + item.source + item.copied + item.made + following.source + further.source
@@ -126,11 +127,11 @@ def _window(items: list[_Item]) -> int:
 
 
 def _outer_memory(plan: Plan, window: int) -> int:
-    """The most that is there with the largest tensor outside the layers: its rows one after another, or the whole of it."""
+    """Returns the most that is in memory with the largest tensor outside the layers, read in pieces or as a whole."""
     outer = _outer_bytes(plan)
     if not plan.by_rows:
         return outer + window
-    return max(min(outer, 4 * PIECE_BYTES), window)  # a piece, two that are read ahead, one that is being written
+    return max(min(outer, 4 * PIECE_BYTES), window)  # a piece, two read ahead, one being written
 
 
 def _outer_bytes(plan: Plan) -> int:
@@ -139,14 +140,14 @@ def _outer_bytes(plan: Plan) -> int:
 
 
 def _live_memory(plan: Plan, layer: int, work: ActivationBudget) -> int:
-    """A layer, and the most of what is done with it: a forward pass, the comparison of the streams, the rounding of a linear.
+    """Returns the bytes of a layer plus the largest step: forward pass, comparing streams, or quantizing a linear.
 
-    What is passed on is in the model's dtype; products of a linear, and attention where torch has no fused kernel on a CPU
-    (a value of another width than the key, or sinks), are in float32.
+    Hidden states are in the model's dtype. The products of linears are in float32, and so is attention where torch has
+    no fused CPU kernel (values of another width than the keys, or sinks).
     """
     model, items = plan.model, _items(plan, layer)
     width, states = DTYPE_BYTES[model.dtype], work.batch_tokens * model.hidden_size
-    kept = 3 * width * states  # the residual, what the layer was given, and that in Megatron's order
+    kept = 3 * width * states  # the residual, the layer's input, and the input in Megatron's layout
     fused = model.latent is None and model.get("softmax_type") == "vanilla"
     steps = [
         0 if fused else kept + _SCORE_BYTES * work.batch_tokens * work.length * model.num_attention_heads,
@@ -156,7 +157,7 @@ def _live_memory(plan: Plan, layer: int, work: ActivationBudget) -> int:
     for place, linear in enumerate(plan.linears(layer), start=len(plan.unquantized(layer))):
         numel, tokens, passed = TensorSpec("", "", linear.shape).numel, work.batch_tokens, 0
         if linear.expert is not None:
-            passed = 3 * width * states * model.moe_topk  # sorted by expert: given, made, and that in the order of tokens
+            passed = 3 * width * states * model.moe_topk  # sorted by expert: inputs, outputs; and outputs by token
             tokens = tokens * model.moe_topk // model.num_experts
         inputs = (4 + width) * tokens * linear.in_features
         steps.append(kept + passed + inputs + 4 * tokens * linear.shape[0] + 4 * numel)
@@ -166,13 +167,13 @@ def _live_memory(plan: Plan, layer: int, work: ActivationBudget) -> int:
 
 
 _SCORE_BYTES = 12
-"""Of attention without a fused kernel, for each score: these, masked, and their softmax, in float32."""
+"""Bytes per attention score without a fused kernel: scores, masked scores and softmax, in float32."""
 _DEVIATION_BYTES = 32 + 2
-"""For each hidden state that is compared: both in float32, four products, one of these in float64; and it itself."""
+"""Bytes per compared hidden state: both in float32, four products, one of them in float64; and the state itself."""
 
 
 def _head_memory(plan: Plan, work: ActivationBudget) -> int:
-    """The output layer in its own dtype and in float32, what is read ahead of it, and logits."""
+    """Returns the bytes of the output layer in its own dtype and in float32, what is read ahead, and logits."""
     model = plan.model
     rows, outer = model.vocab_size, _outer_bytes(plan)
     ahead = 0 if model.tied_embeddings else outer if not plan.by_rows else min(outer, PIECE_BYTES)
@@ -182,11 +183,11 @@ def _head_memory(plan: Plan, work: ActivationBudget) -> int:
 
 
 _LOGIT_BYTES = 7 * 4
-"""For each token and word: logits of both streams, their logarithms, and three steps of the divergence."""
+"""Bytes per token and vocabulary entry: logits and log probabilities of both streams, and three steps of the KL."""
 
 
 def warnings(plan: Plan) -> list[str]:
-    """What the user should know before starting."""
+    """Returns what the user should know before starting the run."""
     by_format = [note for form, layout in plan.layouts.items() for note in FORMATS[form].warnings(layout)]
     return [*foreign_code(plan.source.checkpoint), *by_format, *_differences(plan), *_not_run(plan), *_settings(plan)]
 
@@ -203,7 +204,7 @@ def _settings(plan: Plan) -> list[str]:
     if unknown:
         notes.append(
             f"{plan.source.checkpoint.config_source} has settings that mptq does not know ({', '.join(unknown)}): if one of "
-            "them changes what the model computes, the output is not that model"
+            "them changes what the model computes, the output will be wrong"
         )
     return notes
 
@@ -215,7 +216,7 @@ def _differences(plan: Plan) -> list[str]:
 
 
 def unit_bytes(plan: Plan) -> dict[int, int]:
-    """Bytes that the outputs have of each unit, by its number."""
+    """Returns the bytes of each unit in all outputs, by its number."""
     found = {unit.number: 0 for unit in plan.units}
     for layout in plan.layouts.values():
         for name, specs in layout.by_canonical_name():
@@ -224,13 +225,13 @@ def unit_bytes(plan: Plan) -> dict[int, int]:
 
 
 def bytes_in(plan: Plan) -> int:
-    """Bytes of the model's tensors in the checkpoint that an output has."""
+    """Returns the bytes of the checkpoint's tensors that are part of an output."""
     keys = {part.key for parts in plan.source.places.values() for part in parts} - plan.skipped.keys()
     return sum(tensor.spec.nbytes for name, tensor in plan.source.checkpoint.tensors.items() if name in keys)
 
 
 def components(plan: Plan) -> dict[str, dict[str, int]]:
-    """Parameters and bytes by component: in the checkpoint ("in") and in each output."""
+    """Returns parameters and bytes by component: in the checkpoint ("in") and in each output."""
     table: dict[str, Counter[str]] = {}
     for inner, parts in plan.source.places.items():
         row = table.setdefault(component(inner), Counter(dict.fromkeys(("parameters", "in", *plan.formats), 0)))
@@ -244,7 +245,7 @@ def components(plan: Plan) -> dict[str, dict[str, int]]:
 
 
 def actions(plan: Plan) -> dict[str, str]:
-    """What happens to each component, in words."""
+    """Describes what happens to each component."""
     words = {
         name: "copied" if any(row.get(form) for form in plan.formats) else "left out" for name, row in components(plan).items()
     }
@@ -269,6 +270,6 @@ def _action(plan: Plan, form: str, name: str) -> str:
 
 
 def schemes(plan: Plan, form: str) -> dict[str, int]:
-    """How many of Megatron's linears an output holds in which scheme, in words."""
+    """Counts Megatron's linears in an output by the description of their scheme."""
     found = [plan.layouts[form].scheme(layer, linear) for layer, linear in plan.assignment.linears()]
     return dict(Counter(scheme.words if scheme else plan.model.dtype for scheme in found))

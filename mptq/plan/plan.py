@@ -1,4 +1,4 @@
-"""What a run will do, decided on metadata alone. No torch: `--dry-run` and `inspect` stop here."""
+"""Decides what a run will do, from metadata only. Does not import torch: `--dry-run` and `inspect` need no more."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from mptq.recipes.recipe import Recipe, load_recipe
 
 @dataclass(frozen=True)
 class Plan:
-    """The decisions of a run: which checkpoint, which recipe, which formats, and what follows for each linear.
+    """The decisions of a run: checkpoint, recipe, formats, and the resulting scheme of each linear.
 
-    What they come to is beside it: `units` (what is read and committed together), `estimates` (bytes, memory, warnings), and
-    the layouts of the formats (names, dtypes and shapes of what is stored).
+    What follows from them is in units.py (what is read and committed together), estimates.py (bytes, memory, warnings)
+    and the layouts of the formats (names, dtypes and shapes of stored tensors).
     """
 
     source: Source
@@ -38,17 +38,17 @@ class Plan:
 
     @property
     def layers(self) -> range:
-        """The layers' numbers, from 0."""
+        """The numbers of the layers, from 0."""
         return range(self.model.num_layers)
 
     @cached_property
     def assignment(self) -> Assignment:
-        """Which linear gets which scheme of the recipe."""
+        """The scheme that the recipe assigns to each linear."""
         return Assignment(self.recipe, self.model)
 
     @cached_property
     def layouts(self) -> Mapping[str, Layout]:
-        """What each format stores."""
+        """What each format stores, by format."""
         return {form: FORMATS[form].layout(self.source, self.assignment, self.passthrough) for form in self.formats}
 
     @cached_property
@@ -58,27 +58,27 @@ class Plan:
 
     @property
     def by_rows(self) -> bool:
-        """Whether large tensors outside the layers are read and written some rows at a time."""
+        """Whether large tensors outside the layers are read and written in blocks of rows."""
         return all(layout.takes_rows for layout in self.layouts.values())
 
     def linears(self, layer: int) -> tuple[LinearSpec, ...]:
-        """The linears of a layer."""
+        """Returns the linears of a layer."""
         return self.assignment.layer(layer)
 
     def unquantized(self, layer: int) -> tuple[UnquantizedTensor, ...]:
-        """The tensors of a layer that keep their precision."""
+        """Returns the tensors of a layer that keep their precision."""
         return layer_copies(self.model, layer)
 
     @cached_property
     def passthrough(self) -> tuple[UnquantizedTensor, ...]:
-        """The tensors outside of the model (multi-token prediction) that a format of the run stores as they are."""
+        """The tensors outside the model (multi-token prediction) that a format of the run stores unchanged."""
         places = self.source.places
         stored = [name for name in passthrough_names(places) if not all(FORMATS[form].lacks(name) for form in self.formats)]
         return tuple(UnquantizedTensor(name, (), places[name][0].shape, places[name][0].shape[0]) for name in stored)
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Keys of the checkpoint that no output has, with the reason."""
+        """Keys of the checkpoint that are in no output, with the reason."""
         stored = {tensor.megatron for tensor in self.passthrough}
         keys = (
             part.key
@@ -90,11 +90,11 @@ class Plan:
 
     @property
     def differing(self) -> list[str]:
-        """Canonical names of the weights that the outputs cannot hold with the same numbers."""
+        """Canonical names of the weights whose quantized numbers differ between the outputs."""
         return [canonical_weight(*linear) for linear in self.assignment.linears() if not self.same_numbers(*linear)]
 
     def same_numbers(self, layer: int, linear: LinearSpec) -> bool:
-        """Whether all outputs hold a linear with the same numbers."""
+        """Whether all outputs have the same quantized numbers for a linear."""
         schemes = {layout.scheme(layer, linear) for layout in self.layouts.values()}
         if len(schemes) > 1:
             return False
@@ -104,22 +104,23 @@ class Plan:
 
     @property
     def runs(self) -> bool:
-        """Whether activations can go through the layers; where nothing is quantized, they would find nothing."""
+        """Whether forward passes are possible and useful: the model is supported, and something is quantized."""
         return not self.model.not_run and self.recipe.scheme is not None
 
     def require_runnable(self) -> None:
-        """Raise UnsupportedModelError where the recipe calibrates on data and the model does not run here."""
+        """Raises UnsupportedModelError if the recipe calibrates on data, but mptq cannot run the model."""
         if self.recipe.needs_data and self.model.not_run:
             raise UnsupportedModelError(
-                f"recipe {self.recipe.name} calibrates on data, and this model has {'; '.join(self.model.not_run)}: use a "
-                "recipe without data (see `mptq recipes`)"
+                f"recipe {self.recipe.name} calibrates on data, but mptq cannot run this model, which has "
+                f"{'; '.join(self.model.not_run)}: use a recipe without data (see `mptq recipes`)"
             )
 
 
 def make_plan(path: Path, recipe: Recipe | str, formats: Sequence[str] = ("hf",), options: SourceOptions | None = None) -> Plan:
-    """Plan a run on the checkpoint at `path`, which `options` choose and describe further.
+    """Plans a run on the checkpoint at `path`; `options` select the iteration and correct the architecture.
 
-    Raises CheckpointError, OptionError, UnsupportedModelError or RecipeError when the run cannot succeed; reads metadata only.
+    Raises CheckpointError, OptionError, UnsupportedModelError or RecipeError if the run cannot succeed. Reads metadata
+    only.
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     unknown = sorted(set(formats) - set(FORMATS))
@@ -129,7 +130,7 @@ def make_plan(path: Path, recipe: Recipe | str, formats: Sequence[str] = ("hf",)
 
 
 def plan_source(source: Source, recipe: Recipe, formats: tuple[str, ...]) -> Plan:
-    """Plan a run on an opened checkpoint; raises RecipeError when the recipe does not fit the model."""
+    """Plans a run on an opened checkpoint; raises RecipeError if the recipe does not fit the model."""
     plan = Plan(source, recipe, formats)
     if recipe.scheme is not None and not any(plan.assignment.schemes.values()):
         raise RecipeError(f"{recipe.name}: every linear is ignored, so nothing would be quantized")

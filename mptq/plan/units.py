@@ -1,4 +1,4 @@
-"""The units of a run: what is read, written and committed together. No torch."""
+"""The units of a run: what is read, written and committed together. Does not import torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mptq.model.tensors import LAYERS, UnquantizedTensor, outer_copies
 
 
 class UnitKind(Enum):
-    """What a unit is of."""
+    """What a unit consists of."""
 
     BEFORE = "embedding"
     LAYER = "layer"
@@ -23,10 +23,10 @@ class UnitKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """The tensors before the layers, one layer, the tensors after the layers, or one that is passed through.
+    """The tensors before the layers, one layer, the tensors after the layers, or one tensor that is passed through.
 
-    `number` is its place in the order of the run; the journal and the Megatron format's files are named by it. `layer` is the
-    number of a layer, from 0.
+    `number` is the position in the order of the run, and identifies the unit in the journal and in names of Megatron
+    files. `layer` is the number of a layer, from 0.
     """
 
     number: int
@@ -35,12 +35,12 @@ class Unit:
 
     @property
     def hands_on(self) -> bool:
-        """Whether hidden states come out of it that the next unit takes."""
+        """Whether it produces hidden states, the input of the next unit."""
         return self.kind in (UnitKind.BEFORE, UnitKind.LAYER)
 
     @property
     def flows(self) -> bool:
-        """Whether hidden states go through it: all ranks then work on it together."""
+        """Whether hidden states pass through it: all ranks then work on it together."""
         return self.kind is not UnitKind.PASSTHROUGH
 
     def __str__(self) -> str:
@@ -72,14 +72,14 @@ class Units(Sequence[Unit]):
         return self._units[number]
 
     def tensors(self, unit: Unit) -> tuple[UnquantizedTensor, ...]:
-        """The tensors of a unit outside the layers."""
+        """Returns the tensors of a unit outside the layers."""
         before, after = outer_copies(self.model)
         if unit.kind is UnitKind.PASSTHROUGH:
             return (self.passthrough[unit.number - self._after.number - 1],)
         return {UnitKind.BEFORE: before, UnitKind.AFTER: after}[unit.kind]
 
     def of(self, name: str) -> Unit:
-        """The unit of a tensor, by its canonical name."""
+        """Returns the unit of a tensor, by its canonical name."""
         if name.startswith(LAYERS):
             return self._layers[int(name.removeprefix(LAYERS).partition(".")[0])]
         return self._outer[name]

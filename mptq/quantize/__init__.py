@@ -1,1 +1,1 @@
-"""ModelOpt: quantize and compress a linear; and the FP8 arithmetic that measures and verifies the result."""
+"""Quantizes weights to FP8 and measures the error; ModelOpt's quantizer state and activation quantizers."""

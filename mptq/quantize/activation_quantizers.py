@@ -1,4 +1,4 @@
-"""ModelOpt's quantizers on a layer's activations: they collect magnitudes, and then round what passes as an engine would."""
+"""ModelOpt's quantizers on a layer's activations: they collect amax, and then round activations as an engine would."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def _value(attention: Any, visit: Visit) -> Hooks:
 
 
 def _latent(attention: Any, visit: Visit) -> Hooks:
-    """The latent [sequence, batch, rank] after its norm, and the shared key [sequence, batch, 1, dim] after its rotation.
+    """The latent [sequence, batch, rank] after its norm, and the shared key [sequence, batch, 1, dim] after RoPE.
 
-    megatron-core hands the latter on as the end of each head's key: one head has all of it.
+    megatron-core passes the shared key as the end of every head's key, so it is taken from one head.
     """
     width = attention.config.qk_pos_emb_head_dim
 
@@ -54,13 +54,13 @@ def _latent(attention: Any, visit: Visit) -> Hooks:
 
 
 CACHED: dict[str, Callable[[Any, Visit], Hooks]] = {"key": _key, "value": _value, "latent": _latent}
-"""What caches hold (`cached` of a layout) -> hooks on a layer's attention that visit it; parts of one name have one scale."""
+"""Cached tensor (`cached` of a layout) -> hooks on a layer's attention that visit it; latent parts share one scale."""
 
 
 class ActivationQuantizers:
-    """Quantizers of the inputs of the linears `names` of a layer, and of what is `cached` of it (`CACHED`).
+    """Quantizers for the inputs of the linears `names` of a layer, and for its `cached` tensors (see `CACHED`).
 
-    They hang on the layer as hooks while `collecting` or `quantizing`, and change nothing of it otherwise.
+    They are attached as hooks only inside `collecting` and `quantizing`.
     """
 
     def __init__(self, names: Iterable[str], cached: Iterable[str], calibration: Calibration) -> None:
@@ -72,7 +72,7 @@ class ActivationQuantizers:
 
     @contextlib.contextmanager
     def collecting(self, layer: torch.nn.Module) -> Iterator[None]:
-        """What passes through `layer` goes on as it is, and its magnitudes are kept."""
+        """Collects the magnitudes of what passes through `layer`, without changing it."""
         for quantizer in self.quantizers.values():
             quantizer.disable_quant()
             quantizer.enable_calib()
@@ -83,12 +83,12 @@ class ActivationQuantizers:
             quantizer.enable_quant()
 
     def magnitudes(self, where: str) -> dict[str, torch.Tensor | None]:
-        """The amax float32 [] of each tensor by ModelOpt's calibrator, or None of one that nothing passed (an expert).
+        """Returns ModelOpt's amax, float32 [], of each tensor, or None for one that saw no tokens (an expert).
 
-        Raises CheckpointError, naming the layer as `where`, for activations that are not finite.
+        Raises CheckpointError, with the layer `where`, for activations that are not finite.
         """
         if self.strange:
-            raise CheckpointError(f"{where}.{self.strange[0]}: the calibration data leads to activations that are not finite")
+            raise CheckpointError(f"{where}.{self.strange[0]}: the calibration data produces activations that are not finite")
         percentile = self.calibration.percentile
         arguments = {} if percentile is None else {"method": "percentile", "percentile": percentile}
         found: dict[str, torch.Tensor | None] = {}
@@ -102,14 +102,14 @@ class ActivationQuantizers:
 
     @contextlib.contextmanager
     def quantizing(self, layer: torch.nn.Module, amax: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Of what passes through `layer`, what `amax` names is rounded to E4M3 with the scales amax / 448, as in an engine."""
+        """Rounds the tensors named in `amax` to E4M3, with scale amax / 448, passing through `layer`, as engines do."""
         for name, value in amax.items():
             self.quantizers[name].amax = floored(value)
         with _hooked(layer, amax, lambda name, states: self.quantizers[name](states)):
             yield
 
     def _collect(self, name: str, states: torch.Tensor) -> torch.Tensor:
-        """Keep the magnitudes of `states`; ModelOpt's calibrators fail on NaN and infinity, so those are only noted."""
+        """Collects the magnitudes of `states`. ModelOpt's calibrators fail on NaN and infinity, which are skipped."""
         if states.numel() and not all(map(torch.isfinite, torch.aminmax(states))):
             self.strange.append(name)
             return states
@@ -119,7 +119,7 @@ class ActivationQuantizers:
 
 @contextlib.contextmanager
 def _hooked(layer: torch.nn.Module, names: Iterable[str], visit: Visit) -> Iterator[None]:
-    """Hand every tensor of these `names` to `visit`, and what that returns to the module."""
+    """Passes each of the tensors `names` to `visit`, and the result to the module."""
     hooks: Hooks = []
     for name in names:
         if name in CACHED:

@@ -1,11 +1,11 @@
-"""Loops over the elements of a strip on a CPU, compiled: its largest magnitudes, and its FP8 bytes with their error.
+"""Compiled CPU loops over the elements of a strip: largest magnitudes, and FP8 bytes with their error.
 
-Torch's operators go through memory a dozen times for the same, and take three times as long. The arithmetic is that of IEEE
-float32, nothing is reordered or fused but the sums, in float64; tests/unit/quantize/test_quantizer.py has it bit for bit.
+Torch's operators pass over memory a dozen times for the same result and take three times as long. The arithmetic is
+IEEE float32; only the float64 sums are reordered. tests/unit/quantize/test_quantizer.py checks it bit for bit.
 
-A strip is an array of the bits of bfloat16 (int16) or float32 (int32), a cell of it `height` rows and `width` columns (those at
-the end may have less), a scale or a magnitude for each. Source of the rounding: to nearest, ties to even, of E4M3 in the OCP
-8-bit floating point specification 1.0, as torch does it (c10/util/Float8_e4m3fn.h).
+A strip is an array of the bits of bfloat16 (int16) or float32 (int32). A cell is a block of `height` rows and `width`
+columns (fewer at the ends) with its own magnitude and scale. Rounding is to nearest, ties to even, as in E4M3 of the
+OCP 8-bit floating point specification 1.0 and in torch (c10/util/Float8_e4m3fn.h).
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from numba import njit
 from mptq.quantize.error_statistics import Sums
 
 _RUN = 512
-"""Columns whose intermediate numbers are in memory at once: in the first level of cache."""
+"""Columns processed at once: their intermediate values fit in the L1 cache."""
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _SIGN_OF_CODE = np.int32(0x80)
 _NORMAL = np.int32((127 - 6) << 23)
 """The bits of 2 ** -6, the smallest normal number of E4M3."""
 _SUBNORMALS = np.float32(1 << 14)
-"""Added to less than that, it leaves a multiple of 2 ** -9, the unit of subnormal numbers, rounded, in the lowest bits."""
+"""Adding this to a number below _NORMAL rounds it to a multiple of 2 ** -9, the subnormal step, in the lowest bits."""
 _SUBNORMALS_BITS = np.int32((127 + 14) << 23)
 _BIAS = np.int32((127 - 7) << 3)
 _DROPPED = np.int32(20)
-"""Bits of float32's mantissa that E4M3 has not."""
+"""Bits of float32's mantissa that E4M3 drops."""
 _HALF = np.int32((1 << 19) - 1)
 _KEPT = np.int32(-1 << 20)
 _LARGEST_BITS = np.float32(448).view(np.int32)
-"""More than that saturates: what is beyond the magnitude that a scale is for."""
+"""Larger values saturate: those beyond the amax of the scale."""
 _UNSIGNED, _ZERO, _LARGEST = np.uint8(0x7F), np.uint8(0), np.uint8(0x7E)
 
 
 def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a function machine code, at its first call, which a file keeps for later processes."""
+    """Compiles a function on its first call, and caches the machine code in a file for later processes."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             compiled: Callable[..., Any] = njit(nogil=True, error_model="numpy", cache=True, **options)(function)
-        except RuntimeError:  # neither the package nor the home directory can be written to: made anew by each process
+        except RuntimeError:  # neither the package nor the home directory is writable: each process compiles again
             compiled = njit(nogil=True, error_model="numpy", **options)(function)
         return compiled
 
@@ -53,7 +53,7 @@ def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., An
 
 @_compiled()
 def _raise(largest: Any, bits: Any, mask: Any) -> None:
-    """To the magnitudes of `bits`, whose order is that of numbers, NaN above infinity."""
+    """Updates `largest` with the magnitudes of `bits`, which order as integers like floats, with NaN above infinity."""
     for place in range(bits.size):
         largest[place] = max(largest[place], bits[place] & mask)
 
@@ -85,7 +85,7 @@ def _magnitudes(source: Any, height: int, width: int, found: Any) -> None:
 
 @_compiled()
 def _spread(scales: Any, first: int, width: int, scale: Any) -> None:
-    """The scale of each of the columns from `first` on."""
+    """Fills `scale` with the scales of the columns from `first` on."""
     for cell in range(first // width, (first + scale.size - 1) // width + 1):
         scale[max(cell * width - first, 0) : (cell + 1) * width - first] = scales[cell]
 
@@ -99,7 +99,7 @@ def _widen(bits: Any, values: Any) -> None:
 
 @_compiled()
 def _round(values: Any, scale: Any, codes: Any, errors: Any) -> None:
-    """E4M3 of values / scale, and how much more than the values they are times the scale, in magnitude."""
+    """Rounds values / scale to E4M3 `codes`; `errors` are dequantized minus original magnitudes."""
     for place in range(values.size):
         bits = np.float32(values[place] / scale[place]).view(np.int32)
         bits_of_magnitude = min(np.int32(bits & _MAGNITUDE), _LARGEST_BITS)
@@ -115,10 +115,10 @@ def _round(values: Any, scale: Any, codes: Any, errors: Any) -> None:
         errors[place] = np.float32(np.float32(value * scale[place]) - magnitude)
 
 
-# Sums may be made in any order, which is what lets several elements be added at once.
+# The order of sums does not matter, so the compiler may vectorize them.
 @_compiled(fastmath={"reassoc"})
 def _sums(values: Any, errors: Any, codes: Any) -> Any:
-    """Of the squares of errors and values; the bits of the largest error; zeros; values at the end of E4M3."""
+    """Sums of squared errors and values; bits of the largest error; numbers of zeros and of largest codes."""
     noise = signal = 0.0
     worst, zeros, saturated = np.int32(0), np.int32(0), np.int32(0)
     for place in range(values.size):
@@ -157,14 +157,14 @@ def _cast(source: Any, scales: Any, height: int, width: int, codes: Any) -> Any:
 
 
 def _bits(strip: torch.Tensor) -> Any:
-    """The bits of a strip, without a copy of what is bfloat16 or float32; float16 is widened."""
+    """Returns the bits of a strip; bfloat16 and float32 are not copied, float16 is widened to float32."""
     if strip.dtype == torch.bfloat16:
         return strip.view(torch.int16).numpy()
     return strip.float().view(torch.int32).numpy()
 
 
 def magnitudes(strip: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Largest magnitude of each cell of `strip` [rows, columns], float32 [rows / height, columns / width], both rounded up."""
+    """Returns the amax of each cell of `strip` [rows, columns]: float32 [rows / height, columns / width] rounded up."""
     rows, columns = strip.shape
     found = torch.zeros(-(-rows // height), -(-columns // width), dtype=torch.int32)
     _magnitudes(_bits(strip), height, width, found.numpy())
@@ -172,5 +172,5 @@ def magnitudes(strip: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def cast(strip: torch.Tensor, scale: torch.Tensor, cell: tuple[int, int], out: torch.Tensor) -> Sums:
-    """Fill `out` with E4M3 of `strip` divided by the `scale` of each cell, float32; return what the elements add up to."""
+    """Fills `out` with `strip` divided by the float32 `scale` of each cell, as E4M3; returns error statistics."""
     return Sums(*_cast(_bits(strip), scale.numpy(), *cell, out.view(torch.uint8).numpy()))

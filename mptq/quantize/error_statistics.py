@@ -1,4 +1,4 @@
-"""What the elements of a quantized weight add up to, strip by strip."""
+"""Error statistics of a quantized weight, added up strip by strip."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Sums:
-    """Squares of errors and of source values, the largest error; how many elements are zero, and how many the largest code."""
+    """Sums of squared errors and source values, the largest error, and numbers of zeros and of largest codes (448)."""
 
     noise: float = 0.0
     signal: float = 0.0
@@ -16,7 +16,7 @@ class Sums:
     saturated: int = 0
 
     def add(self, other: Sums) -> None:
-        """Join what another strip has."""
+        """Adds the statistics of another strip."""
         self.noise += other.noise
         self.signal += other.signal
         self.worst = max(self.worst, other.worst)

@@ -1,4 +1,4 @@
-"""FP8 arithmetic in plain torch, float32 throughout: what a quantized weight means, and which ones are right.
+"""FP8 arithmetic in plain torch and float32: dequantization, and checks of scales and values.
 
 Format: E4M3 (OCP 8-bit floating point specification, "fn": no infinities, largest value 448, 3 mantissa bits).
 Dequantized = data * scale, scale = amax / 448.
@@ -17,25 +17,26 @@ from mptq.types import Fp8Weight
 
 E4M3_MAX = 448.0
 SCALE_FLOOR = 2.0**-39
-"""The least scale of anything that is not all zeros: 1.8e-12.
+"""Smallest scale of anything that is not all zeros: 1.8e-12.
 
-Kernels divide by scales, by their products and by their ratios, and one takes less than 1e-12 for a block that was pruned
-and clears it (the SM90 mixture of experts of SGLang's DeepGEMM). With this one, reciprocals, products and ratios of two are
-normal numbers of float32; it is exact in bfloat16 and E8M0, and so is the least value that it scales, 2 ** -48. It costs only
-blocks whose largest magnitude is under 448 * 2 ** -39 (8.1e-10) anything: their values are off by at most 2 ** -49 (1.8e-15)
-or 2 ** -4 of themselves, whichever is more. Nothing that float16 holds but zero (2 ** -24 and more) comes to it.
+Kernels divide by scales, their products and their ratios, and one (the SM90 mixture of experts of SGLang's DeepGEMM)
+treats a block with a scale below 1e-12 as pruned and zeroes it. With this floor, reciprocals, products and ratios of
+two scales are normal float32 numbers. The floor is exact in bfloat16 and E8M0, and so is the smallest value it
+represents, 2 ** -48. It only affects blocks whose amax is below 448 * 2 ** -39 (8.1e-10): the error of their values is
+at most 2 ** -49 (1.8e-15) or 2 ** -4 of the value, whichever is larger. Nonzero float16 values (2 ** -24 and above) are
+never affected.
 """
 LARGEST_CODE = 0x7E
 """The bits of 448, without the sign."""
 
 
 def floored(amax: torch.Tensor) -> torch.Tensor:
-    """The magnitudes that scales are made for, float32: no less than 448 * SCALE_FLOOR, and 448 (scale 1) for zeros alone."""
+    """Returns the float32 amax that scales are computed from: at least 448 * SCALE_FLOOR, or 448 (scale 1) for 0."""
     return torch.where(amax == 0, E4M3_MAX, amax.clamp(min=E4M3_MAX * SCALE_FLOOR))
 
 
 def strips(weight: Fp8Weight, scheme: Scheme) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Row ranges of the weight, each with its float32 dequantized values and the scale of every element, to broadcast.
+    """Yields row ranges of the weight, with their dequantized float32 values and their scales, which broadcast to them.
 
     The scale of the weight is [], [rows, 1], a ceil-divided grid of blocks, or E8M0 bytes [rows, columns / 32].
     """
@@ -47,8 +48,8 @@ def strips(weight: Fp8Weight, scheme: Scheme) -> Iterator[tuple[slice, torch.Ten
 
 
 def _spread(scale: torch.Tensor, scheme: Scheme, rows: slice, columns: int) -> torch.Tensor:
-    """The scales of `rows`, float32, to broadcast over them: [], or those of each row or of all, by 1 or `columns`."""
-    if scheme.shared:  # a format may repeat it for every row
+    """Returns the float32 scales of `rows`, which broadcast over them: [], or [1 or number of rows, 1 or columns]."""
+    if scheme.shared:  # some formats repeat it for every row
         return scale[rows] if scale.dim() else scale
     height, width = scheme.cell
     cells = scale[rows.start // height : -(-rows.stop // height)]
@@ -59,12 +60,12 @@ def _spread(scale: torch.Tensor, scheme: Scheme, rows: slice, columns: int) -> t
 
 
 def powers_of_two(scale: torch.Tensor) -> torch.Tensor:
-    """The float32 values 2 ** (byte - 127) of E8M0 bytes (OCP Microscaling Formats specification 1.0, section 5.4.1)."""
+    """Decodes E8M0 bytes to float32, 2 ** (byte - 127) (OCP Microscaling Formats specification 1.0, section 5.4.1)."""
     return torch.exp2(scale.float() - 127)
 
 
 def dequantize(weight: Fp8Weight, scheme: Scheme, out: torch.Tensor | None = None) -> torch.Tensor:
-    """`data * scale` [out, in], computed in float32, and rounded once to the dtype of `out` where one is given."""
+    """Returns `data * scale` [out, in], computed in float32 and, with `out`, rounded once to its dtype."""
     if out is None:
         out = torch.empty(weight.data.shape, dtype=torch.float32, device=weight.data.device)
     for rows, values, _ in strips(weight, scheme):
@@ -73,9 +74,9 @@ def dequantize(weight: Fp8Weight, scheme: Scheme, out: torch.Tensor | None = Non
 
 
 def reference_scale(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """The scale that `weight` [out, in] must have: float32 `floored` amax / 448 of each block or row, or of all.
+    """Returns the scale that `weight` [out, in] must have: float32 `floored` amax / 448 per block, row or tensor.
 
-    For MX the E8M0 byte of the smallest power of two that is no less.
+    For MX, the E8M0 byte of the smallest power of two that is at least amax / 448 (see mx.scale).
     """
     weight = weight.float()
     if scheme.exponents:
@@ -88,15 +89,15 @@ def reference_scale(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
 
 
 def first_out_of_bound(source: torch.Tensor, weight: Fp8Weight, scheme: Scheme) -> tuple[int, int] | None:
-    """Row and column of the first element further from `source` than rounding to E4M3 explains, or None.
+    """Returns row and column of the first element whose error exceeds E4M3 rounding of `source`, or None.
 
-    Half a unit in the last place: 2^-4 of a normal value, 2^-10 of the scale below the smallest normal one, 2^-6. The
-    slack of 2^-20 is for the float32 division and product.
+    The bound is half a unit in the last place: 2^-4 of a normal value, and 2^-10 of the scale below the smallest normal
+    number, 2^-6. The slack of 2^-20 covers the float32 division and product.
     """
     for rows, values, scale in strips(weight, scheme):
         original = source[rows].float()
         allowed = torch.maximum(original.abs() * 2.0**-4, scale * 2.0**-10) * (1 + 2.0**-20)
-        bad = ~((values - original).abs() <= allowed)  # NaN is out of bound
+        bad = ~((values - original).abs() <= allowed)  # true for NaN too
         if bad.any():
             row, column = torch.nonzero(bad)[0].tolist()
             return rows.start + row, column

@@ -1,8 +1,8 @@
-"""NVIDIA ModelOpt's side of a quantized linear: the quantizers and the state that its restore expects. The only importer of it.
+"""ModelOpt's quantizer tensors and state of quantized linears, as its restore expects them.
 
-The numbers are those of quantizer.py, which are ModelOpt's own bit for bit (tests/unit/quantize/test_quantizer.py); what
-ModelOpt makes of them is what `mtq.quantize` and `mtq.compress` leave in a module, read from a small module that went through
-both.
+The quantized weights are those of quantizer.py, which match ModelOpt bit for bit
+(tests/unit/quantize/test_quantizer.py). The state is what `mtq.quantize` and `mtq.compress` leave in a module, taken
+from a small module that has been through both.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from mptq.types import Fp8Weight
 
 
 class _Cache(torch.nn.Module):
-    """Stands for a core attention, of which only the quantizers have a state."""
+    """Stands in for a core attention, in which only the quantizers have state."""
 
 
 @QuantModuleRegistry.register({_Cache: "mptq.Cache"})
 class _QuantCache(QuantModule):  # type: ignore[misc]
-    """The quantizers of ModelOpt's class for Transformer Engine's core attention, so that their states are alike."""
+    """Has the same quantizers, and so the same state, as ModelOpt's class for Transformer Engine's core attention."""
 
     def _setup(self) -> None:
         self.q_bmm_quantizer, self.k_bmm_quantizer, self.v_bmm_quantizer = (TensorQuantizer() for _ in range(3))
@@ -48,7 +48,7 @@ _E4M3: dict[str, Any] = {"num_bits": (4, 3), "axis": None}
 
 
 def _rules(scheme: Scheme | None, module: str = "*") -> list[dict[str, Any]]:
-    """ModelOpt's rules for the linears whose names match `module`."""
+    """Returns ModelOpt's rules for the linears whose names match `module`."""
     if scheme is None:
         return [{"quantizer_name": f"{module}{kind}_quantizer", "enable": False} for kind in ("weight", "input")]
     rules: list[dict[str, Any]] = [{"quantizer_name": f"{module}weight_quantizer", "cfg": dict(scheme.modelopt)}]
@@ -60,7 +60,7 @@ def _rules(scheme: Scheme | None, module: str = "*") -> list[dict[str, Any]]:
 def quant_config(
     scheme: Scheme | None, kv_cache: bool = False, others: Mapping[str, Scheme | None] = MappingProxyType({})
 ) -> dict[str, Any]:
-    """A ModelOpt quantization config: `scheme` for every linear but `others` (by module name), the output layer left alone."""
+    """Returns a ModelOpt quant config: `scheme` for all linears but `others` (by module) and the output layer."""
     rules = [{"quantizer_name": "*", "enable": False}, *_rules(scheme)]
     for module, other in others.items():
         rules += _rules(None, f"*{module}.") + (_rules(other, f"*{module}.") if other else [])
@@ -72,14 +72,14 @@ def quant_config(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """ModelOpt prints to stdout, which belongs to results, and warns that compression is experimental."""
+    """Silences ModelOpt, which prints to stdout (reserved for results) and warns that compression is experimental."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
 
 
 def _convert(module: torch.nn.Module, config: dict[str, Any]) -> torch.nn.ModuleDict:
-    """Quantize and compress `module` in place; return the holder, which has ModelOpt's record of the conversion."""
+    """Quantizes and compresses `module` in place; returns its parent, which has ModelOpt's record of the conversion."""
     holder = torch.nn.ModuleDict({"linear": module})
     with _quiet():
         mtq.quantize(holder, config)
@@ -88,7 +88,7 @@ def _convert(module: torch.nn.Module, config: dict[str, Any]) -> torch.nn.Module
 
 
 def _linear(rows: int = 2, columns: int = 32) -> torch.nn.Linear:
-    """A linear whose weight [rows, columns] is ones: to draw it would take random numbers of the host's."""
+    """Returns a linear with a weight [rows, columns] of ones: a random one would advance the host's generator."""
     linear: torch.nn.Linear = torch.nn.utils.skip_init(torch.nn.Linear, columns, rows, bias=False).requires_grad_(False)
     linear.weight.fill_(1)
     return linear
@@ -96,7 +96,7 @@ def _linear(rows: int = 2, columns: int = 32) -> torch.nn.Linear:
 
 @cache
 def _example(scheme: Scheme | None, rows: int = 2, columns: int = 32) -> Any:
-    """A linear that ModelOpt has quantized for good, or left alone where there is no `scheme`."""
+    """Returns a linear that ModelOpt has quantized and compressed, or left alone if `scheme` is None."""
     linear = _linear(rows, columns)
     _convert(linear, quant_config(scheme))
     return linear
@@ -105,15 +105,16 @@ def _example(scheme: Scheme | None, rows: int = 2, columns: int = 32) -> Any:
 def linear_state(
     scheme: Scheme, weight: Fp8Weight, dtype: torch.dtype, input_amax: torch.Tensor | None = None
 ) -> tuple[dict[str, torch.Tensor], bytes]:
-    """What a linear adds to a Megatron checkpoint beside its `weight`: quantizer tensors by name, and its `_extra_state`.
+    """Returns what a Megatron checkpoint stores of a linear besides `weight`: quantizer tensors, and `_extra_state`.
 
-    `dtype` is what ModelOpt dequantizes to, and `input_amax` the calibrated magnitude of its input, for a scheme that is
-    static. Shapes and the encoding are those of modelopt/torch/quantization/plugins/megatron.py and opt/plugins/megatron.py:
-    amax of blocks without its unit axes, of rows as [rows, 1], a single one as [1], and the state as torch.save of a list of
-    one byte tensor. Memory: that of a linear of rows or columns that are no whole blocks, and a block of the others.
+    `dtype` is the dtype that ModelOpt dequantizes to; `input_amax` is the calibrated amax of the input, for a static
+    scheme. Shapes and encoding follow modelopt/torch/quantization/plugins/megatron.py and opt/plugins/megatron.py: the
+    amax of blocks without its unit axes, of rows as [rows, 1], a single one as [1], and the state as torch.save of a
+    list with one byte tensor. Memory: a linear of the weight's size in each dimension that is not a multiple of the
+    block, and of one block in the others.
     """
     example = _example(scheme)
-    if scheme.block:  # what is not whole blocks, its state has the size of
+    if scheme.block:  # the state has the size of a dimension that is not a multiple of the block
         example = _example(scheme, *(size if size % scheme.block else scheme.block for size in weight.data.shape))
     metadata = example.weight.metadata | {"shape": weight.data.shape, "dtype": dtype}
     example.weight = QTensorWrapper(weight.data.to("meta"), metadata)
@@ -122,7 +123,7 @@ def linear_state(
     if weight.amax is not None:
         single = weight.amax.numel() == 1
         tensors["weight_quantizer._amax"] = weight.amax.reshape(1) if single else weight.amax
-        if scheme.block:  # to ModelOpt a single block is a tensor
+        if scheme.block:  # ModelOpt treats a single block as per-tensor
             quantizer._amax = (weight.amax.reshape(()) if single else weight.amax[:, None, :, None]).to("meta")
         else:
             quantizer._amax = weight.amax.to("meta")
@@ -133,12 +134,12 @@ def linear_state(
 
 
 def kept_state() -> bytes:
-    """The `_extra_state` of a linear that keeps its precision: every quantizer is off."""
+    """Returns the `_extra_state` of a linear that keeps its precision: every quantizer is disabled."""
     return _extra_state(_example(None))
 
 
 def attention_state(k_amax: torch.Tensor, v_amax: torch.Tensor) -> tuple[dict[str, torch.Tensor], bytes]:
-    """What a core attention with an FP8 cache adds to a Megatron checkpoint: float32 [] magnitudes, and its `_extra_state`."""
+    """Returns what a Megatron checkpoint has of a core attention with an FP8 cache: float32 [] amax, `_extra_state`."""
     attention: Any = _Cache()
     with _quiet():
         mtq.quantize(torch.nn.ModuleDict({"attention": attention}), quant_config(None, kv_cache=True))
@@ -148,7 +149,7 @@ def attention_state(k_amax: torch.Tensor, v_amax: torch.Tensor) -> tuple[dict[st
 
 
 def _extra_state(module: Any) -> bytes:
-    """As ModelOpt encodes it and megatron-core stores it, which keeps the objects of a key as a list."""
+    """Encodes the state as ModelOpt does, then as megatron-core stores it, with the objects of a key in a list."""
     state = _saved(quant_module_get_extra_state(module))
     return _saved([torch.frombuffer(bytearray(state), dtype=torch.uint8)])
 
@@ -160,7 +161,7 @@ def _saved(state: Any) -> bytes:
 
 
 def _ordered(state: Any) -> Any:
-    """The same state, its dicts ordered by key: ModelOpt fills them from a set, in an order of the process's own."""
+    """Sorts the dicts of the state by key: ModelOpt fills them from a set, whose order differs between processes."""
     if isinstance(state, dict):
         return {key: _ordered(state[key]) for key in sorted(state, key=str)}
     if isinstance(state, list | tuple) and not isinstance(state, torch.Size):
@@ -169,10 +170,10 @@ def _ordered(state: Any) -> Any:
 
 
 def modelopt_state(scheme: Scheme, kv_cache: bool = False, others: Mapping[str, Scheme | None] = MappingProxyType({})) -> bytes:
-    """The whole model's `modelopt_state`, as `restore_sharded_modelopt_state` reads it from common.pt.
+    """Returns the model's `modelopt_state`, as `restore_sharded_modelopt_state` reads it from common.pt.
 
-    `others` are the modules that do not have `scheme`. It holds the modes and their configs; what belongs to a module is in
-    that module's `_extra_state`.
+    It holds the modes and their configs; the state of each module is in its `_extra_state`. `others` are the modules
+    with another scheme than `scheme`.
     """
     state = mto.modelopt_state(_convert(_linear(), quant_config(scheme, kv_cache, others)))
     remove_per_module_state(state)

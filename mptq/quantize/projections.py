@@ -1,4 +1,4 @@
-"""Between a fused matrix of Megatron and the quantized logical projections that Hugging Face stores."""
+"""Converts between Megatron's fused matrices and the quantized projections that Hugging Face stores."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from mptq.recipes.schemes import Scheme
 
 Quantized = Sequence[tuple[Fp8Weight, WeightError | None]]
-"""Weights and their errors, which only the rank that quantized them knows."""
+"""Weights and their errors; the errors are None except on the rank that quantized them."""
 
 
 def member_pieces(source: torch.Tensor, linear: LinearSpec, scheme: Scheme) -> list[list[torch.Tensor]]:
-    """The rows of each projection of `linear`, whose fused matrix is `source`: where they are, or copied."""
+    """Returns the rows of each projection of `linear`, whose fused matrix is `source`: as views, or copied."""
     if quantizer.in_place(linear.fusion, scheme, source):
         return linear.fusion.runs(source)
     return [[part] for part in linear.fusion.split(source)]
@@ -30,18 +30,19 @@ def member_pieces(source: torch.Tensor, linear: LinearSpec, scheme: Scheme) -> l
 def quantized_members(
     pieces: Sequence[Sequence[torch.Tensor]], linear: LinearSpec, scheme: Scheme, name: str, amax: torch.Tensor | None = None
 ) -> list[tuple[Fp8Weight, WeightError]]:
-    """The projections of `linear`, whose own rows are `pieces`: quantized, and their error.
+    """Quantizes the projections of `linear`, whose rows are `pieces`; returns weights and errors.
 
-    Blocks and rows belong to the projections; one scale a tensor to all that engines fuse, whose largest magnitude is `amax`,
-    float32 []. Raises CheckpointError naming `name` for a weight that is not finite.
+    Blocks and rows are those of the projections. With one scale per tensor, all projections that engines fuse share it,
+    and `amax`, float32 [], is their largest magnitude. Raises CheckpointError with `name` for a weight that is not
+    finite.
     """
-    assert (amax is not None) == scheme.shared, "one scale a tensor is that of a fused group"
+    assert (amax is not None) == scheme.shared, "`amax` is required for one scale per tensor, and only then"
     named = zip(pieces, linear.members, strict=True)
     return [quantizer.quantize(rows, scheme, f"{name} ({member})", amax) for rows, (member, _) in named]
 
 
 def fused_members(members: Quantized, fusion: Fusion, scheme: Scheme) -> tuple[Fp8Weight, WeightError | None]:
-    """The fused matrix of `members`, whose cells do not cross from one into another: the same numbers, and their error."""
+    """Merges `members` into the fused matrix, with the same numbers and their error. No cell may span two members."""
     if fusion.plain:
         return members[0]
     weights, errors = [weight for weight, _ in members], [error for _, error in members if error is not None]
@@ -56,7 +57,7 @@ def fused_members(members: Quantized, fusion: Fusion, scheme: Scheme) -> tuple[F
 
 
 def _joined(errors: Sequence[WeightError], counts: Sequence[int]) -> WeightError:
-    """The error of a matrix from those of its parts, which have so many elements."""
+    """Combines the errors of the parts of a matrix, which have `counts` elements."""
     signal = math.fsum(error.norm**2 for error in errors)
     noise = math.fsum((error.relative * error.norm) ** 2 for error in errors)
     ratio = noise / signal if signal else 0.0

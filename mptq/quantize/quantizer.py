@@ -1,7 +1,7 @@
-"""Quantization in strips of rows, by a thread for each core: ModelOpt's numbers bit for bit, and their error, in one pass.
+"""Quantizes weights in strips of rows, with a thread per core. Matches ModelOpt bit for bit, and measures the error.
 
-ModelOpt goes through whole matrices in float32, several times. Here a strip is read twice, once for its magnitudes and once for
-all else. Source of the arithmetic: modelopt/torch/quantization/qtensor/fp8_tensor.py; of MX: mx.py.
+ModelOpt makes several passes over whole matrices in float32. Here each strip is read twice, once for amax and once for
+everything else. Source of the arithmetic: modelopt/torch/quantization/qtensor/fp8_tensor.py; for MX: mx.py.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from mptq.recipes.schemes import STRIP_ROWS, Scheme
 from mptq.types import Fp8Weight, WeightError
 
 _STRIP = {"cpu": 1 << 20, "cuda": 1 << 24}
-"""Elements of a strip: enough to make up for its start, few enough for a CPU's cache, and for temporaries on a GPU."""
+"""Elements of a strip: enough to amortize the overhead, few enough for a CPU's cache and for temporaries on a GPU."""
 
 
 def _arithmetic(device: torch.device) -> ModuleType:
-    """Where the loops over elements are: compiled for a CPU, in torch's operators for everything else."""
+    """Returns the module with the loops over elements: compiled for a CPU, torch operators for other devices."""
     if device.type == "cpu":
         from mptq.quantize import cpu_kernels
 
@@ -42,7 +42,7 @@ def _arithmetic(device: torch.device) -> ModuleType:
 
 
 def amax_of(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """Largest magnitude of `tensor` [any], float32 []; raises CheckpointError naming `name` and what is not finite."""
+    """Returns the amax of `tensor` [any], float32 []; raises CheckpointError with `name` if a value is not finite."""
     if not tensor.numel():
         return torch.zeros((), device=tensor.device)
     magnitudes, matrix = _arithmetic(tensor.device).magnitudes, tensor.reshape(len(tensor) if tensor.dim() > 1 else 1, -1)
@@ -56,19 +56,19 @@ def amax_of(tensor: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def require_finite(tensor: torch.Tensor, name: str) -> None:
-    """Raise CheckpointError naming `name` and the first place when `tensor` [any] holds NaN or infinity."""
+    """Raises CheckpointError with `name` and the first position if `tensor` [any] has NaN or infinite values."""
     amax_of(tensor, name)
 
 
 def quantize(
     weight: torch.Tensor | Sequence[torch.Tensor], scheme: Scheme, name: str, amax: torch.Tensor | None = None
 ) -> tuple[Fp8Weight, WeightError]:
-    """`weight` [out, in], of any float dtype, in FP8, and how far that is from it.
+    """Quantizes `weight` [out, in], of any float dtype, to FP8; returns the result and its error.
 
-    It may come in pieces, one above the other, of whole cells but for the last: rows of a larger matrix, not copied.
-    `amax` is the magnitude that one scale a tensor is for, of all members of a fused group; its own where it is None.
-    Raises CheckpointError naming `name` for a weight that is not finite. Peak memory: the result, 4 MB a thread for float16,
-    and 0.4 GB on a GPU.
+    The weight may be given as several pieces (views of rows of a larger matrix), concatenated along rows; all but the
+    last must be whole cells. With one scale per tensor, `amax` is the magnitude to scale for, that of a fused group;
+    None uses the weight's own. Raises CheckpointError with `name` for a weight that is not finite. Peak memory: the
+    result, plus 4 MB per thread for float16, or 0.4 GB on a GPU.
     """
     pieces = [weight] if isinstance(weight, torch.Tensor) else weight
     made = unfilled(pieces, scheme)
@@ -84,7 +84,7 @@ def quantize(
 
 
 def unfilled(pieces: Sequence[torch.Tensor], scheme: Scheme) -> Fp8Weight:
-    """The memory of what a weight in `pieces` becomes."""
+    """Allocates, uninitialized, the quantized weight of `pieces`."""
     shape, device = (sum(len(piece) for piece in pieces), pieces[0].shape[1]), pieces[0].device
     grid = scheme.grid(*shape)
     data = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
@@ -94,7 +94,7 @@ def unfilled(pieces: Sequence[torch.Tensor], scheme: Scheme) -> Fp8Weight:
 
 
 def _store(amax: torch.Tensor, made: Fp8Weight, at: Any) -> torch.Tensor:
-    """Store magnitudes, `floored`, and their scales, amax / 448: ModelOpt finds the one that belongs to the other."""
+    """Stores `floored` amax, and returns and stores its scales, amax / 448. ModelOpt computes each from the other."""
     assert made.amax is not None
     made.amax[at] = floored(amax)
     made.scale[at] = made.amax[at] / E4M3_MAX
@@ -102,9 +102,9 @@ def _store(amax: torch.Tensor, made: Fp8Weight, at: Any) -> torch.Tensor:
 
 
 def in_place(fusion: Fusion, scheme: Scheme, weight: torch.Tensor) -> bool:
-    """Whether rows of a member are quantized where they are in the fused `weight`: without a copy that takes longer.
+    """Whether the members' rows are quantized as views of the fused `weight`, where that is faster than copying them.
 
-    Cells must not cross from one member into another, and rows that belong together must be worth a strip.
+    No cell may span two members, and contiguous rows of a member must be enough for a strip.
     """
     if fusion.repeat == 1:
         return True
@@ -113,7 +113,7 @@ def in_place(fusion: Fusion, scheme: Scheme, weight: torch.Tensor) -> bool:
 
 
 def _each_strip[Found](pieces: Sequence[torch.Tensor], work: Callable[[slice, torch.Tensor], Found]) -> Iterator[Found]:
-    """What `work` makes of each strip of each piece and its rows in all of them, in order; on a CPU several at a time."""
+    """Yields `work(rows, strip)` for the strips of all pieces, in order; on a CPU, strips are processed in parallel."""
     height = max(1, _STRIP[pieces[0].device.type] // (pieces[0].shape[1] * STRIP_ROWS)) * STRIP_ROWS
     strips = [strip for piece in pieces for strip in piece.split(height)]
     ends = list(accumulate(map(len, strips)))
@@ -122,7 +122,7 @@ def _each_strip[Found](pieces: Sequence[torch.Tensor], work: Callable[[slice, to
 
 
 def _scales(amax: torch.Tensor, made: Fp8Weight, scheme: Scheme, rows: slice) -> torch.Tensor:
-    """The scales of the cells of a strip from their magnitudes, which it stores as those of the strip's `rows`."""
+    """Returns the scales of a strip's cells. Unless shared, computes them from `amax` and stores them for `rows`."""
     if scheme.shared:
         return made.scale.view(1, 1)
     first = rows.start // scheme.cell[0]
@@ -133,7 +133,7 @@ def _scales(amax: torch.Tensor, made: Fp8Weight, scheme: Scheme, rows: slice) ->
 
 
 def _strip(made: Fp8Weight, scheme: Scheme, rows: slice, strip: torch.Tensor) -> tuple[Sums, float]:
-    """Quantize `strip`, the `rows` of a weight, into `made`; return what it adds up to, and its largest magnitude."""
+    """Quantizes `strip`, the `rows` of a weight, into `made`; returns error statistics and the largest magnitude."""
     height, width = (size or whole for size, whole in zip(scheme.cell, strip.shape, strict=True))
     arithmetic = _arithmetic(strip.device)
     amax = arithmetic.magnitudes(strip, height, width)
@@ -143,7 +143,7 @@ def _strip(made: Fp8Weight, scheme: Scheme, rows: slice, strip: torch.Tensor) ->
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    """A thread for each core, up to 8, that computes alone: torch's own would wait for each other after every operator.
+    """Returns a pool with a thread per core, up to 8, each computing alone: torch's own wait on every operator.
 
     The processes that torchrun starts on a machine share its cores.
     """
@@ -152,9 +152,9 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def _compute_alone(count: int) -> None:
-    """Let torch use one thread in this one, and `count` in those that it has not given a number yet.
+    """Limits torch to one thread in this Python thread, but keeps `count` as the default of new ones.
 
-    It gives them what was set last, in whatever thread: here in one that ends at once.
+    The default is the value set last in any thread, so it is set again in a temporary one.
     """
     torch.set_num_threads(1)
     others = Thread(target=torch.set_num_threads, args=(count,))

@@ -1,4 +1,4 @@
-"""What cpu_kernels.py does, by torch's operators, on whatever device they run."""
+"""The functions of cpu_kernels.py, with torch's operators, for any device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mptq.quantize.fp8 import E4M3_MAX, LARGEST_CODE
 
 
 def magnitudes(strip: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Largest magnitude of each cell of `strip` [rows, columns], float32 [rows / height, columns / width], both rounded up."""
+    """Returns the amax of each cell of `strip` [rows, columns]: float32 [rows / height, columns / width] rounded up."""
     rows, columns = strip.shape
     whole = torch.nn.functional.pad(strip, (0, -columns % width, 0, -rows % height))
     cells = whole.unflatten(1, (-1, width)).unflatten(0, (-1, height))
@@ -20,7 +20,7 @@ def magnitudes(strip: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def cast(strip: torch.Tensor, scale: torch.Tensor, cell: tuple[int, int], out: torch.Tensor) -> Sums:
-    """Fill `out` with E4M3 of `strip` divided by the `scale` of each cell, float32; return what the elements add up to."""
+    """Fills `out` with `strip` divided by the float32 `scale` of each cell, as E4M3; returns error statistics."""
     (height, width), (rows, columns) = cell, strip.shape
     spread = scale.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
     source = strip.float()
@@ -37,5 +37,5 @@ def cast(strip: torch.Tensor, scale: torch.Tensor, cell: tuple[int, int], out: t
 
 
 def _squares(values: torch.Tensor) -> float:
-    """The sum of squares in float64, in which those of any float32 are finite."""
+    """Returns the sum of squares in float64, which cannot overflow for float32 values."""
     return float(torch.linalg.vector_norm(values, dtype=torch.float64) ** 2)

@@ -214,7 +214,7 @@ BROKEN = [
 def test_infinite_activations_stop_the_run(aligned, documents, recipe, name, eval_size, message, tmp_path, monkeypatch):
     break_weight(monkeypatch, name, 3e38 if name.startswith("output") else 1e30)
     data = DataOptions((str(documents),), calib_size=2, eval_size=eval_size, seq_length=8)
-    with pytest.raises(CheckpointError, match=f"{message} data leads to .* not finite") as caught:
+    with pytest.raises(CheckpointError, match=f"{message} data produces .* not finite") as caught:
         mptq.pipeline.run.run(make_plan(aligned, recipe), tmp_path / "out", mptq.Options(device="cpu", data=data))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()

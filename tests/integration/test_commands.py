@@ -140,10 +140,10 @@ def test_missing_data_is_refused_or_reported(aligned, tmp_path):
         return mptq("quantize", aligned, "--recipe", recipe, "-o", tmp_path / "out", *options)
 
     refused(quantize(recipe="fp8"), "recipe fp8 calibrates scales on data", "names no tokenizer: pass --tokenizer DIR")
-    refused(quantize("--max-kl", 1), "a limit on the fidelity needs its figures")
+    refused(quantize("--max-kl", 1), "a fidelity limit needs fidelity figures")
     refused(quantize("--calib-dataset", tmp_path / "none.txt"), "none.txt")
     (tmp_path / "text.txt").write_text("words")
-    refused(quantize("--calib-dataset", tmp_path / "text.txt"), "--calib-dataset holds text")
+    refused(quantize("--calib-dataset", tmp_path / "text.txt"), "--calib-dataset is text")
     done = quantize("-q", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

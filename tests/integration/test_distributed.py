@@ -53,10 +53,10 @@ def test_collectives_of_one_process_return_their_input():
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"WORLD_SIZE": "x"}, "WORLD_SIZE is 'x' in the environment, and must be a number of processes"),
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE is 'x', which is not a number of processes"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
-        ({"WORLD_SIZE": "2"}, "there are 2 processes, which do not find each other .*RANK.*: start them with torchrun"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "abc"}, "do not find each other"),
+        ({"WORLD_SIZE": "2"}, "the processes cannot connect to each other .*RANK.*: start them with torchrun"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "abc"}, "cannot connect to each other"),
     ],
 )
 def test_an_incomplete_torchrun_environment_is_one_line(variables, message, monkeypatch):
@@ -232,7 +232,7 @@ def test_ranks_that_run_together_end_together(aligned, tokens, tmp_path, sent, c
     told = [rank.communicate(timeout=60)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == codes
     last = told[0].strip().splitlines()[-1]
-    expected = "stopped after" if sent == signal.SIGTERM else "another process of the run has ended: see what it says"
+    expected = "stopped after" if sent == signal.SIGTERM else "another process of the run has exited: see its error message"
     assert last.startswith(f"mptq: {expected}")
     assert "--resume goes on with it" in last
     assert not out.exists()
@@ -243,5 +243,5 @@ def test_a_percentile_with_several_processes_is_refused_in_one_line(crossing, to
     recipe = calibrated(tmp_path, "method: percentile, percentile: 99.9")
     done = quantize_in(2, crossing, "--recipe", recipe, "--calib-dataset", tokens, "-o", tmp_path / "out")
     assert done.returncode == 1
-    assert "mptq: a percentile is of all samples together" in done.stderr
+    assert "mptq: percentile calibration needs all samples in one process" in done.stderr
     assert contents(tmp_path) == {"recipe.yaml": recipe.read_bytes()}

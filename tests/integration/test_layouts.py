@@ -403,5 +403,5 @@ def test_null_tokenizers_before_0_18_add_an_end_of_document_id(aligned, options,
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as tensors:
         assert tensors.get_slice("model.embed_tokens.weight").get_shape() == [501, 256]
         assert tensors.get_slice("lm_head.weight").get_shape() == [501, 256]
-    with pytest.raises(DataError, match="token id 500, and the model's vocabulary is of 500"):
+    with pytest.raises(DataError, match="token id 500, but the model's vocabulary size is 500"):
         run(make_plan(aligned, "fp8-per-channel"), tmp_path / "none", replace(options, data=ends))

@@ -28,16 +28,16 @@ def plan(recipe="fp8-blockwise", **features):
 @pytest.mark.parametrize(
     ("recipe", "features", "eval_size", "reason"),
     [
-        ("fp8-blockwise", {}, 0, "--eval-size 0 measures none: ask for at least 1 sequence"),
-        ("fp8-blockwise", NOT_RUN, 8, r"mptq does not run this model, which has residuals in float32 .*: leave the limit out"),
-        ("none", {}, 8, "recipe none quantizes nothing: leave the limit out"),
+        ("fp8-blockwise", {}, 0, "--eval-size is 0: use at least 1 sequence"),
+        ("fp8-blockwise", NOT_RUN, 8, r"mptq cannot run this model, which has residuals in float32 .*: remove the limit"),
+        ("none", {}, 8, "recipe none quantizes nothing: remove the limit"),
     ],
     ids=["no sequences", "not run", "not quantized"],
 )
 def test_a_limit_without_metrics_is_refused(tokens, tmp_path, gates, recipe, features, eval_size, reason):
     options = Options(gates=gates, data=DataOptions((str(tokens),), eval_size=eval_size))
     (flag,) = gates.flags
-    with pytest.raises(DataError, match=rf"^a limit on the fidelity \({flag}\) needs its figures, and {reason}$"):
+    with pytest.raises(DataError, match=rf"^a fidelity limit \({flag}\) needs fidelity figures, but {reason}$"):
         check(plan(recipe, **features), tmp_path / "out", options)
     assert list(tmp_path.iterdir()) == []
 
@@ -81,12 +81,12 @@ def test_options_without_effect_are_named(tokens, tmp_path):
         return [note for note in check(made, tmp_path / "out", wanted).notes if "has no effect" in note]
 
     unread = "--calib-dataset has no effect: "
-    assert notes(plan(), Options(data=data)) == [f"{unread}nothing calibrates, and --eval-size is 0"]
+    assert notes(plan(), Options(data=data)) == [f"{unread}no scales are calibrated, and --eval-size is 0"]
     assert notes(plan("none"), Options(data=data)) == [f"{unread}recipe none quantizes nothing"]
-    assert notes(plan(**NOT_RUN), Options(data=data)) == [f"{unread}mptq does not run this model"]
+    assert notes(plan(**NOT_RUN), Options(data=data)) == [f"{unread}mptq cannot run this model"]
     assert notes(plan("fp8"), Options(data=data)) == []
     assert notes(plan(), Options(data=replace(data, eval_size=1), max_shard_bytes=1 << 20)) == []
     alone = plan_source(source(256, 384, 4, 2, 64), load_recipe("fp8"), ("megatron",))
     assert notes(alone, Options(data=data, max_shard_bytes=1 << 20)) == [
-        "--max-shard-size has no effect: megatron output has a file for each layer"
+        "--max-shard-size has no effect: megatron output has one file per layer"
     ]

@@ -86,7 +86,7 @@ def test_resume_starts_a_new_run_and_leaves_a_complete_output_unchanged(aligned,
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert run(plan, tmp_path / "out", replace(PLAIN, resume=True)) == json.loads(json.dumps(first))
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == times
-    with pytest.raises(OutputError, match="out is complete, and was made with another --recipe or"):
+    with pytest.raises(OutputError, match="out is complete, but differs in --recipe or"):
         run(make_plan(aligned, "fp8-per-channel"), tmp_path / "out", replace(PLAIN, resume=True))
 
 
@@ -102,7 +102,7 @@ def test_options_that_differ_are_named(aligned, what, tmp_path):
     stopped(make_plan(aligned, "fp8-blockwise"), tmp_path / "out", 2)
     (recipe, formats), options = OTHER[what]
     before = contents(tmp_path)
-    with pytest.raises(OutputError, match=f"was begun with another .*{what}.*: go on with the same, or pass --overwrite"):
+    with pytest.raises(OutputError, match=f"unfinished .* differs in .*{what}.*: resume with the same options, or pass"):
         run(make_plan(aligned, recipe, formats), tmp_path / "out", replace(options, resume=True))
     assert contents(tmp_path) == before
 
@@ -111,7 +111,7 @@ def test_other_data_is_named(aligned, options, tmp_path):
     plan = make_plan(aligned, "fp8")
     stopped(plan, tmp_path / "out", 2, options)
     other = replace(options, data=replace(options.data, seed=1), resume=True)
-    with pytest.raises(OutputError, match="was begun with another --seed .0, now 1.: "):
+    with pytest.raises(OutputError, match="differs in --seed .0, now 1.: "):
         run(plan, tmp_path / "out", other)
 
 
@@ -126,7 +126,7 @@ def test_other_weights_of_the_same_layout_are_named(aligned, tmp_path):
         place = content.rfind(b"PK\x01\x02")  # last entry of the last zip directory; its CRC-32 is at offset 16
         content[place + 16] ^= 1
         shard.write_bytes(content)
-    with pytest.raises(OutputError, match="was begun with another content of the shards: "):
+    with pytest.raises(OutputError, match="differs in the contents of the shards: "):
         run(make_plan(copied, "fp8-blockwise"), tmp_path / "two", replace(PLAIN, resume=True))
 
 

@@ -1,1 +1,1 @@
-"""Kinds of calibration data, one file a kind."""
+"""Kinds of calibration data, one file per kind."""

@@ -1,4 +1,4 @@
-"""Documents as sequences: packing, what is held out, sharing between datasets, and the hash of it all."""
+"""Turns documents into sequences: packing, holding out, sharing between datasets, and hashing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def pieces(documents: Iterable[np.ndarray], length: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Documents with their numbers. A document alone is cut into stretches of `length` tokens, so that it can be split."""
+    """Yields numbered documents. A single one is cut into pieces of `length` tokens, so that it can be split."""
     filled = enumerate(documents)
     first, second = next(filled, None), next(filled, None)
     if first is not None and second is None:
@@ -19,12 +19,12 @@ def pieces(documents: Iterable[np.ndarray], length: int) -> Iterator[tuple[int, 
 
 
 class Supply:
-    """The sequences of one dataset, taken off its documents (int64 [n] each).
+    """The sequences of one dataset, made from its documents (int64 [n] each).
 
-    Whatever a call of `take` leaves of a document is dropped: no document is in the sequences of two calls. `apart` is
-    shared by all datasets of a run: the hashes of what is held out, of which no copy is calibrated on either. Of the documents
-    that were looked at, `empty` had no tokens (or, one a sequence, a single one, which predicts nothing), and `copies` were
-    copies of what is held out.
+    What a call of `take` does not use of its last document is dropped: no document is in the sequences of two calls.
+    `apart` has the hashes of held-out documents and is shared by all datasets of a run; copies of these are not used to
+    calibrate. Of the documents read so far, `empty` counts those without tokens (or, if not packed, with only one,
+    which predicts nothing), and `copies` those that are copies of held-out documents.
     """
 
     def __init__(self, documents: Iterable[np.ndarray], length: int, packed: bool, apart: set[bytes]) -> None:
@@ -35,7 +35,7 @@ class Supply:
 
     @property
     def documents(self) -> int:
-        """How many documents were used so far."""
+        """Number of documents used so far."""
         return len(self._used)
 
     def _filled(self, documents: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -46,13 +46,13 @@ class Supply:
                 self.empty += 1
 
     def take(self, count: int, hold_out: bool) -> list[np.ndarray]:
-        """The next `count` sequences, or as many as there are."""
+        """Returns the next `count` sequences, or as many as are left."""
         if not count:
             return []
         return self._pack(count, hold_out) if self._packed else self._cut(count, hold_out)
 
     def _pack(self, count: int, hold_out: bool) -> list[np.ndarray]:
-        """Documents end to end, in full sequences."""
+        """Packs documents end to end into full sequences."""
         parts, missing = [np.zeros(0, np.int64)], count * self._length
         for number, ids in self._next(hold_out):
             parts.append(ids[:missing])
@@ -65,7 +65,7 @@ class Supply:
         return list(tokens[: full * self._length].reshape(full, self._length))
 
     def _cut(self, count: int, hold_out: bool) -> list[np.ndarray]:
-        """A document a sequence."""
+        """Makes each document a sequence, cut at the sequence length."""
         sequences: list[np.ndarray] = []
         for number, ids in self._next(hold_out):
             if len(ids) >= 2:
@@ -90,7 +90,7 @@ class Supply:
 
 
 def shares(total: int, weights: Sequence[float]) -> list[int]:
-    """`total` in proportion to the weights, by largest remainder; of equal remainders the first is rounded up."""
+    """Splits `total` in proportion to the weights, by largest remainder; ties go to the first."""
     quotas = [total * weight / sum(weights) for weight in weights]
     parts = [int(quota) for quota in quotas]
     by_remainder = sorted(range(len(parts)), key=lambda index: parts[index] - quotas[index])
@@ -100,13 +100,13 @@ def shares(total: int, weights: Sequence[float]) -> list[int]:
 
 
 def interleave(groups: Sequence[Sequence[np.ndarray]]) -> tuple[np.ndarray, ...]:
-    """All sequences of the groups, those of each in their order and spread evenly over the whole."""
+    """Interleaves the groups: each keeps its order, and its sequences are spread evenly over the result."""
     places = [((at + 0.5) / len(group), index, at) for index, group in enumerate(groups) for at in range(len(group))]
     return tuple(groups[index][at] for _, index, at in sorted(places))
 
 
 def describe(sequences: Sequence[np.ndarray]) -> dict[str, int | str]:
-    """How many sequences and tokens, and the SHA-256 of their ids: of each its length, then its ids, little-endian int64."""
+    """Returns the numbers of sequences and tokens, and a SHA-256 over each length and its ids (little-endian int64)."""
     digest = hashlib.sha256()
     for ids in sequences:
         digest.update(np.array([len(ids), *ids], "<i8").tobytes())

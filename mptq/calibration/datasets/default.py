@@ -1,6 +1,6 @@
-"""The documents used when no dataset is named: English and code that every Python carries, read and never executed.
+"""The default dataset: English text and code that ship with every Python, read and never executed.
 
-They are the same for the same release of Python.
+The documents are the same for the same release of Python.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mptq.calibration.datasets.options import DataOptions
 
 TOPICS = "pydoc_data/topics.py"
-"""The language reference as text: one assignment of a dictionary of strings."""
+"""The language reference as text: a module that assigns a dictionary of strings."""
 
 MODULES = (
     "argparse ast asyncio/base_events asyncio/queues asyncio/tasks base64 bisect calendar cmd collections/__init__ "
@@ -32,18 +32,18 @@ MODULES = (
     "tarfile tempfile textwrap threading timeit tokenize traceback types typing unittest/case unittest/mock urllib/parse "
     "urllib/request uuid wave weakref webbrowser xml/dom/minidom xml/etree/ElementTree zipfile/__init__"
 )
-"""Modules of the standard library written in Python, of 3.12 and later."""
+"""Modules of the standard library that are written in Python, in 3.12 and later."""
 
 
 def read_reference(name: str, options: DataOptions, bits: np.random.PCG64) -> Iterator[Document]:
-    """Stretches of the language reference, English; raises DataError for a Python installed without it."""
+    """Yields stretches of the language reference (English); raises DataError if this Python lacks it."""
     del name
     topics = sorted(_topics(_library_file(TOPICS)).items())
     return stretches([(f"topic {topic}", text.encode()) for topic, text in topics], options, bits)
 
 
 def read_library(name: str, options: DataOptions, bits: np.random.PCG64) -> Iterator[Document]:
-    """Stretches of the modules' sources, code; raises DataError for a Python installed without one of them."""
+    """Yields stretches of the modules' source code; raises DataError if this Python lacks one."""
     del name
     modules = [f"{module}.py" for module in MODULES.split()]
     return stretches([(module, mapped(_library_file(module))) for module in modules], options, bits)
@@ -52,12 +52,12 @@ def read_library(name: str, options: DataOptions, bits: np.random.PCG64) -> Iter
 def _library_file(name: str) -> Path:
     path = Path(sysconfig.get_path("stdlib")) / name
     if not path.is_file():
-        raise DataError(f"this Python has no {name}, which is part of the default data: name a dataset")
+        raise DataError(f"this Python has no {name}, which is part of the default data: pass --calib-dataset")
     return path
 
 
 def _topics(path: Path) -> dict[str, str]:
-    """The literal dictionary in that file."""
+    """Evaluates the literal dictionary in that file."""
     assigned = (node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.Assign))
     found: dict[str, str] = ast.literal_eval(next(assigned).value)
     return found

@@ -1,4 +1,4 @@
-"""What every reader of a dataset hands out: documents, in an order drawn from the seed."""
+"""Documents, which every dataset reader yields in an order drawn from the seed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Messages = list[dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Text, the messages of a chat, or token ids (integers [n]); `where` says for errors where it stands."""
+    """Text, the messages of a chat, or token ids (integers [n]); `where` is its location, for error messages."""
 
     content: str | Messages | np.ndarray
     where: str
@@ -27,7 +27,7 @@ def _text(text: Any) -> str | None:
 
 
 def _messages(messages: Any) -> Messages | None:
-    """The messages without the keys that a table had to fill with null; None when they are no messages."""
+    """Returns the messages without null keys (fill values of table columns), or None if they are not messages."""
     if not isinstance(messages, list) or not messages:
         return None
     if not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages):
@@ -36,7 +36,7 @@ def _messages(messages: Any) -> Messages | None:
 
 
 def _completed(prompt: Any, completion: Any) -> str | Messages | None:
-    """A prompt with its completion: two texts, or two lists of messages."""
+    """Joins a prompt and its completion, both strings or both lists of messages; None for anything else."""
     if isinstance(prompt, str) and isinstance(completion, str):
         return prompt + completion
     before, after = _messages(prompt), _messages(completion)
@@ -48,19 +48,19 @@ FORMS: dict[tuple[str, ...], tuple[Callable[..., str | Messages | None], str]] =
     ("messages",): (_messages, "a list of messages, each with a role"),
     ("prompt", "completion"): (_completed, "two strings or two lists of messages"),
 }
-"""Columns of a row that make a document, in order of preference: how, and what must stand in them."""
+"""Columns of a row that form a document, in order of preference -> function that makes it, and the expected values."""
 
 COLUMNS = tuple(column for columns in FORMS for column in columns)
 EXPECTED = "text, messages, or prompt and completion"
 
 
 def from_row(row: Any, where: str) -> Document:
-    """The document in a row of a table or a JSON Lines file, an empty one where it is null.
+    """Returns the document in a row of a table or a JSON Lines file; an empty one if its columns are null.
 
-    Raises DataError for a row without the columns, or with something else in them.
+    Raises DataError for a row without the columns, or with values of another type.
     """
     if not isinstance(row, dict):
-        raise DataError(f"{where}: the row is no JSON object with {EXPECTED}")
+        raise DataError(f"{where}: the row is not a JSON object with {EXPECTED}")
     for columns, (make, expected) in FORMS.items():
         if all(row.get(column) is not None for column in columns):
             content = make(*(row[column] for column in columns))
@@ -73,7 +73,7 @@ def from_row(row: Any, where: str) -> Document:
 
 
 def usable_columns(columns: Iterable[str], where: str) -> list[str]:
-    """Those columns of a table that make documents; raises DataError when there are none."""
+    """Returns the columns of a table that form documents; raises DataError if there are none."""
     columns = list(columns)
     for form in FORMS:
         if set(form) <= set(columns):
@@ -82,9 +82,9 @@ def usable_columns(columns: Iterable[str], where: str) -> list[str]:
 
 
 def shuffled(count: int, bits: np.random.PCG64) -> Iterator[int]:
-    """The numbers 0 to `count` - 1 in random order: Fisher-Yates, in time and memory of the numbers taken alone.
+    """Yields 0 to `count` - 1 in random order by Fisher-Yates; time and memory grow only with the numbers taken.
 
-    It draws raw bits, whose stream numpy keeps between its versions, unlike that of `Generator.permutation`.
+    It draws raw bits, whose stream numpy keeps stable between versions, unlike that of `Generator.permutation`.
     """
     moved: dict[int, int] = {}
     for index in range(count):
@@ -98,6 +98,6 @@ def shuffled(count: int, bits: np.random.PCG64) -> Iterator[int]:
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, in one line of at most 300 characters."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    return said if len(said) <= 300 else f"{said[:297]}..."
+    """Returns the message of an exception, in one line of at most 300 characters."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    return message if len(message) <= 300 else f"{message[:297]}..."

@@ -1,4 +1,4 @@
-"""Documents out of files: text, JSON Lines, Parquet. Only what is used is read and decoded."""
+"""Reads documents from text, JSON Lines and Parquet files. Only what is used is read and decoded."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 Buffer = bytes | mmap.mmap
 
 STRETCH = 8
-"""Bytes of a stretch of text for each token of a sequence: about two sequences, and never a whole book to tokenize."""
+"""Bytes of a stretch of text per token of a sequence: about two sequences, so that no whole book is tokenized."""
 
 SCAN = 1 << 24
-"""Bytes that are searched for line ends at a time."""
+"""Bytes that are searched for line ends at once."""
 
 
 def mapped(path: Path) -> Buffer:
-    """The file's bytes, read when they are looked at; raises DataError when it cannot be opened."""
+    """Maps the file into memory; raises DataError if it cannot be opened."""
     try:
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
@@ -39,14 +39,14 @@ def mapped(path: Path) -> Buffer:
 
 def is_text(path: Path) -> bool:
     """Whether the file begins with UTF-8 text."""
-    try:  # an incremental decoder takes half a character at the end
+    try:  # an incremental decoder accepts an incomplete character at the end
         return "\0" not in codecs.getincrementaldecoder("utf-8")().decode(mapped(path)[:65536])
     except UnicodeDecodeError:
         return False
 
 
 def text_files(name: str) -> list[Path]:
-    """The text file of that name, or the files of a directory of .txt and .md files alone, sorted; else nothing."""
+    """Returns the text file `name`, or the sorted files of a directory of only .txt (and .md) files; else nothing."""
     path = Path(name)
     if path.is_file():
         return [path] if is_text(path) else []
@@ -57,15 +57,15 @@ def text_files(name: str) -> list[Path]:
 
 
 def read_text(name: str, options: DataOptions, bits: np.random.PCG64) -> Iterator[Document]:
-    """A text file, or a directory of them, as stretches of about 8 bytes for each token of a sequence.
+    """Yields stretches of a text file, or of a directory of them, of about 8 bytes per token of a sequence.
 
-    A stretch begins after a line end where there is one near, and counts as a document: stretches are disjoint.
+    A stretch begins after a line end if there is one nearby. Stretches do not overlap, and each counts as a document.
     """
     return stretches([(str(path), mapped(path)) for path in text_files(name)], options, bits)
 
 
 def stretches(texts: Sequence[tuple[str, Buffer]], options: DataOptions, bits: np.random.PCG64) -> Iterator[Document]:
-    """Stretches of several UTF-8 texts, each a name and its bytes; raises DataError for bytes that are no UTF-8."""
+    """Yields stretches of UTF-8 texts, given as names and bytes; raises DataError for bytes that are not UTF-8."""
     size = STRETCH * options.seq_length
     ends = list(accumulate(-(-len(buffer) // size) for _, buffer in texts))
     for index in shuffled(ends[-1] if ends else 0, bits):
@@ -76,25 +76,25 @@ def stretches(texts: Sequence[tuple[str, Buffer]], options: DataOptions, bits: n
         try:
             yield Document(buffer[first:last].decode().removeprefix("\ufeff"), f"{name}, byte {first}")
         except UnicodeDecodeError as error:
-            raise DataError(f"{name}, byte {first + error.start}: no UTF-8 text ({error.reason})") from error
+            raise DataError(f"{name}, byte {first + error.start}: not UTF-8 text ({error.reason})") from error
 
 
 def _border(buffer: Buffer, at: int, size: int) -> int:
-    """Where the stretch begins that is due at `at`: after the next line end, or at the next character without one near."""
+    """Returns where the stretch at `at` begins: after the next line end within `size`, else at the next character."""
     if at == 0 or at >= len(buffer):
         return min(at, len(buffer))
     end = buffer.find(b"\n", at - 1, at + size)
     if end >= 0:
         return end + 1
-    while at < len(buffer) and buffer[at] & 0xC0 == 0x80:  # inside of a character
+    while at < len(buffer) and buffer[at] & 0xC0 == 0x80:  # inside a multi-byte character
         at += 1
     return at
 
 
 def read_json_lines(name: str, options: DataOptions, bits: np.random.PCG64) -> Iterator[Document]:
-    """A row a line, blank lines skipped. The file is searched once for its lines; only the rows used are parsed.
+    """Yields the document of each non-blank line. Line ends are located once; only the rows that are used are parsed.
 
-    Raises DataError for a row used that is no JSON object, or holds no document, naming its line.
+    Raises DataError, naming the line, for a used row that is not a JSON object or has no document.
     """
     del options
     buffer = mapped(Path(name))
@@ -107,14 +107,14 @@ def read_json_lines(name: str, options: DataOptions, bits: np.random.PCG64) -> I
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise DataError(f"{where}: no JSON ({one_line(error)}); the file must hold a JSON object a line") from error
+            raise DataError(f"{where}: not valid JSON ({one_line(error)}); each line must be a JSON object") from error
         yield from_row(row, where)
 
 
 def _line_starts(path: Path) -> np.ndarray:
-    """Byte offsets of the lines of a file, and its length: int64 [lines + 1].
+    """Returns the byte offsets of the lines of a file, and its length: int64 [lines + 1].
 
-    The file is read a part at a time, not through the map, whose pages would count as memory of the process.
+    The file is read in parts instead of mapped, because mapped pages would count as memory of the process.
     """
     import numpy as np
 
@@ -127,9 +127,9 @@ def _line_starts(path: Path) -> np.ndarray:
 
 
 def read_parquet(name: str, options: DataOptions, bits: np.random.PCG64) -> Iterator[Document]:
-    """A document a row; the row groups are shuffled, then the rows in each: one row group is in memory at a time.
+    """Yields the document of each row. Row groups are shuffled, then rows within each; one group is in memory at once.
 
-    Raises DataError for a file that is no Parquet, lacks the columns, or for a row without a document.
+    Raises DataError for a file that is not Parquet or lacks the columns, and for a row without a document.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

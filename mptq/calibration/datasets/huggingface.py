@@ -1,4 +1,4 @@
-"""Documents out of Hugging Face datasets: saved ones, directories of data files, and the hub (the only use of the network)."""
+"""Reads Hugging Face datasets: saved ones, directories of data files, and the Hub (the only use of the network)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mptq.calibration.datasets.options import DataOptions
 
 WINDOW = 10_000
-"""Rows that are shuffled together where rows can only be read one after another."""
+"""Size of the shuffle buffer for datasets that can only be read sequentially."""
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
 SAVED = "dataset_dict.json", "state.json"
@@ -29,12 +29,12 @@ def is_saved(name: str) -> bool:
 
 
 def is_directory(name: str) -> bool:
-    """Whether it is a directory, whose data files `datasets` finds."""
+    """Whether it is a directory; `datasets` finds the data files in it."""
     return Path(name).is_dir()
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether it is `org/name` or `org/name/config`, and neither a path nor the name of a data file."""
+    """Whether it is `org/name` or `org/name/config`, and neither an existing path nor the name of a data file."""
     return (
         HUB_NAME.fullmatch(name) is not None
         and name[0] != "."
@@ -44,7 +44,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def read_saved(name: str, options: DataOptions, bits: np.random.PCG64) -> Iterator[Document]:
-    """The rows of a saved dataset, or of its split `train`, in random order; only those used are decoded."""
+    """Yields the rows of a saved dataset, or of its split `train`, in random order; only those used are decoded."""
     import datasets
 
     del options
@@ -54,7 +54,7 @@ def read_saved(name: str, options: DataOptions, bits: np.random.PCG64) -> Iterat
         raise DataError(f"{name} cannot be read as a saved dataset: {one_line(error)}") from error
     if isinstance(saved, datasets.DatasetDict):
         if "train" not in saved:
-            raise DataError(f"{name} has no split train: name the directory of one of its splits ({', '.join(saved)})")
+            raise DataError(f"{name} has no split train: pass the directory of one of its splits ({', '.join(saved)})")
         saved = saved["train"]
     saved = saved.select_columns(usable_columns(saved.column_names, name))
     for index in shuffled(len(saved), bits):
@@ -62,10 +62,11 @@ def read_saved(name: str, options: DataOptions, bits: np.random.PCG64) -> Iterat
 
 
 def read_streamed(name: str, options: DataOptions, bits: np.random.PCG64) -> Iterator[Document]:
-    """The split `train` of a directory of data files, or of the hub, read in its order and shuffled by windows.
+    """Yields the split `train` of a directory of data files or a Hub dataset, read in order and shuffled in windows.
 
-    It is streamed, so that only what is used is fetched; offline, `datasets` streams the same rows from its cache. Raises
-    DataError with the reason of `datasets` when that fails. No version of `datasets` that mptq takes runs a dataset's code.
+    The dataset is streamed, so only what is used is fetched; offline, `datasets` streams the same rows from its cache.
+    Raises DataError with the message of `datasets` if that fails. No version of `datasets` that mptq supports runs a
+    dataset's code.
     """
     import datasets
 
@@ -77,7 +78,7 @@ def read_streamed(name: str, options: DataOptions, bits: np.random.PCG64) -> Ite
                 number, row = window[index]
                 yield from_row(row, f"{name}, row {number}")
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        remedy = "" if is_directory(name) else "; without network, name a directory that it was downloaded to"
+        remedy = "" if is_directory(name) else "; without network access, pass a directory that it was downloaded to"
         raise DataError(f"dataset {name} cannot be loaded: {one_line(error)}{remedy}") from error
 
 

@@ -1,4 +1,4 @@
-"""Documents out of Megatron's indexed datasets: `PREFIX.bin` with token ids and `PREFIX.idx` with their borders."""
+"""Reads Megatron's indexed datasets: `PREFIX.bin` has token ids and `PREFIX.idx` the document boundaries."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ if TYPE_CHECKING:
 
 MAGIC = b"MMIDIDX"
 HEADER = struct.Struct("<9sQBQQ")
-"""Magic, version, code of the dtype, sequences, borders of documents (megatron/core/datasets/indexed_dataset.py).
+"""Magic, version, dtype code, numbers of sequences and boundaries (megatron/core/datasets/indexed_dataset.py).
 
-Then a length (int32) and an offset (int64) for each sequence, and the number of a sequence (int64) for each border.
+Then a length (int32) and an offset (int64) for each sequence, and a sequence number (int64) for each boundary.
 """
 
 
 def prefix_of(name: str) -> str:
-    """The path without .bin or .idx."""
+    """Returns the path without .bin or .idx."""
     return name[:-4] if name.endswith((".bin", ".idx")) else name
 
 
 def is_indexed(name: str) -> bool:
-    """Whether both files are there."""
+    """Whether both files exist."""
     return all(Path(prefix_of(name) + suffix).is_file() for suffix in (".bin", ".idx"))
 
 
 def read_indexed(name: str, options: DataOptions, bits: np.random.PCG64) -> Iterator[Document]:
-    """Documents as token ids, int64 [n], in random order, of each no more than a run can use. Maps the files.
+    """Yields documents as token ids, int64 [n], in random order, each cut to what a run can use. Maps the files.
 
     Raises DataError for files that megatron-core cannot read.
     """
@@ -48,32 +48,32 @@ def read_indexed(name: str, options: DataOptions, bits: np.random.PCG64) -> Iter
             ids = _join(dataset, range(borders[index], borders[index + 1]), most)
             yield Document(ids, f"{name}, document {index + 1}")
     except (AssertionError, ValueError, OSError) as error:
-        raise DataError(f"{prefix_of(name)}.bin is not what its .idx describes: {one_line(error)}") from error
+        raise DataError(f"{prefix_of(name)}.bin does not match its .idx: {one_line(error)}") from error
 
 
 def _check(prefix: str) -> None:
-    """Raise DataError unless the index is whole: megatron-core asserts, or leaves a traceback on stderr."""
+    """Raises DataError for a damaged index, where megatron-core fails an assertion or prints a traceback to stderr."""
     index = Path(prefix + ".idx")
     with index.open("rb") as file:
         head = file.read(HEADER.size)
     if len(head) < HEADER.size or not head.startswith(MAGIC):
-        raise DataError(f"{index} is no index of a Megatron dataset: it does not begin with {MAGIC.decode()}")
+        raise DataError(f"{index} is not the index of a Megatron dataset: it does not begin with {MAGIC.decode()}")
     _, version, _, sequences, borders = HEADER.unpack(head)
     if version != 1:
-        raise DataError(f"{index} is of version {version} of Megatron's indexed datasets: only 1 is known")
+        raise DataError(f"{index} has version {version} of Megatron's indexed dataset format: only version 1 is supported")
     if index.stat().st_size < HEADER.size + 12 * sequences + 8 * borders or not Path(prefix + ".bin").stat().st_size:
-        raise DataError(f"{prefix}.idx or .bin is cut short: copy it again")
+        raise DataError(f"{prefix}.idx or .bin is truncated: copy it again")
 
 
 def _open(prefix: str) -> Any:
-    with quiet_imports():  # megatron-core also warns that there is only one process
+    with quiet_imports():  # megatron-core also warns about running in a single process
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
         return IndexedDataset(prefix)
 
 
 def _join(dataset: Any, parts: range, most: int) -> np.ndarray:
-    """The first `most` tokens of a document's parts, copied: the maps are closed when the dataset is freed."""
+    """Returns the first `most` tokens of a document's parts, copied: the maps close when the dataset is freed."""
     import numpy as np
 
     found = [np.zeros(0, np.int64)]

@@ -1,4 +1,4 @@
-"""Which data are wanted. No torch."""
+"""Options of the calibration data. Does not import torch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DataOptions:
-    """What is calibrated on.
+    """The calibration and held-out data.
 
-    `datasets` are "NAME" or "NAME:WEIGHT"; none: text and code that Python carries. `calib_size` and `eval_size` count
-    sequences of `seq_length` tokens: to calibrate on, and held out. `packed` sets documents end to end into full
-    sequences; else a document is a sequence, cut at `seq_length` and never padded. `trust_remote_code` lets a
-    tokenizer run the Python code in its directory; no dataset ever runs code.
+    `datasets` are "NAME" or "NAME:WEIGHT"; if empty, text and code that ship with Python are used. `calib_size` and
+    `eval_size` are the numbers of calibration and held-out sequences, of `seq_length` tokens. `packed` joins documents
+    end to end into full sequences; otherwise each document is a sequence, cut at `seq_length` and never padded.
+    `trust_remote_code` lets a tokenizer run the Python code in its directory; datasets never run code.
     """
 
     datasets: tuple[str, ...] = ()

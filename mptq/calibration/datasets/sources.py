@@ -1,4 +1,4 @@
-"""The kinds of dataset, and which of them a name stands for. A new kind is a row of KINDS and a reader."""
+"""The kinds of dataset, and how a name maps to one of them. A new kind is a reader and an entry of KINDS."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DatasetKind:
-    """How a dataset of this kind is told from its name, and read: documents in an order drawn from the random bits."""
+    """How to recognize a dataset of this kind by its name, and to read its documents, shuffled with the random bits."""
 
     name: str
     recognize: Callable[[str], object]
@@ -42,15 +42,15 @@ KINDS = (
     DatasetKind("directory", huggingface.is_directory, huggingface.read_streamed),
     DatasetKind("hub", huggingface.is_hub_name, huggingface.read_streamed),
 )
-"""The first that recognizes a name reads it."""
+"""The first kind that recognizes a name reads the dataset."""
 
 DEFAULT = {"python-reference": (default.read_reference, 1.0), "python-library": (default.read_library, 2.0)}
-"""What is read when nothing is named, and its weight: the two together hold some 700 sequences of 512 tokens."""
+"""Reader and weight of each default dataset; together they have about 700 sequences of 512 tokens."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset that was asked for: `path` is a path or the name on the hub."""
+    """A dataset of the run; `path` is a path or a name on the Hub."""
 
     path: str
     kind: DatasetKind
@@ -58,19 +58,19 @@ class Dataset:
 
     @property
     def name(self) -> str:
-        """What reports call it: the last part of a path, so that they are the same on every machine."""
+        """Name in reports: the last part of a path, so that reports are the same on every machine."""
         return self.path if self.kind.name in ("hub", "default") else Path(self.path).resolve().name
 
     @property
     def place(self) -> Path:
-        """What tells whether two are the same."""
+        """The resolved path, or name, by which overlapping datasets are detected."""
         return (
             Path(self.path) if self.kind.name in ("hub", "default") else Path(megatron_indexed.prefix_of(self.path)).resolve()
         )
 
 
 def find_sources(datasets: tuple[str, ...]) -> list[Dataset]:
-    """The datasets named, or the default one; raises DataError with all that is wrong with the names, in one line."""
+    """Returns the given datasets, or the default ones; raises DataError with all problems of the names in one line."""
     if not datasets:
         return [
             Dataset(name, DatasetKind("default", lambda _: False, read), weight) for name, (read, weight) in DEFAULT.items()
@@ -84,7 +84,7 @@ def find_sources(datasets: tuple[str, ...]) -> list[Dataset]:
             problems.append(str(error))
             continue
         twins = [other for other in found if _overlap(source.place, other.place)]
-        problems += [f"{given!r} and {other.path!r} overlap: give one of them, with a weight" for other in twins]
+        problems += [f"{given!r} and {other.path!r} overlap: pass only one of them, with a weight" for other in twins]
         found.append(source)
     if problems:
         raise DataError("; ".join(problems))
@@ -106,7 +106,7 @@ def _find(given: str) -> Dataset:
 
 
 def _split_weight(given: str) -> tuple[str, float]:
-    """NAME and WEIGHT of "NAME:WEIGHT"; what exists as a path, or ends with no number, has the weight 1."""
+    """Splits "NAME:WEIGHT"; an existing path, or a name that does not end in a number, has weight 1."""
     path, colon, weight = given.rpartition(":")
     if not colon or Path(given).exists() or megatron_indexed.is_indexed(given):
         return given, 1.0
@@ -117,11 +117,11 @@ def _split_weight(given: str) -> tuple[str, float]:
 
 
 def _unknown(path: str) -> str:
-    """Why no kind recognizes it."""
+    """Returns the error message for a name that no kind recognizes."""
     if remote_url(path):
         return f"dataset {path!r}: remote paths are not read: mount or copy it"
     if path.endswith((".bin", ".idx")) and Path(path).exists():
         return f"dataset {path!r}: a Megatron indexed dataset needs both {megatron_indexed.prefix_of(path)}.bin and .idx"
     if Path(path).is_file():
-        return f"dataset {path!r} is no UTF-8 text, JSON Lines (.jsonl), Parquet or Megatron indexed dataset"
-    return f"dataset {path!r} does not exist: name a file, a directory, the prefix of .bin and .idx, or org/name of the hub"
+        return f"dataset {path!r} is not a UTF-8 text, JSON Lines (.jsonl), Parquet or Megatron indexed dataset"
+    return f"dataset {path!r} does not exist: pass a file, a directory, the prefix of .bin and .idx, or org/name on the Hub"

@@ -1,4 +1,4 @@
-"""A tokenizer of whole words, and datasets of every kind, written by the libraries that own the formats."""
+"""A tokenizer of whole words, and datasets of every kind, written by the libraries that define the formats."""
 
 import json
 
@@ -11,7 +11,7 @@ TEMPLATE = "{% for message in messages %}{{ message['role'] }} {{ message['conte
 
 
 def make_tokenizer(folder, *, template=None, bos=False, eos=True):
-    """A word `wN` is token N + 3; <unk>, <s> and </s> are 0, 1 and 2."""
+    """Word `wN` is token N + 3; <unk>, <s> and </s> are 0, 1 and 2."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -38,7 +38,7 @@ def chat(tmp_path_factory):
 
 
 def text(first, count):
-    """`count` words from number `first`."""
+    """`count` words, beginning with word `first`."""
     return " ".join(f"w{number}" for number in range(first, first + count))
 
 
@@ -48,7 +48,7 @@ def ids(first, count):
 
 
 ROWS = [{"text": text(20 * row, 10)} for row in range(30)]
-"""30 documents of 10 words, with no word in two."""
+"""30 documents of 10 words each; no word is in two documents."""
 
 
 def write_json_lines(path, rows=ROWS):
@@ -57,7 +57,7 @@ def write_json_lines(path, rows=ROWS):
 
 
 def write_indexed(prefix, documents, dtype=np.int32):
-    """Megatron's own builder; a document is a list of parts, each a list of token ids."""
+    """Writes with Megatron's own builder; a document is a list of parts, each a list of token ids."""
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 

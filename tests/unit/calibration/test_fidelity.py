@@ -1,4 +1,4 @@
-"""The figures of fidelity, against torch's own losses in float64 and their formulas written out."""
+"""Fidelity figures against torch's own losses in float64, and against their formulas written out."""
 
 import math
 
@@ -31,7 +31,7 @@ def measured(sequences, size=1000):
     return found.document
 
 
-def test_equal_torchs_losses_in_float64(sequences):
+def test_figures_equal_torch_losses_in_float64(sequences):
     found = measured(sequences)
     reference, quantized, following = (torch.cat(parts) for parts in zip(*sequences, strict=True))
     reference, quantized = reference.double(), quantized.double()
@@ -49,7 +49,7 @@ def test_equal_torchs_losses_in_float64(sequences):
 
 
 @pytest.mark.parametrize("size", [1, 7, 64])
-def test_pieces_of_any_size_say_the_same(sequences, size):
+def test_figures_do_not_depend_on_the_size_of_pieces(sequences, size):
     whole, parts = measured(sequences), measured(sequences, size)
     assert parts.keys() == whole.keys()
     for name in ("kl", "perplexity", "top1_agreement"):
@@ -63,13 +63,13 @@ def test_standard_errors_are_over_sequences(sequences):
     mean = float(torch.cat(rises).mean())
     spread = sum(float((rise - mean).sum()) ** 2 for rise in rises)
     error = math.sqrt(spread * 4 / 3) / 122
-    # exp has the slope exp.
+    # The derivative of exp is exp.
     assert found["perplexity"]["ratio_standard_error"] == pytest.approx(math.exp(mean) * error, rel=1e-4)
     assert found["kl"]["standard_error"] > 0
     assert found["top1_agreement"]["standard_error"] > 0
 
 
-def test_a_model_is_like_itself(sequences):
+def test_a_model_compared_with_itself(sequences):
     found = measured([(reference, reference.clone(), following) for reference, _, following in sequences])
     assert found["kl"] == {"mean": 0, "standard_error": 0}
     assert found["perplexity"]["ratio"] == 1
@@ -79,7 +79,7 @@ def test_a_model_is_like_itself(sequences):
 
 
 @pytest.mark.parametrize(("factor", "finite"), [(1.0, True), (1e6, False), (float("inf"), False)])
-def test_figures_that_are_no_numbers_are_told(sequences, factor, finite):
+def test_figures_that_are_not_finite_are_detected(sequences, factor, finite):
     found = NextTokens()
     for reference, quantized, following in sequences:
         found.add([(reference, quantized * factor, following)])
@@ -93,7 +93,7 @@ def test_one_sequence_has_no_standard_error(sequences):
     assert found["top1_agreement"]["standard_error"] is None
 
 
-def test_mean_and_standard_error_as_their_formulas_say():
+def test_mean_and_standard_error_follow_their_formulas():
     rng = np.random.default_rng(0)
     values = [
         rng.normal(loc=shift, size=count) for shift, count in zip(rng.normal(size=60), rng.integers(5, 50, 60), strict=True)
@@ -106,10 +106,10 @@ def test_mean_and_standard_error_as_their_formulas_say():
     error = math.sqrt(((totals - ratio * counts) ** 2).sum() * 60 / 59) / counts.sum()
     assert mean.mean == pytest.approx(np.concatenate(values).mean(), rel=1e-12)
     assert mean.standard_error == pytest.approx(error, rel=1e-12)
-    # Sequences drawn with replacement. 4000 draws know a standard deviation to 1 %; the formula is of first order.
+    # Bootstrap over sequences. 4000 draws give a standard deviation within 1 %; the formula is exact to first order.
     drawn = rng.integers(0, 60, (4000, 60))
     assert mean.standard_error == pytest.approx((totals[drawn].sum(1) / counts[drawn].sum(1)).std(), rel=0.1)
-    # Taking the tokens for independent would halve it here.
+    # Treating tokens as independent would halve it here.
     assert mean.standard_error > 1.5 * np.concatenate(values).std() / math.sqrt(counts.sum())
 
 
@@ -126,7 +126,7 @@ def test_deviation_equals_numpy_in_float64(dtype):
     assert deviation.cosine == pytest.approx(left @ right / np.linalg.norm(left) / np.linalg.norm(right), rel=1e-6)
 
 
-def test_deviation_of_the_same_and_of_nothing():
+def test_deviation_of_equal_and_of_zero_states():
     states = torch.randn(5, 7)
     deviation = Deviation()
     assert (deviation.relative_error, deviation.cosine) == (0, 1)

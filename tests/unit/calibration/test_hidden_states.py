@@ -18,7 +18,7 @@ def test_batches_hold_every_token_once_and_no_padding(lengths, size, start):
     assert rows == list(range(start, start + sum(lengths)))
     assert [batch.length for batch in found for _ in range(batch.count)] == lengths
     assert all(1 <= batch.count <= size for batch in found)
-    # None could have taken in the first sequence of the next.
+    # No batch has room for the first sequence of the next one.
     assert all(left.length != right.length or left.count == size for left, right in pairwise(found))
 
 
@@ -29,7 +29,7 @@ def test_chunks_hold_every_token_once(start, count, size):
     assert all(piece.stop - piece.start <= size for piece in found)
 
 
-def test_flat_sets_sequences_end_to_end():
+def test_flat_concatenates_sequences():
     found = flat([np.array([5, 6]), np.array([7]), np.array([8, 9, 10])])
     assert (found.tolist(), found.dtype) == ([5, 6, 7, 8, 9, 10], torch.int64)
 
@@ -60,7 +60,7 @@ def test_a_write_takes_states_of_any_stride_and_touches_its_rows_only():
     activations = HiddenStates(12, 4, torch.float32, None, "quantized")
     activations.states.fill_(-1)
     states = torch.arange(24.0).view(3, 2, 4)
-    activations.write(Batch(4, 2, 3), states.transpose(0, 1))  # as run_layer hands them on
+    activations.write(Batch(4, 2, 3), states.transpose(0, 1))  # transposed, as run_layer returns them
     assert torch.equal(activations.states[4:10].view(2, 3, 4), states.transpose(0, 1))
     assert (activations.states[[*range(4), 10, 11]] == -1).all()
 

@@ -41,7 +41,7 @@ def test_chats_go_through_the_template(chat):
 def test_chats_without_a_template(words):
     with pytest.raises(DataError) as failure:
         encoded(load_tokenizer(words), [{"role": "user", "content": "w1"}])
-    assert str(failure.value) == "here is a chat, and the tokenizer has no chat template: name a dataset with text instead"
+    assert str(failure.value) == "here is a chat, but the tokenizer has no chat template: use a dataset of plain text"
 
 
 def test_chats_that_the_template_refuses(tmp_path):
@@ -50,7 +50,7 @@ def test_chats_that_the_template_refuses(tmp_path):
     )
     tokenizer = load_tokenizer(make_tokenizer(tmp_path / "strict", template=strict))
     for role, said in (("system", "users first"), ("user", "unsupported operand")):
-        with pytest.raises(DataError, match=f"here: the tokenizer's chat template does not take these messages: {said}"):
+        with pytest.raises(DataError, match=f"here: the tokenizer's chat template rejects these messages: {said}"):
             encoded(tokenizer, [{"role": role, "content": "w1"}])
 
 
@@ -68,7 +68,7 @@ BROKEN = {
 OWN_CODE = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
 
 
-def test_code_of_a_tokenizer_runs_where_it_is_trusted_alone(tmp_path, monkeypatch):
+def test_code_of_a_tokenizer_runs_only_if_it_is_trusted(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = make_tokenizer(tmp_path / "own")
     config = folder / "tokenizer_config.json"
@@ -77,7 +77,7 @@ def test_code_of_a_tokenizer_runs_where_it_is_trusted_alone(tmp_path, monkeypatc
     with pytest.raises(DataError) as failure:
         load_tokenizer(folder)
     assert str(failure.value) == (
-        f"tokenizer {folder} needs Python code that is in its directory: pass --trust-remote-code if you trust it"
+        f"tokenizer {folder} needs the Python code in its directory: pass --trust-remote-code if you trust it"
     )
     assert load_tokenizer(folder, trust_remote_code=True).ran
 
@@ -101,11 +101,11 @@ def test_tokenizers_that_cannot_be_loaded(files, said, words, tmp_path):
 def test_a_tokenizer_that_is_not_there(tmp_path):
     with pytest.raises(DataError) as failure:
         load_tokenizer("org/model")
-    assert str(failure.value) == ("tokenizer org/model does not exist: name a directory with tokenizer.json or tokenizer.model")
+    assert str(failure.value) == ("tokenizer org/model does not exist: pass a directory with tokenizer.json or tokenizer.model")
 
 
 def models():
-    """A vocabulary of each kind that `tokenizers` has, with <s>, </s> and <pad> among its pieces."""
+    """A vocabulary of each kind in `tokenizers`, with <s>, </s> and <pad> among its pieces."""
     from tokenizers import models as kinds
 
     words = ["<unk>", "<s>", "</s>", "a", "b", "<pad>"]
@@ -122,7 +122,7 @@ KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @pytest.mark.parametrize("kind", ["words", "pairs", "pieces", "unigram"])
-@pytest.mark.parametrize("ends", ["</s>", "<|im_end|>", None])  # of the vocabulary, added behind it, none
+@pytest.mark.parametrize("ends", ["</s>", "<|im_end|>", None])  # in the vocabulary, added after it, not set
 def test_special_ids_are_those_of_transformers(kind, ends, tmp_path):
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -132,25 +132,25 @@ def test_special_ids_are_those_of_transformers(kind, ends, tmp_path):
     loaded = load_tokenizer(tmp_path)
     expected = {key: getattr(loaded, key) for key in KEYS}
     assert (expected["bos_token_id"], expected["eos_token_id"]) == (1, {"</s>": 2, "<|im_end|>": 6, None: None}[ends])
-    told = {key: number for key, number in expected.items() if number is not None}
-    assert special_ids(tmp_path).fields == told
+    given = {key: number for key, number in expected.items() if number is not None}
+    assert special_ids(tmp_path).fields == given
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     whole = json.loads((tmp_path / "tokenizer.json").read_text())
-    # As transformers before 5 wrote it: objects, and the added tokens in the config too.
+    # As transformers before 5 wrote it: tokens as objects, and the added tokens in the config too.
     objects = {name: {"content": token, "special": True} for name, token in special.items()}
     decoder = {str(token["id"]): token for token in whole["added_tokens"]}
     old = {key: value for key, value in config.items() if key not in special} | objects | {"added_tokens_decoder": decoder}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(old))
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole | {"added_tokens": []}))
-    assert special_ids(tmp_path).fields == told
-    # And the names in a file of their own, with a vocabulary alone.
+    assert special_ids(tmp_path).fields == given
+    # Names in a separate file, and only a vocabulary.
     (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(special))
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 6}))
-    assert special_ids(tmp_path).fields == told
+    assert special_ids(tmp_path).fields == given
 
 
-def test_a_token_that_no_file_numbers_has_no_id(tmp_path):
+def test_a_token_without_an_id_in_any_file_has_none(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>", "bos_token": 3}')
     (tmp_path / "tokenizer.json").write_text('{"added_tokens": [1], "model": []}')
     assert special_ids(tmp_path).fields == {}

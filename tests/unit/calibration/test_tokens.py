@@ -1,4 +1,4 @@
-"""Token sequences out of datasets: mixing, what is held out, the same in every process, and every error."""
+"""Token sequences from datasets: mixing, held-out sequences, reproducibility across processes, and every error."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def rows(tmp_path):
 
 @pytest.fixture
 def corpus(tmp_path):
-    """20 tokenized documents of 12 tokens, of which none is in `rows`."""
+    """20 tokenized documents of 12 tokens, none of which is in `rows`."""
     return write_indexed(tmp_path / "corpus", [[ids(1000 + 20 * row, 5), ids(1005 + 20 * row, 7)] for row in range(20)])
 
 
@@ -35,7 +35,7 @@ def load(path, tokenizer=None, calibrate=True, options=SMALL):
 
 
 def document_of(token):
-    """The row that a word stands in."""
+    """The number of the row that contains a word."""
     return (token - 3) // 20
 
 
@@ -51,7 +51,7 @@ def test_packed_sequences_are_the_documents_end_to_end(rows, words):
             assert first == 3 + 20 * document_of(first)
 
 
-def test_a_document_a_sequence(rows, words):
+def test_one_document_per_sequence(rows, words):
     data = load(rows, words, options=replace(SMALL, packed=False, seq_length=64))
     found = sorted(sequence.tolist() for sequence in data.calibration + data.held_out)
     assert len(found) == 14
@@ -150,7 +150,7 @@ def test_the_account(rows, words):
 
 
 def test_what_is_left_out_is_counted(words, tmp_path):
-    """Null and blank documents, and copies of what is held out: 1 + 26 sequences take all rows but an empty one, the last."""
+    """Null and blank documents, and copies of held-out ones: 1 + 26 sequences use all rows but an empty last one."""
     empty = [{"text": None}, {"text": " "}, {"prompt": "w1", "completion": None}, {"messages": None}]
     path = write_json_lines(tmp_path / "rows.jsonl", [*empty, *ROWS[:14], *ROWS[:14]])
     data = load(path, words, options=replace(SMALL, packed=False, seq_length=64, eval_size=1, calib_size=26))
@@ -159,7 +159,7 @@ def test_what_is_left_out_is_counted(words, tmp_path):
     assert not {tuple(ids) for ids in data.held_out} & {tuple(ids) for ids in data.calibration}
 
 
-def test_the_seed_decides(rows, words):
+def test_the_seed_decides_the_order(rows, words):
     found = {load(rows, words, options=replace(SMALL, seed=seed)).account["calibration"]["sha256"] for seed in (0, 0, 1)}
     assert len(found) == 2
 
@@ -174,7 +174,7 @@ print(json.dumps(load_tokens(options, sys.argv[1], 4003, True).account))
 
 
 def test_every_process_gives_the_same(rows, words, tmp_path):
-    """The hash is fixed too: documents, order and hash of this corpus are to be the same in every version."""
+    """The expected hash is fixed: documents, order and hash of this corpus must be the same in every version."""
     (tmp_path / "texts").mkdir()
     for number in range(4):
         (tmp_path / "texts" / f"{number}.txt").write_text(text(1000 + 100 * number, 20))
@@ -203,47 +203,47 @@ def fails(path, tokenizer=None, vocab_size=VOCABULARY, **options):
 
 
 def test_too_little_data(rows, words, tmp_path):
-    more = "name more datasets, or ask for fewer or shorter sequences"
+    more = "add datasets, or use fewer or shorter sequences"
     assert fails(rows, words, calib_size=60) == (
-        f"dataset '{rows}' has 41 sequences of 8 tokens to use, and 64 are asked for (4 held out, 60 to calibrate): {more}"
+        f"dataset '{rows}' has 41 usable sequences of 8 tokens, but 64 are needed (4 held out, 60 to calibrate): {more}"
     )
     assert fails(rows, words, eval_size=50) == (
-        f"dataset '{rows}' has 41 sequences of 8 tokens to use, and 60 are asked for (50 held out, 10 to calibrate): {more}"
+        f"dataset '{rows}' has 41 usable sequences of 8 tokens, but 60 are needed (50 held out, 10 to calibrate): {more}"
     )
     short = write_json_lines(tmp_path / "short.jsonl", [*ROWS[:12], {"text": ""}, {"text": " \n"}, {"text": "w1"}])
     assert fails(short, words, packed=False) == (
-        f"dataset '{short}' has 12 sequences (a document each) to use, beside 3 empty documents, and 14 are asked for "
+        f"dataset '{short}' has 12 usable sequences (one document each), not counting 3 empty documents, but 14 are needed "
         f"(4 held out, 10 to calibrate): {more}"
     )
     doubled = write_json_lines(tmp_path / "doubled.jsonl", [*ROWS[:5], *ROWS[:5], {"text": None}])
     assert fails(doubled, words, packed=False, calib_size=6).startswith(
-        f"dataset '{doubled}' has 8 sequences (a document each) to use, beside 1 empty documents and 2 copies of held-out "
-        "documents, and 10 are asked for"
+        f"dataset '{doubled}' has 8 usable sequences (one document each), not counting 1 empty documents and 2 copies of "
+        "held-out documents, but 10 are needed"
     )
     (tmp_path / "empty.txt").touch()
-    assert "has 0 sequences" in fails(tmp_path / "empty.txt", words)
-    with pytest.raises(DataError, match=r"dataset 'python-reference' has \d+ sequences of 512 tokens to use.*, and 3334 are"):
+    assert "has 0 usable sequences" in fails(tmp_path / "empty.txt", words)
+    with pytest.raises(DataError, match=r"dataset 'python-reference' has \d+ usable sequences of 512 tokens.*, but 3334 are"):
         load_tokens(replace(SMALL, calib_size=10_000, seq_length=512), words, VOCABULARY, True)
 
 
-def test_too_little_is_no_matter_where_nothing_is_asked(rows, words):
+def test_too_little_data_is_accepted_if_no_sequences_are_needed(rows, words):
     data = load(rows, words, calibrate=False, options=replace(SMALL, eval_size=0))
     assert (data.calibration, data.held_out) == ((), ())
 
 
 def test_ids_beyond_the_vocabulary(rows, words, corpus, tmp_path):
     said = fails(corpus, vocab_size=1000)
-    assert said.startswith(f"dataset '{corpus}' holds token id 1")
-    assert said.endswith(", and the model's vocabulary is of 1000: it is another tokenizer's")
+    assert said.startswith(f"dataset '{corpus}' has token id 1")
+    assert said.endswith("but the model's vocabulary size is 1000: it was tokenized with another tokenizer")
     said = fails(rows, words, vocab_size=10)
-    assert said.startswith(f"tokenizer {words} makes token id ")
-    assert said.endswith(f", and the model's vocabulary is of 10 (dataset '{rows}'): it is another model's")
+    assert said.startswith(f"tokenizer {words} produces token id ")
+    assert said.endswith(f"but the model's vocabulary size is 10 (dataset '{rows}'): it belongs to another model")
     negative = write_indexed(tmp_path / "negative", [[[*range(-1, 200)]]])
-    assert "holds token id -1, and" in fails(negative)
+    assert "has token id -1, but" in fails(negative)
 
 
 def test_a_tokenizer_is_needed(rows):
-    assert fails(rows) == f"no tokenizer for dataset '{rows}': name the directory of the model's tokenizer"
+    assert fails(rows) == f"no tokenizer for dataset '{rows}': pass the directory of the model's tokenizer"
 
 
 def test_options_are_checked_first(rows):

@@ -1,4 +1,4 @@
-"""Rotary angles against independent references of a few lines, in float64."""
+"""Rotary angles against short independent references in float64."""
 
 import math
 
@@ -21,7 +21,7 @@ def plain(dim, base=5000.0):
 
 
 def llama3(dim, base, factor):
-    """Waves longer than 8192 / 1 are stretched, shorter than 8192 / 4 are not, those between by a share of both."""
+    """Wavelengths above 8192 / 1 are stretched, those below 8192 / 4 are not, and those between are interpolated."""
     found = []
     for frequency in plain(dim, base).tolist():
         wave = 2 * math.pi / frequency
@@ -31,7 +31,7 @@ def llama3(dim, base, factor):
 
 
 def yarn(dim, base, factor, original, fast, slow, whole=True):
-    """Dimensions that turn more than `fast` times within the original length stay, less than `slow` times are stretched."""
+    """Dimensions with more than `fast` rotations in the original length stay, with less than `slow` are stretched."""
 
     def turning(times):
         return dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(base))
@@ -96,8 +96,8 @@ def test_angles_by_hand(fields, wanted):
     assert torch.allclose(found[:, 0, 0].double(), wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_scaling_is_not_what_it_would_be_without():
-    """Each reference differs from the plain one where these tests look, or they would prove nothing."""
+def test_references_differ_from_unscaled_angles():
+    """Otherwise the tests above would prove nothing."""
     assert not torch.allclose(llama3(128, 500000.0, 32), plain(128, 500000.0), rtol=1e-3)
     assert not torch.allclose(yarn(64, 150000.0, 32, 64, 32, 1), plain(64, 150000.0), rtol=1e-3)
     whole, exact = yarn(64, 150000.0, 32, 64, 32, 1), yarn(64, 150000.0, 32, 64, 32, 1, whole=False)
@@ -108,7 +108,7 @@ def test_scaling_is_not_what_it_would_be_without():
 LONG = LATENT | {"max_position_embeddings": 163840, "original_max_position_embeddings": 4096, "qk_pos_emb_head_dim": 64}
 
 
-def test_latent_attention_turns_its_rotary_dimensions_only():
+def test_latent_attention_rotates_only_its_rotary_dimensions():
     config = model(LATENT | {"rope_type": "rope"})
     positions = Positions(config)
     hidden = torch.zeros(9, 2, 64)
@@ -120,7 +120,7 @@ def test_latent_attention_turns_its_rotary_dimensions_only():
 
 @pytest.mark.parametrize("mscale", [(1.0, 1.0), (1.0, 0.0), (0.707, 0.707), (1.0, 0.707)])
 def test_yarn_of_latent_attention(mscale):
-    """The factor of cosine and sine is the quotient of both scales' 0.1 * m * log(40) + 1."""
+    """The factor of cosine and sine is the ratio of 0.1 * m * log(40) + 1 for both mscales."""
     config = model(LONG | {"mscale": mscale[0], "mscale_all_dim": mscale[1]})
     found, factor = Positions(config)(40)
     assert torch.allclose(found[:, 0, 0].double(), expected(yarn(64, 5000.0, 40, 4096, 32, 1)), rtol=1e-5, atol=1e-6)
@@ -144,7 +144,7 @@ def test_yarn_of_latent_attention(mscale):
         ("DeepSeek-V2", {"max_position_embeddings": 163840, "qk_pos_emb_head_dim": 64, "mscale": 1.0, "mscale_all_dim": 1.0}),
     ],
 )
-def test_transformers_turns_by_the_same_angles_from_the_config_that_is_written(name, fields):
+def test_transformers_computes_the_same_angles_from_the_written_config(name, fields):
     config = model(FAMILY_ARGS[name] | fields)
     family = nearest_family(config)
     assert family.name == name

@@ -24,8 +24,8 @@ RUN = {name: args for name, args in FAMILY_ARGS.items() if name != "Nemotron-H"}
 
 
 @pytest.mark.parametrize("fields", RUN.values(), ids=RUN)
-def test_names_and_shapes_are_those_of_the_data(fields):
-    """Of every architecture: what megatron-core's layer holds is what the tables of linears and copies say."""
+def test_names_and_shapes_match_the_tables(fields):
+    """For every architecture, megatron-core's layer has the tensors that `layer_linears` and `layer_copies` list."""
     assert not torch.distributed.is_initialized()
     config = model(fields)
     for index in range(config.num_layers):
@@ -45,7 +45,7 @@ def test_layers_of_a_hybrid_model_that_can_be_built():
 
 
 def experts_by_hand(mlp, hidden, topk):
-    """Mixtral: each token's largest logits, their softmax, and the sum of those experts, one token at a time."""
+    """Mixtral: softmax over each token's largest logits, weighted sum of those experts; one token at a time."""
     out = torch.zeros_like(hidden)
     for place in torch.cartesian_prod(torch.arange(hidden.shape[0]), torch.arange(hidden.shape[1])).tolist():
         token = hidden[tuple(place)]
@@ -59,7 +59,7 @@ def experts_by_hand(mlp, hidden, topk):
 
 @pytest.mark.parametrize("router_dtype", [None, "fp32", "fp64"])
 @torch.no_grad()
-def test_mixture_of_experts_is_mixtrals(router_dtype):
+def test_mixture_of_experts_equals_mixtral(router_dtype):
     config, layer = filled(MOE_ARGS | {"moe_router_dtype": router_dtype}, "float32")
     hidden = torch.randn(5, 3, config.hidden_size)
     found, bias = layer.mlp(hidden)
@@ -80,7 +80,7 @@ def test_router_computes_in_the_dtype_of_the_arguments(router_dtype, dtype):
 
 
 def attention_by_hand(query, key, value, window, sinks):
-    """Softmax over the keys that a query sees, and over its head's sink, which has no value; one query at a time."""
+    """Softmax over visible keys and the head's sink, which has no value; one query at a time."""
     length, sequences, heads, dim = query.shape
     repeats = heads // key.shape[2]
     out = torch.zeros(length, sequences, heads, value.shape[-1])
@@ -96,8 +96,8 @@ def attention_by_hand(query, key, value, window, sinks):
 @pytest.mark.parametrize("window", [None, 3, 0])
 @pytest.mark.parametrize("softmax", ["vanilla", "off-by-one", "learnable"])
 @torch.no_grad()
-def test_core_attention_is_a_softmax_over_what_is_seen(groups, window, softmax):
-    """off-by-one is a sink of 0: one more in the denominator."""
+def test_core_attention_is_a_softmax_over_visible_keys(groups, window, softmax):
+    """off-by-one is a sink of 0, which adds 1 to the denominator."""
     fields = ARGS | {"num_query_groups": groups, "window_size": None if window is None else (window, 0)}
     config = model(fields | {"softmax_type": softmax}, {name: type(s)(name, "float32", s.shape) for name, s in TENSORS.items()})
     with torch.device("meta"):  # as layers are built
@@ -137,8 +137,8 @@ def test_norms_by_hand(kind, centred):
 
 @pytest.mark.parametrize("fields", RUN.values(), ids=RUN)
 @torch.no_grad()
-def test_every_layer_runs_on_its_weights_alone(fields):
-    """Nothing of a layer is left on the meta device once its tensors are there."""
+def test_every_layer_runs_once_its_weights_are_loaded(fields):
+    """Once its tensors are loaded, nothing of a layer is left on the meta device."""
     from mptq.layers.forward import run_layer
 
     config = model(fields)
@@ -151,7 +151,7 @@ def test_every_layer_runs_on_its_weights_alone(fields):
         out = run_layer(layer.eval(), config, hidden)
         assert (out.shape, out.dtype, out.device.type) == (hidden.shape, torch.bfloat16, "cpu")
         assert out.isfinite().all()
-        # Causal: what comes later changes nothing before it.
+        # Causal: later tokens do not affect earlier ones.
         changed = hidden.clone()
         changed[:, -1] += 1
         again = run_layer(layer, config, changed)
@@ -159,8 +159,8 @@ def test_every_layer_runs_on_its_weights_alone(fields):
         assert not torch.equal(again[:, -1], out[:, -1])
 
 
-def test_what_megatron_core_does_not_build_is_one_line():
-    config = model(MOE_ARGS, moe_router_enable_expert_bias=True)  # which is for sigmoid scores only
-    with pytest.raises(UnsupportedModelError, match=r"^megatron-core does not build this model: .*Expert bias") as caught:
+def test_a_model_that_megatron_core_rejects_is_a_one_line_error():
+    config = model(MOE_ARGS, moe_router_enable_expert_bias=True)  # supported for sigmoid scores only
+    with pytest.raises(UnsupportedModelError, match=r"^megatron-core cannot build this model: .*Expert bias") as caught:
         transformer_config(config)
     assert "\n" not in str(caught.value)

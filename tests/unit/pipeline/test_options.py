@@ -1,4 +1,4 @@
-"""`--resume` and every option of the command: what would give another output is refused, on whole and on unfinished outputs."""
+"""`--resume` with every option of the command: refused if it changes the output, complete or unfinished."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ from tests.support.killing import contents
 from tests.unit.calibration.conftest import write_indexed
 
 
-def test_every_option_of_the_command_is_of_a_kind():
+def test_every_option_of_the_command_has_a_kind():
     parameters = typer.main.get_command(app).commands["quantize"].params
     found = {max(one.opts, key=len) if one.param_type_name == "option" else one.metavar for one in parameters}
     assert found - {"--help"} == set(KINDS)
@@ -38,7 +38,7 @@ def root(aligned, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def outputs(root, options, tmp_path_factory):
-    """A complete output, one that is not, and its options."""
+    """A complete output, and an unfinished one."""
     folder = tmp_path_factory.mktemp("outputs")
     run(make_plan(root, "fp8"), folder / "complete", options)
     with pytest.raises(StoppedError):
@@ -48,7 +48,7 @@ def outputs(root, options, tmp_path_factory):
 
 @pytest.fixture
 def other(crossing, aligned_hf, tokenizer, tmp_path):
-    """Another value of every option: what it changes of the recipe's name, the plan and the options."""
+    """A different value for every option that changes the output: what it changes of the arguments of a run."""
     document = read_json(aligned_hf / "config.json")
     for place in (document, document.get("rope_parameters", {})):
         if "rope_theta" in place:
@@ -96,12 +96,12 @@ def again(root, options, out, change):
 
 @pytest.mark.parametrize("flag", [flag for flag, kind in KINDS.items() if kind not in (LIMIT, RUN)])
 @pytest.mark.parametrize("state", ["complete", "begun"])
-def test_another_output_is_refused(root, options, outputs, other, state, flag, monkeypatch):
+def test_options_that_change_the_output_are_refused(root, options, outputs, other, state, flag, monkeypatch):
     before, change = contents(outputs), other[flag]
     if "device" in change:
         monkeypatch.setattr(mptq.pipeline.preflight, "pick_device", lambda _name: change["device"])
-    advice = "(resume|go on) with the same, (or )?pass --overwrite instead of --resume"
-    with pytest.raises(OutputError, match=rf"^[^\n]* with another [^\n]*{flag}\b[^\n]*: {advice}"):
+    advice = "resume with the same options, (or )?pass --overwrite instead of --resume"
+    with pytest.raises(OutputError, match=rf"^[^\n]* differs in [^\n]*{flag}\b[^\n]*: {advice}"):
         again(root, options, outputs / state, change)
     assert contents(outputs) == before
 
@@ -110,25 +110,25 @@ RUNS = {"activation_memory": 1, "stop": lambda: False, "device": "auto"}
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_how_it_runs_changes_nothing(root, options, outputs, name):
+def test_run_options_do_not_change_the_output(root, options, outputs, name):
     before = contents(outputs)
     again(root, options, outputs / "complete", {"options": {name: RUNS[name]}})
     assert contents(outputs) == before
 
 
-def test_data_and_weights_of_another_content_are_refused(root, options, outputs, tokens, tmp_path):
-    """Under the same names, which do not say it."""
+def test_changed_contents_of_data_and_weights_are_refused(root, options, outputs, tokens, tmp_path):
+    """Even under the same names."""
     complete = shutil.copytree(outputs / "complete", tmp_path / "out")
     moved = write_indexed(tmp_path / tokens.name, [[list(range(i, i + 60))] for i in range(40)])
     data = replace(options.data, datasets=(str(moved),))
-    with pytest.raises(OutputError, match="is complete, and was made with another content of the data: resume"):
+    with pytest.raises(OutputError, match="is complete, but differs in the contents of the data: resume"):
         again(root, replace(options, data=data), complete, {})
     copied = shutil.copytree(root, tmp_path / "aligned")
     for shard in copied.rglob("iter_0000100/*.distcp"):
         content = bytearray(shard.read_bytes())
-        content[content.rfind(b"PK\x01\x02") + 16] ^= 1  # the CRC-32 of the tensor that was written last
+        content[content.rfind(b"PK\x01\x02") + 16] ^= 1  # the CRC-32 of the tensor written last
         shard.write_bytes(content)
-    with pytest.raises(OutputError, match="is complete, and was made with another content of the shards: resume"):
+    with pytest.raises(OutputError, match="is complete, but differs in the contents of the shards: resume"):
         again(copied, options, complete, {})
 
 
@@ -163,21 +163,21 @@ def test_a_missed_limit_on_a_complete_output_is_exit_code_3(root, tokens, output
     done = command(*arguments, "--seed", "1")
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
-    assert "was made with another --seed (0, now 1): resume with the same, pass --overwrite instead of --resume" in done.stderr
+    assert "is complete, but differs in --seed (0, now 1): resume with the same options, pass --overwrite" in done.stderr
 
 
-def test_overwrite_makes_it_again(root, options, outputs, tmp_path):
+def test_overwrite_replaces_a_complete_output(root, options, outputs, tmp_path):
     out = shutil.copytree(outputs / "complete", tmp_path / "out")
     again(root, options, out, {"options": {"overwrite": True, "max_shard_bytes": 200_000}})
     assert read_json(out / "manifest.json")["options"]["max_shard_size"] == 200_000
     assert len(list(out.glob("*.safetensors"))) > 1
 
 
-def test_what_follows_from_an_option_is_not_named_beside_it():
+def test_differences_that_follow_from_an_option_are_not_named():
     made = {"eval_size": 8, "tokens": {"sha256": "a"}, "recipe": {"sha256": "a"}, "format": ["hf"]}
     assert differences(made, made) == []
     assert differences(made, made | {"eval_size": 4, "tokens": {"sha256": "b"}}) == ["--eval-size (8, now 4)"]
-    assert differences(made, made | {"tokens": {"sha256": "b"}}) == ["content of the data"]
+    assert differences(made, made | {"tokens": {"sha256": "b"}}) == ["the contents of the data"]
     assert differences(made, made | {"recipe": {"sha256": "b"}}) == ["--recipe or --ignore or --kv-cache"]
     assert differences(made, made | {"format": ["hf", "megatron"]}) == ["--format (hf, now hf,megatron)"]
     assert differences(made, made | {"seed": 0}) == ["--seed"]

@@ -20,7 +20,7 @@ BLOCK, TENSOR = load_recipe("fp8-blockwise"), load_recipe("fp8-per-tensor")
 
 
 def source(hidden, ffn, heads, groups, head_dim, layers=2, tied=True, experts=0, **others) -> Source:
-    """A checkpoint that exists as metadata only; with experts, each has `ffn`."""
+    """A checkpoint that exists as metadata only; with experts, `ffn` is the size of each."""
     args = {
         "num_layers": layers,
         "hidden_size": hidden,
@@ -79,7 +79,7 @@ def test_llama_7b_in_blocks():
 
 
 def test_serving_limit_of_blocks_is_a_warning():
-    # 11008 = 86 * 128: two tensor-parallel ranks have 43 blocks each, four have none that is whole.
+    # 11008 = 86 * 128: two tensor-parallel ranks have 43 blocks each, four would have to cut blocks.
     plan = plan_source(source(4096, 11008, 32, 32, 128), BLOCK, ("hf",))
     assert any("only up to TP=2" in warning for warning in estimates.warnings(plan))
     assert estimates.warnings(plan_source(source(4096, 8192, 32, 8, 128), BLOCK, ("hf",))) == []
@@ -104,7 +104,7 @@ def actions(checkpoint, recipe, *formats):
     return estimates.actions(plan_source(checkpoint, load_recipe(recipe), formats))
 
 
-def test_actions_say_what_happens_to_each_component():
+def test_actions_describe_what_happens_to_each_component():
     ragged = source(256, 320, 4, 2, 64)
     assert actions(ragged, "fp8-blockwise", "hf") == {
         "embedding": "copied",
@@ -121,7 +121,7 @@ def test_actions_say_what_happens_to_each_component():
     assert estimates.actions(kept)["mlp"] == "copied (2 of 4); FP8, one scale a fused group, static activations (2 of 4)"
 
 
-def test_misaligned_weights_can_have_one_scale_a_row():
+def test_misaligned_weights_can_have_per_channel_scales():
     fields = BLOCK.model_dump() | {"misaligned": "per-channel"}
     plan = plan_source(source(256, 320, 4, 2, 64), recipe_from(fields, "x"), ("hf", "megatron"))
     assert plan.layouts["hf"].dialect_name == "compressed-tensors"
@@ -193,13 +193,13 @@ LATENT = r"q_a_proj and .*kv_a_proj_with_mqa .*'\*\.self_attention\.linear_q_dow
         ("DeepSeek-V3", "*linear_q_down_proj", LATENT),
     ],
 )
-def test_modules_of_engines_are_not_torn_apart(family, pattern, message):
+def test_linears_that_engines_fuse_cannot_have_different_schemes(family, pattern, message):
     args = whole(family)
     with pytest.raises(RecipeError, match=message):
         planned(args, "fp8-blockwise", pattern)
     with pytest.raises(RecipeError, match="or use --format megatron"):
         planned(args, "fp8-blockwise", pattern, formats=("hf", "megatron"))
-    # Each is a linear of its own to Megatron.
+    # Each is a separate linear in Megatron.
     plan = planned(args, "fp8-blockwise", pattern, formats=("megatron",))
     assert (
         0
@@ -220,12 +220,12 @@ def test_modules_of_engines_are_not_torn_apart(family, pattern, message):
         ("DeepSeek-V2", ["*kv_a_proj_with_mqa"]),
     ],
 )
-def test_the_patterns_that_are_named_are_taken(family, patterns):
+def test_the_suggested_patterns_are_accepted(family, patterns):
     plan, plain = planned(whole(family), "fp8-per-channel", *patterns), planned(whole(family), "fp8-per-channel")
     assert len(plan.layouts["hf"].excluded) > len(plain.layouts["hf"].excluded)
 
 
-def test_a_compressed_query_goes_into_blocks_with_the_latent():
+def test_a_compressed_query_is_quantized_in_blocks_with_the_latent():
     plan = planned(whole("DeepSeek-V3"), "fp8-blockwise", formats=("hf", "megatron"))
     assert plan.layouts["hf"].excluded == ["lm_head", "model.layers.1.mlp.gate"]
     assert plan.differing == []
@@ -243,7 +243,7 @@ def test_a_compressed_query_goes_into_blocks_with_the_latent():
         )
 
 
-def test_a_ragged_query_takes_the_latent_along():
+def test_the_latent_keeps_its_precision_with_a_ragged_query():
     args = whole("DeepSeek-V3") | {"q_lora_rank": 192}
     plan = planned(args, "fp8-blockwise")
     names = ("q_a_proj", "kv_a_proj_with_mqa", "q_b_proj")  # the columns of q_b are the rows of q_a
@@ -261,25 +261,25 @@ def test_a_latent_without_a_compressed_query_keeps_its_precision():
     assert "model.layers.0.self_attn.q_proj" not in plan.layouts["hf"].excluded
 
 
-def test_experts_of_which_a_part_does_not_fit_keep_their_precision_together():
-    # Of MX blocks of 32 columns, fc1 has 8 and fc2 one and a half.
+def test_experts_with_a_linear_that_does_not_fit_keep_their_precision():
+    # In MX blocks of 32 columns, fc1 has 8 and fc2 one and a half.
     plan = planned(whole("Qwen3-MoE") | {"moe_ffn_hidden_size": 48}, "mxfp8")
     kept = [name for name in plan.layouts["hf"].excluded if ".experts." in name]
     assert len(kept) == 2 * 8 * 3
     assert any(warning.startswith("gate_proj, up_proj, down_proj: not multiples of 32") for warning in estimates.warnings(plan))
 
 
-def test_one_scale_a_tensor_is_of_what_engines_fuse():
+def test_one_scale_per_tensor_is_shared_by_what_engines_fuse():
     plan = planned(whole("DeepSeek-V3"), "fp8", formats=("hf", "megatron"))
     by_name = {linear.megatron: linear for linear in plan.linears(1)}
     pair = tuple(by_name[f"self_attention.linear_{name}_down_proj"] for name in ("q", "kv"))
     assert plan.assignment.sharing(1, pair[0]) == plan.assignment.sharing(1, pair[1]) == pair
-    # Not of the experts, which engines hold in one module with a scale for each.
+    # Not by experts, which engines hold in one module with a scale for each.
     expert = by_name["mlp.experts.experts.0.linear_fc1"]
     assert plan.assignment.sharing(1, expert) == (expert,)
     blocks = planned(whole("DeepSeek-V3"), "fp8-blockwise")
     assert blocks.assignment.sharing(1, pair[0]) == pair[:1]
-    # Where Megatron's output alone is written, one of them may be ignored.
+    # If only the Megatron output is written, one of them may be ignored.
     alone = planned(whole("DeepSeek-V3"), "fp8", "*linear_q_down_proj", formats=("megatron",))
     assert alone.assignment.sharing(1, pair[1]) == pair[1:]
 
@@ -315,7 +315,7 @@ def test_without_quantization_the_checkpoint_is_converted():
         plan_source(checkpoint, none, ("hf", "megatron"))
 
 
-def test_copies_have_the_dtype_and_the_shape_of_their_form():
+def test_copies_have_the_dtype_and_shape_of_each_format():
     plan = plan_source(source(256, 384, 4, 2, 128, tied=False), BLOCK, ("hf", "megatron"))
     (words,), (norm, head) = outer_copies(plan.model)
     assert plan.layouts["hf"].unquantized(words) == (TensorSpec("model.embed_tokens.weight", "bfloat16", (1000, 256)),)
@@ -323,13 +323,13 @@ def test_copies_have_the_dtype_and_the_shape_of_their_form():
     assert plan.layouts["hf"].unquantized(norm) == (TensorSpec("model.norm.weight", "bfloat16", (256,)),)
     (first, _) = plan.unquantized(1)
     assert plan.layouts["hf"].unquantized(first, 1)[0].name == "model.layers.1.input_layernorm.weight"
-    # Under the name that the checkpoint has for it.
+    # Under its name in the checkpoint.
     assert [spec.name for spec in plan.layouts["megatron"].unquantized(first, 1)] == [
         "decoder.layers.1.self_attention.linear_qkv.layer_norm_weight"
     ]
 
 
-def test_a_model_of_no_architecture_is_quantized_for_megatron_alone():
+def test_a_model_without_a_hf_architecture_has_only_a_megatron_output():
     checkpoint = source(256, 384, 4, 2, 128, rotary_percent=0.5)
     with pytest.raises(UnsupportedModelError, match=r"nearest, Llama, differs in partial rotary .*: yes \(Llama: no\): use"):
         plan_source(checkpoint, BLOCK, ("hf",))
@@ -343,7 +343,7 @@ def test_a_model_of_no_architecture_is_quantized_for_megatron_alone():
     assert plan.layouts["megatron"].nbytes < bytes_in(plan)
 
 
-def test_scales_of_a_cache_are_of_layers_with_attention():
+def test_only_layers_with_attention_have_cache_scales():
     plan = plan_source(source(256, 384, 4, 2, 128), BLOCK.changed(kv_cache="fp8"), ("hf", "megatron"))
     assert [plan.assignment.has_cache(layer) for layer in plan.layers] == [True, True]
     assert sum("_bmm_quantizer" in spec.name for spec in plan.layouts["megatron"].specs) == 4
@@ -362,17 +362,17 @@ def test_predicted_memory_does_not_depend_on_the_number_of_layers():
     few, many = (plan_source(source(8192, 28672, 64, 8, 128, layers=n), BLOCK, ("hf",)) for n in (2, 80))
     assert estimates.peak_memory(few) == estimates.peak_memory(many)
     qkv, proj, fc1, fc2 = 8192 * 10240, 8192**2, 8192 * 57344, 8192 * 28672
-    # fc1 with fc2 and a norm read ahead; made of it one byte an element, and proj's being written.
+    # fc1, with fc2 and a norm read ahead; its FP8 output at one byte per element; and proj's output being written.
     assert estimates.peak_memory(few) == estimates.IMPORTS_BYTES + 2 * (fc1 + fc2 + 8192) + fc1 + proj
     both = plan_source(source(8192, 28672, 64, 8, 128), BLOCK, ("hf", "megatron"))
     outer = 2 * both.model.padded_vocab_size * 8192
-    # proj is the same in both outputs; the largest tensor outside the layers is written meanwhile.
+    # proj is the same in both outputs; meanwhile the largest tensor outside the layers is written.
     with_layers = estimates.IMPORTS_BYTES + estimates.LAYER_BYTES
     assert estimates.peak_memory(both) == with_layers + outer + 2 * (fc1 + fc2 + 8192) + 2 * fc1 + proj
     assert qkv < fc1
 
 
-def test_small_models_take_what_is_imported_to_the_end():
+def test_memory_of_small_models_is_that_of_imports():
     small = source(256, 384, 4, 2, 128)
     end = estimates.IMPORTS_BYTES + estimates.CONFIG_BYTES + estimates.END_BYTES
     assert estimates.peak_memory(plan_source(small, BLOCK, ("hf",))) == end + 170_000_000  # LlamaConfig
@@ -383,7 +383,7 @@ def test_small_models_take_what_is_imported_to_the_end():
 
 
 def test_predicted_memory_with_activations():
-    """Of the parts in turn the largest: the output layer with logits, the rounding of a linear, a forward pass."""
+    """First the output layer with logits or quantizing a linear is the largest part, then a forward pass."""
     imports = estimates.IMPORTS_BYTES + estimates.LAYER_BYTES
     plan = plan_source(source(2048, 8192, 16, 16, 128, tied=False), BLOCK, ("hf",))
     vocabulary, padded = plan.model.vocab_size, plan.model.padded_vocab_size
@@ -410,7 +410,7 @@ def test_mixtral_8x7b_in_blocks():
     quantized = [name for name, action in estimates.actions(plan).items() if action == "FP8, 128x128 blocks"]
     assert quantized == ["attention", "experts"]
     assert estimates.actions(plan)["router"] == "copied"
-    # A few times one expert's fc1, whatever the layer has.
+    # A few times the fc1 of one expert, independent of their number.
     assert 2e9 < estimates.peak_memory(plan) < 2.4e9
 
 

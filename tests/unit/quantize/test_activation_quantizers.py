@@ -1,4 +1,4 @@
-"""What the observers find and do, against hooks of a few lines."""
+"""Activation quantizers against short hooks."""
 
 import contextlib
 
@@ -32,7 +32,7 @@ def observe(module, config, batches, observers):
 
 @contextlib.contextmanager
 def seen(module, names):
-    """Inputs of the linears, and K and V as they come into the core attention, in the order of calls."""
+    """Inputs of the linears, and K and V at the input of the core attention, in the order of calls."""
     found = {name: [] for name in (*names, "key", "value")}
 
     def attend(_module, arguments):
@@ -49,7 +49,7 @@ def seen(module, names):
         hook.remove()
 
 
-def test_collecting_changes_nothing_and_finds_the_exact_largest(layer):
+def test_collecting_changes_nothing_and_finds_the_exact_amax(layer):
     config, module, names, batches = layer
     with seen(module, names) as inputs:
         plain = [run_layer(module, config, batch) for batch in batches]
@@ -62,13 +62,13 @@ def test_collecting_changes_nothing_and_finds_the_exact_largest(layer):
         assert found[name].dtype == torch.float32
         assert found[name].shape == ()
         assert float(found[name]) == max(float(part.abs().max()) for part in parts if part.numel()), name
-    # Nothing is left on the layer.
+    # No hook is left on the layer.
     after = run_layer(module, config, batches[0])
     assert torch.equal(after, plain[0])
 
 
 def turned(keys, base):
-    """Keys [length, sequences, heads, dim] after the rotary embedding, in float64: halves of the dimension are pairs."""
+    """Keys [length, sequences, heads, dim] after the rotary embedding (of the two halves), in float64."""
     length, dim = keys.shape[0], keys.shape[-1]
     angles = torch.arange(length).double()[:, None, None, None] / base ** (torch.arange(0, dim, 2).double() / dim)
     left, right = keys.double().chunk(2, dim=-1)
@@ -84,7 +84,7 @@ def test_keys_are_observed_after_the_rotary_embedding(layer):
     hook.remove()
     parts = fused[0].unflatten(-1, (config.num_query_groups, -1, config.head_dim))
     found = observers.magnitudes("layer")
-    # Megatron turns them in BF16, with angles whose cosines are rounded to it: three roundings of 2^-9.
+    # Megatron rotates in BF16, with cosines and sines rounded to BF16: three roundings of 2^-9.
     close = 3 * 2.0**-9 if config.dtype == "bfloat16" else 1e-4
     largest = float(turned(parts[:, :, :, -2], config.get("rotary_base")).abs().max())
     assert float(found["key"]) == pytest.approx(largest, rel=close)
@@ -103,13 +103,13 @@ def test_percentile_is_torchs_quantile_within_a_bin(layer, percentile):
     for name, amax in observers.magnitudes("layer").items():
         values = torch.cat([part.float().abs().flatten() for part in inputs[name]])
         first = next(part for part in inputs[name] if part.numel())
-        width = float(first.float().abs().max()) / 2048  # ModelOpt's histogram: the first batch says how wide a bin is
+        width = float(first.float().abs().max()) / 2048  # ModelOpt's histogram: the first batch sets the bin width
         least, most = (float(torch.quantile(values, percentile / 100, interpolation=side)) for side in ("lower", "higher"))
         assert least - 1.01 * width <= float(amax) <= most + 1.01 * width, name
 
 
 def rounded(values, amax):
-    """E4M3 with the scale amax / 448, back in the dtype of `values`."""
+    """Rounded to E4M3 with the scale amax / 448, in the dtype of `values`."""
     scale = amax / 448
     return ((values.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale).to(values.dtype)
 
@@ -117,8 +117,9 @@ def rounded(values, amax):
 def near(found, before, amax):
     """`found` is E4M3 of `before`.
 
-    ModelOpt multiplies by 448 / amax where `rounded` divides by amax / 448: a last bit of float32, by which BF16's values, many
-    of them ties of E4M3, go either way. Then both results are equally near (to a rounding of the dtype).
+    ModelOpt multiplies by 448 / amax, `rounded` divides by amax / 448. They differ in the last bit of float32, so BF16
+    values, many of which are ties in E4M3, may round either way. Both results are then equally near (up to rounding in
+    the dtype).
     """
     ulp = 2.0**-8 if before.dtype == torch.bfloat16 else 2.0**-20
     exact, found, wanted = (part.float().clamp(-amax, amax) for part in (before, found, rounded(before, amax)))
@@ -127,15 +128,15 @@ def near(found, before, amax):
 
 
 def test_quantizing_rounds_inputs_keys_and_values_to_e4m3(layer):
-    """Every module gets its input rounded, and no other change: the linear's output is that of the rounded input."""
+    """Inputs are rounded and nothing else changes: a linear's output is that of its rounded input."""
     config, module, names, batches = layer
     observers = ActivationQuantizers(names, ("key", "value"), Calibration())
     observe(module, config, batches, observers)
-    # Half the magnitude for some: what is beyond saturates and does not become NaN.
+    # Half the amax for some: larger values saturate instead of becoming NaN.
     amax = {
         name: value * (0.5 if index % 2 else 1) for index, (name, value) in enumerate(observers.magnitudes("layer").items())
     }
-    # Hooks run in the order of their registration: those inside see what quantizing hands on, those outside what it gets.
+    # Hooks run in the order of registration: those inside see the outputs of quantizing, those outside its inputs.
     with seen(module, names) as raw, observers.quantizing(module, amax), seen(module, names) as handed_on:
         out = run_layer(module, config, batches[1])
     assert out.isfinite().all()
@@ -146,7 +147,7 @@ def test_quantizing_rounds_inputs_keys_and_values_to_e4m3(layer):
     assert not torch.equal(out, run_layer(module, config, batches[1]))
 
 
-def test_what_nothing_passed_has_no_magnitude():
+def test_a_linear_without_tokens_has_no_amax():
     config, module = filled(MOE_ARGS, "bfloat16")
     names = [linear.module for linear in layer_linears(config, 0)]
     observers = ActivationQuantizers(names, (), Calibration())
@@ -180,8 +181,8 @@ def test_activations_that_are_not_finite_are_refused_by_name(calibration, value)
 
 
 @pytest.mark.parametrize("method", ["max", "percentile"])
-def test_inputs_of_zeros_only_are_no_failure(method):
-    """A dead layer: the scale is the smallest, and zeros stay zeros."""
+def test_inputs_of_only_zeros_are_accepted(method):
+    """A dead layer: the amax is 0, and zeros stay zeros."""
     config = model(ARGS)
     module = build_layer(config, 0)
     weights = {name: torch.zeros(weight.shape, dtype=weight.dtype) for name, weight in module.named_parameters()}
@@ -207,7 +208,7 @@ def latent(request):
 
 @torch.no_grad()
 def rows_of(config, module, hidden):
-    """What engines cache: the latent after its norm, by hand, and the shared key before its rotation."""
+    """What engines cache, computed by hand: the latent after its norm, and the shared key, here before RoPE."""
     attention, rank = module.self_attention, config.latent.kv_rank
     normed = torch.nn.functional.rms_norm(hidden.transpose(0, 1), (64,), module.input_layernorm.weight, 1e-5)
     row = linear(normed.float(), attention.linear_kv_down_proj.weight.float()).to(hidden.dtype)
@@ -223,7 +224,7 @@ def test_latents_are_observed_as_they_are_cached(latent):
     assert all(torch.equal(left, right) for left, right in zip(plain, observed, strict=True))
     rows = [rows_of(config, module, batch) for batch in batches]
     largest = max(float(latents.abs().max()) for latents, _ in rows)
-    # A rotation keeps the length of a pair: this bounds the shared key, up to yarn's factor.
+    # A rotation keeps the norm of a pair, which bounds the shared key up to YaRN's factor.
     bound = 1.5 * max(float(shared.norm(dim=-1).max()) for _, shared in rows)
     found = float(observers.magnitudes("layer")["latent"])
     assert found >= largest
@@ -232,7 +233,7 @@ def test_latents_are_observed_as_they_are_cached(latent):
 
 @pytest.mark.parametrize("part", ["latent", "shared key"])
 def test_one_magnitude_covers_the_latent_and_the_shared_key(latent, part):
-    """Whichever is larger: the weights of one are multiplied, the other's magnitude stays below."""
+    """The amax is that of the larger one: the weights of one are multiplied so that the other stays below."""
     config, module, batches = latent
     keys = []
     hook = module.self_attention.core_attention.register_forward_pre_hook(lambda _, given: keys.append(given[1]))
@@ -253,7 +254,7 @@ def test_one_magnitude_covers_the_latent_and_the_shared_key(latent, part):
 
 
 def test_a_percentile_counts_the_shared_key_once(latent):
-    """Not once for each head: the histogram is of what is cached."""
+    """Not once per head: the histogram is of what is cached."""
     config, module, batches = latent
     observers = ActivationQuantizers((), ("latent",), Calibration(method="percentile", percentile=99.0))
     observe(module, config, batches, observers)
@@ -270,7 +271,7 @@ def test_quantizing_rounds_latents_as_engines_cache_them(latent):
     def keep(name, place):
         return lambda _module, given: seen.update({name: given[place].clone()})
 
-    amax = {"latent": observers.magnitudes("layer")["latent"] * 0.75}  # what is beyond saturates
+    amax = {"latent": observers.magnitudes("layer")["latent"] * 0.75}  # larger values saturate
     before = attention.core_attention.register_forward_pre_hook(keep("key before", 1))
     with observers.quantizing(module, amax):
         hooks = [attention.linear_kv_up_proj.register_forward_pre_hook(keep("latents", 0))]

@@ -17,7 +17,7 @@ BLOCK, TENSOR, ROW, MX = (SCHEMES[scale] for scale in ("block", "tensor", "row",
 
 @st.composite
 def weights(draw):
-    """Float32 matrices of any shape, many magnitudes, with zero rows, columns and blocks."""
+    """Float32 matrices of any shape and many magnitudes, with zero rows, columns and blocks."""
     rows, columns = draw(st.integers(1, 400)), draw(st.integers(1, 400))
     torch.manual_seed(draw(st.integers(0, 2**31)))
     weight = torch.randn(rows, columns) * 2.0 ** draw(st.integers(-30, 30))
@@ -32,7 +32,7 @@ def weights(draw):
 
 
 def in_range(weight):
-    """Without all-zero blocks, where ModelOpt divides 0 by 0, and those of next to nothing, where it has no floor."""
+    """Without all-zero blocks, for which ModelOpt divides 0 by 0, and tiny ones, for which it has no floor."""
     return weight * 2.0**40 + (weight == 0)
 
 
@@ -45,7 +45,7 @@ def converted(weight, scheme):
 
 @settings(max_examples=40)
 @given(weights(), st.sampled_from([BLOCK, TENSOR, ROW]))
-def test_equals_what_modelopt_makes_of_a_linear(weight, scheme):
+def test_equals_a_linear_quantized_by_modelopt(weight, scheme):
     weight = in_range(weight)
     theirs = converted(weight, scheme)
     ours, _ = quantize_quantizer.quantize(weight, scheme, "w")
@@ -56,11 +56,11 @@ def test_equals_what_modelopt_makes_of_a_linear(weight, scheme):
 
 @settings(max_examples=25)
 @given(weights(), st.integers(-130, -20), st.sampled_from([BLOCK, TENSOR, ROW]))
-def test_modelopt_finds_the_scale_from_the_magnitude(weight, exponent, scheme):
-    """Whichever of the two it takes: of next to nothing too, it gives the same scale, bytes and dequantized numbers."""
-    assume(scheme is not BLOCK or max(weight.shape) > 128)  # of a single block ModelOpt takes the magnitude anew
-    weight = torch.where(weight == 0, 1.0, weight) * 2.0**exponent  # of zeros alone ModelOpt makes the scale 0
-    theirs = converted(weight, scheme)  # compressed by the magnitudes that are ours (tests/support/compressing.py)
+def test_modelopt_computes_the_same_scale_from_amax(weight, exponent, scheme):
+    """From either of the two, also for tiny weights, it gives the same scale, bytes and dequantized numbers."""
+    assume(scheme is not BLOCK or max(weight.shape) > 128)  # for a single block ModelOpt computes the amax again
+    weight = torch.where(weight == 0, 1.0, weight) * 2.0**exponent  # for all zeros ModelOpt's scale is 0
+    theirs = converted(weight, scheme)  # compressed with mptq's amax (tests/support/compressing.py)
     ours, _ = quantize_quantizer.quantize(weight, scheme, "w")
     assert torch.equal(ours.amax.flatten(), theirs.weight_quantizer._amax.flatten())
     assert torch.equal(ours.scale.flatten(), theirs.weight_quantizer._scale.flatten())
@@ -72,7 +72,7 @@ def test_modelopt_finds_the_scale_from_the_magnitude(weight, exponent, scheme):
 
 @settings(max_examples=40)
 @given(st.integers(2, 300), st.integers(2, 300), st.sampled_from([BLOCK, TENSOR, ROW, MX]))
-def test_state_is_that_of_a_linear_of_modelopts(rows, columns, scheme):
+def test_state_equals_that_of_a_linear_quantized_by_modelopt(rows, columns, scheme):
     weight = torch.randn(rows, columns * 32 if scheme is MX else columns)
     tensors, state = linear_state(scheme, quantize_quantizer.quantize(weight, scheme, "w")[0], torch.float32)
     theirs = converted(weight, scheme)
@@ -129,7 +129,7 @@ def test_configs_are_weight_only_and_leave_the_output_layer_alone():
     assert b"real_quantize" in modelopt_state(BLOCK)
 
 
-def test_configs_name_what_deviates():
+def test_configs_name_the_modules_with_another_scheme():
     rules = quant_config(SCHEMES["tensor-static"], kv_cache=True, others={"decoder.layers.0.mlp.linear_fc1": None})
     names = [(rule["quantizer_name"], rule.get("enable", True)) for rule in rules["quant_cfg"]]
     assert names == [

@@ -58,7 +58,7 @@ def test_equals_modelopts_tensor_away_from_the_edges(rows, columns, seed):
     weight = torch.randn(rows, columns * 32)
     theirs, scale = MXFP8QTensor.quantize(weight)
     ours = quantize(weight)
-    edge = mx.scales(weight) != scale  # its exponent is a logarithm, rounded
+    edge = mx.scales(weight) != scale  # ModelOpt computes the exponent with a rounded logarithm
     assert edge.float().mean() < 1e-2
     same = ~edge.repeat_interleave(32, 1)
     assert torch.equal(ours.data.view(torch.uint8)[same], theirs._quantized_data.view(torch.uint8)[same])

@@ -1,4 +1,4 @@
-"""Projections and the fused matrix have the same numbers, whichever is made from the other."""
+"""Projections and the fused matrix have the same numbers, whichever is computed from the other."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ def test_the_fused_matrix_from_its_members(groups, widths, columns, kind, strip,
     source[: len(source) // 3] *= 1e-3
     linear = SimpleNamespace(fusion=fusion, members=[(str(member), None) for member in range(len(widths))])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(quantizer._STRIP, "cpu", strip)  # so that members are copied, and not
+        patch.setitem(quantizer._STRIP, "cpu", strip)  # members are copied, or quantized in place
         amax = source.abs().amax() if kind == "tensor" else None
         members = quantized_members(member_pieces(source, linear, scheme), linear, scheme, "w", amax)
     found, error = fused_members(members, fusion, scheme)
@@ -41,7 +41,7 @@ def test_the_fused_matrix_from_its_members(groups, widths, columns, kind, strip,
     assert dataclasses.asdict(error) == pytest.approx(dataclasses.asdict(measured), rel=1e-12)
 
 
-def test_errors_that_another_rank_knows():
+def test_errors_known_to_another_rank():
     fusion, scheme = Fusion(1, (128, 128)), SCHEMES["block"]
     members = [(quantizer.quantize(part, scheme, "w")[0], None) for part in torch.randn(2, 128, 64)]
     fused, error = fused_members(members, fusion, scheme)

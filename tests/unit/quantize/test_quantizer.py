@@ -1,4 +1,4 @@
-"""The pass that stands in for ModelOpt's: the same bits as ModelOpt's and the reference's, and its own error, measured."""
+"""Quantization in strips: bit for bit the same as ModelOpt and the reference, with the right error statistics."""
 
 import math
 import re
@@ -24,7 +24,7 @@ DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
 @pytest.fixture(autouse=True, params=["compiled", "compiled, small strips", "operators"])
 def _strips(request, monkeypatch):
-    """What runs on a CPU, with strips of the real size and so small that every matrix has several, and what runs on a GPU."""
+    """The CPU kernels, with strips of the real size and with small ones (several per matrix), and the GPU kernels."""
     if "small" in request.param:
         monkeypatch.setitem(quantizer._STRIP, "cpu", 1 << 14)
     if request.param == "operators":
@@ -54,7 +54,7 @@ def test_microscaling_equals_the_reference(rows, blocks, seed, dtype):
 
 @settings(max_examples=30)
 @given(weights(), st.sampled_from(list(REFERENCES)))
-def test_error_is_that_of_the_whole_in_float64(weight, kind):
+def test_error_equals_that_of_the_whole_matrix_in_float64(weight, kind):
     found, error = quantizer.quantize(weight, SCHEMES[kind], "w")
     whole, source = dequantize(found, SCHEMES[kind]).double(), weight.double()
     difference = (whole.float() - weight).double()
@@ -83,7 +83,7 @@ def vars_of(error):
     return {name: value for name, value in asdict(error).items() if value is not None}
 
 
-def test_what_is_worth_no_copy():
+def test_when_members_are_copied():
     wide = 1 << 13
     attention, gated = Fusion(4, (256, 128, 128)), Fusion(1, (100, 100))
     for kind, scheme in SCHEMES.items():
@@ -115,8 +115,8 @@ def test_one_scale_of_a_group():
 
 @settings(max_examples=60)
 @given(weights(), st.integers(-130, -10), st.sampled_from(list(SCHEMES)), st.sampled_from([torch.float32, torch.bfloat16]))
-def test_next_to_nothing_keeps_scales_that_kernels_can_divide_by(weight, exponent, kind, dtype):
-    """Bit for bit the reference, and what the floor is for (fp8.SCALE_FLOOR): no value is off by more than 2^-49 and E4M3."""
+def test_tiny_weights_have_scales_that_kernels_can_divide_by(weight, exponent, kind, dtype):
+    """Bit for bit the reference, with the scale floor (fp8.SCALE_FLOOR): no error beyond 2^-49 and E4M3 rounding."""
     weight = weight[: 64 if kind == "mx" else 400, : 32 * -(-weight.shape[1] // 32)]
     weight = torch.nn.functional.pad(weight, (0, -weight.shape[1] % 32)).mul(2.0**exponent).to(dtype)
     found, error = quantizer.quantize(weight, SCHEMES[kind], "w")
@@ -137,8 +137,8 @@ def test_next_to_nothing_keeps_scales_that_kernels_can_divide_by(weight, exponen
 
 
 @pytest.mark.parametrize("kind", SCHEMES)
-def test_the_floor_begins_where_it_says(kind):
-    """448 * 2^-39 has the scale 2^-39 anyway, the number above it its own, and all below it 2^-39 too."""
+def test_the_floor_of_scales(kind):
+    """An amax of 448 * 2^-39 has the scale 2^-39, the next larger its own scale, and all smaller ones 2^-39 too."""
     least, floor = torch.tensor(448 * 2.0**-39), 2.0**-39
     above, below = (torch.nextafter(least, torch.tensor(other)) for other in (1.0, 0.0))
     for amax, scale in ((least, floor), (above, 2 * floor if kind == "mx" else float(above / 448)), (below, floor)):
@@ -152,7 +152,7 @@ def test_the_floor_begins_where_it_says(kind):
 @pytest.mark.parametrize("kind", REFERENCES)
 @pytest.mark.parametrize("amax", [1e-44, 2**-133, 2**-126, 3e38])
 def test_the_ends_of_float32(kind, amax):
-    """Scales that would be zero, subnormal weights, and the largest ones, whose squares no float32 holds."""
+    """Scales that would be zero, subnormal weights, and the largest ones, whose squares overflow float32."""
     weight = torch.linspace(-1, 1, 260 * 130).reshape(260, 130) * amax
     found, error = quantizer.quantize(weight, SCHEMES[kind], "w")
     assert same(found, *REFERENCES[kind](weight))
@@ -171,7 +171,7 @@ def test_values_that_are_not_finite_stop_the_run_by_name(kind, dtype, value):
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (7,), (5, 0), (300, 70), (3, 4, 5)])
-def test_what_is_not_finite_is_found_in_any_shape(shape):
+def test_values_that_are_not_finite_are_found_in_any_shape(shape):
     tensor = torch.randn(shape)
     assert quantizer.amax_of(tensor, "w") == (tensor.abs().max() if tensor.numel() else 0)
     quantizer.require_finite(tensor, "w")
@@ -195,10 +195,10 @@ def test_all_zero_weight_has_scale_one(kind):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_number_is_rounded_as_torch_does(dtype):
-    """All 65,536 of bfloat16, and as float32 what lies around all that is halfway between two of E4M3."""
+    """All 65,536 bfloat16 values, and the float32 values around every midpoint between two E4M3 values."""
     numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     if dtype is torch.float32:
-        bits = torch.arange(0x3A000000, 0x43E80001, 0x80000, dtype=torch.int32)  # half a unit of E4M3 after the other
+        bits = torch.arange(0x3A000000, 0x43E80001, 0x80000, dtype=torch.int32)  # in steps of half an E4M3 unit
         numbers = torch.cat([bits - 1, bits, bits + 1]).view(torch.float32)
         numbers = torch.cat([numbers, -numbers])
     numbers = numbers[numbers.abs() <= 464].reshape(1, -1)
@@ -209,7 +209,7 @@ def test_every_number_is_rounded_as_torch_does(dtype):
 
 @settings(max_examples=60)
 @given(weights(), st.integers(1, 200), st.integers(1, 700), DTYPES)
-def test_compiled_equals_operators_for_any_cells(weight, height, width, dtype):
+def test_compiled_kernels_equal_torch_kernels_for_any_cells(weight, height, width, dtype):
     weight = weight.clamp(-60000, 60000).to(dtype)
     amax = torch_kernels.magnitudes(weight, height, width)
     assert torch.equal(cpu_kernels.magnitudes(weight, height, width), amax)
@@ -224,7 +224,7 @@ def test_compiled_equals_operators_for_any_cells(weight, height, width, dtype):
     assert math.isclose(one.signal, other.signal, rel_tol=1e-12)
 
 
-def test_a_package_that_cannot_keep_compiled_code_compiles_anew(monkeypatch):
+def test_without_a_writable_cache_kernels_are_compiled_again(monkeypatch):
     import numba
 
     def nowhere(*_args, cache=False, **options):

@@ -1,4 +1,4 @@
-"""What is held out stays apart, whatever the documents; sharing, mixing and hashing."""
+"""Held-out sequences are kept separate for any documents; sharing, mixing and hashing."""
 
 import hashlib
 import struct
@@ -14,7 +14,7 @@ STEP = 1000
 
 
 def make_documents(lengths):
-    """Document number d has the tokens d * STEP, d * STEP + 1, and so on: no token is in two."""
+    """Document d has the tokens d * STEP, d * STEP + 1, ...: no token is in two documents."""
     return [np.arange(length) + STEP * number for number, length in enumerate(lengths)]
 
 
@@ -38,7 +38,7 @@ def test_no_held_out_token_is_calibrated_on(corpus, length, packed, asked):
     assert len(held) <= asked[0]
     assert len(used) <= asked[1]
     everything = tokens(held) + tokens(used)
-    assert len(set(everything)) == len(everything)  # no token twice, so none on both sides
+    assert len(set(everything)) == len(everything)  # no token occurs twice, so none is both held out and calibrated on
     if sum(size > 0 for size in corpus) > 1:
         assert not {token // STEP for token in tokens(held)} & {token // STEP for token in tokens(used)}
     sizes = {len(sequence) for sequence in held + used}
@@ -46,7 +46,7 @@ def test_no_held_out_token_is_calibrated_on(corpus, length, packed, asked):
 
 
 @given(corpora, lengths, st.booleans(), st.integers(0, 5), st.integers(0, 30))
-def test_held_out_does_not_depend_on_what_calibrates(corpus, length, packed, hold, calibrate):
+def test_held_out_sequences_do_not_depend_on_calibration(corpus, length, packed, hold, calibrate):
     alone, _ = taken(make_documents(corpus), length, packed, (hold, 0))
     beside, _ = taken(make_documents(corpus), length, packed, (hold, calibrate))
     assert tokens(alone) == tokens(beside)
@@ -65,7 +65,7 @@ def test_packing_loses_only_the_rest_of_the_last_document(corpus, length, asked)
 
 
 @given(st.lists(st.integers(0, 30), min_size=2, max_size=20), lengths)
-def test_a_document_a_sequence(corpus, length):
+def test_one_document_per_sequence(corpus, length):
     assume(sum(size > 0 for size in corpus) > 1)
     held, used = taken(make_documents(corpus), length, False, (1, 10**6))
     assert [s.tolist() for s in held + used] == [d[:length].tolist() for d in make_documents(corpus) if len(d) >= 2]
@@ -155,5 +155,5 @@ def test_shuffling_is_uniform_and_lazy():
     assert 0 <= next(shuffled(10**15, np.random.PCG64(0))) < 10**15
 
 
-def test_shuffling_is_the_same_for_ever():
+def test_shuffling_never_changes():
     assert list(shuffled(10, np.random.PCG64(0))) == [1, 2, 0, 8, 7, 9, 5, 3, 6, 4]

@@ -1,4 +1,4 @@
-"""Every kind of dataset, from real files: all documents come, each once, in an order of the seed; damage is one line."""
+"""Every kind of dataset, from real files: each document once, in the order of the seed; one-line errors for damage."""
 
 import json
 import os
@@ -18,7 +18,7 @@ TEXTS = [row["text"] for row in ROWS]
 
 
 def read(path, **options):
-    """Contents of the documents, with the dataset's kind found by its name."""
+    """Contents of the documents of a dataset, whose kind is recognized by its name."""
     (source,) = find_sources((str(path),))
     options = DataOptions(**options)
     return [document.content for document in source.kind.read(source.path, options, np.random.PCG64(options.seed))]
@@ -68,7 +68,7 @@ TABLES = {
 
 
 @pytest.mark.parametrize("make", TABLES.values(), ids=TABLES)
-def test_every_row_of_a_table_comes_once(make, tmp_path):
+def test_every_row_of_a_table_is_read_once(make, tmp_path):
     path = make(tmp_path)
     first, again, other = read(path), read(path), read(path, seed=1)
     assert sorted(first) == sorted(other) == sorted(TEXTS)
@@ -76,7 +76,7 @@ def test_every_row_of_a_table_comes_once(make, tmp_path):
     assert len({tuple(first), tuple(other), tuple(TEXTS)}) == 3
 
 
-def test_windows_of_streamed_rows_are_shuffled_apart(tmp_path, monkeypatch):
+def test_streamed_rows_are_shuffled_within_windows(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface, "WINDOW", 10)
     found = read(write_directory(tmp_path / "data"))
     for start in (0, 10, 20):
@@ -105,7 +105,7 @@ def test_a_text_without_lines_is_cut_between_characters(tmp_path):
     assert {part[:1] for part in found} == set("é漢🙂")
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path):
+def test_a_byte_order_mark_is_removed(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
     assert read(tmp_path / "a.txt") == ["hello"]
 
@@ -125,7 +125,7 @@ def test_a_directory_of_texts_does_not_depend_on_the_file_system(tmp_path):
 def test_lines_are_found_across_the_borders_of_the_scan(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "SCAN", 16)
     path = tmp_path / "rows.jsonl"
-    path.write_text("\n\n".join(json.dumps(row) for row in ROWS))  # blank lines, and no line end at the last
+    path.write_text("\n\n".join(json.dumps(row) for row in ROWS))  # blank lines, and no line end after the last row
     assert sorted(read(path)) == sorted(TEXTS)
 
 
@@ -151,9 +151,9 @@ def test_chats_in_tables(tmp_path):
 
 
 BAD_ROWS = {
-    "no json": ("{", "line 2: no JSON"),
-    "no UTF-8": (b'{"text": "\xff"}', "line 2: no JSON ('utf-8' codec"),
-    "array": ("[1]", "line 2: the row is no JSON object"),
+    "no json": ("{", "line 2: not valid JSON"),
+    "no UTF-8": (b'{"text": "\xff"}', "line 2: not valid JSON ('utf-8' codec"),
+    "array": ("[1]", "line 2: the row is not a JSON object"),
     "nothing known": (
         '{"content": "a", "id": 1}',
         "line 2: the row has no text, messages, or prompt and completion, only content, id",
@@ -194,9 +194,9 @@ def test_bad_files_are_named(tmp_path):
     assert f"{broken} cannot be read as Parquet: " in fails(broken)
     late = tmp_path / "late.txt"
     late.write_bytes(b"text\n" * 20000 + b"\xff\n")
-    assert f"{late}, byte 100000: no UTF-8 text" in fails(late)
+    assert f"{late}, byte 100000: not UTF-8 text" in fails(late)
     splits = write_saved(tmp_path / "splits", split="test")
-    assert "has no split train: name the directory of one of its splits (test)" in fails(splits)
+    assert "has no split train: pass the directory of one of its splits (test)" in fails(splits)
     assert len(read(splits / "test")) == 30
     other = write_saved(tmp_path / "other", [{"a": 1}])
     assert fails(other) == f"{other} has no columns text, messages, or prompt and completion: it has a"
@@ -235,15 +235,15 @@ def test_damaged_megatron_datasets_are_named(tmp_path):
     prefix = write_indexed(tmp_path / "corpus", [[[1, 2, 3]], [[4, 5]]])
     whole, tokens = index.read_bytes(), (tmp_path / "corpus.bin").read_bytes()
     index.write_bytes(whole[:-1])
-    assert fails(prefix) == f"{prefix}.idx or .bin is cut short: copy it again"
+    assert fails(prefix) == f"{prefix}.idx or .bin is truncated: copy it again"
     index.write_bytes(b"RIFF" + whole[4:])
-    assert fails(prefix) == f"{index} is no index of a Megatron dataset: it does not begin with MMIDIDX"
+    assert fails(prefix) == f"{index} is not the index of a Megatron dataset: it does not begin with MMIDIDX"
     index.write_bytes(whole[:9] + bytes([2]) + whole[10:])
-    assert fails(prefix) == f"{index} is of version 2 of Megatron's indexed datasets: only 1 is known"
+    assert fails(prefix) == f"{index} has version 2 of Megatron's indexed dataset format: only version 1 is supported"
     index.write_bytes(whole)
     for rest in (b"", tokens[:-4]):
         (tmp_path / "corpus.bin").write_bytes(rest)
-        assert "cut short" in fails(prefix) or "is not what its .idx describes" in fails(prefix)
+        assert "truncated" in fails(prefix) or "does not match its .idx" in fails(prefix)
 
 
 def test_default_documents_are_text_of_this_python():
@@ -258,7 +258,7 @@ def test_default_documents_are_text_of_this_python():
 
 def test_a_python_without_its_library_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(default.sysconfig, "get_path", lambda _: str(tmp_path))
-    with pytest.raises(DataError, match="this Python has no argparse.py, which is part of the default data: name a dataset"):
+    with pytest.raises(DataError, match="no argparse.py, which is part of the default data: pass --calib-dataset"):
         default.read_library("", DataOptions(), np.random.PCG64(0))
 
 
@@ -272,7 +272,7 @@ print(fails("org/rows/other"))
 
 
 def test_hub_datasets_offline(tmp_path):
-    """What `datasets` has in its cache is read; what it has not is one line. The cache is made as `datasets` lays it out."""
+    """Cached datasets are read, others are a one-line error. The cache has the layout that `datasets` uses."""
     import datasets
 
     rows = write_json_lines(tmp_path / "rows.jsonl")
@@ -285,5 +285,5 @@ def test_hub_datasets_offline(tmp_path):
     assert done.returncode == 0, done.stderr
     unknown, config = done.stdout.splitlines()
     assert unknown.startswith("dataset org/nothing cannot be loaded: Couldn't reach 'org/nothing' on the Hub")
-    assert unknown.endswith("; without network, name a directory that it was downloaded to")
+    assert unknown.endswith("; without network access, pass a directory that it was downloaded to")
     assert config.startswith("dataset org/rows/other cannot be loaded: ")

@@ -1,4 +1,4 @@
-"""What a name stands for, its weight, and what is said of a name that stands for nothing."""
+"""Recognition of dataset names, their weights, and errors for unknown names."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from mptq.errors import DataError
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A directory with one file of each kind, which need not be whole, as the working directory."""
+    """A working directory with one file of each kind; the files need not be valid."""
     monkeypatch.chdir(tmp_path)
     for name in ("a.txt", "a.md", "notes", "a.jsonl", "a.JSON", "a.parquet", "ids.bin", "ids.idx", "alone.bin", "a.txt:2"):
         (tmp_path / name).write_text("text\n")
@@ -62,7 +62,7 @@ def test_names_in_reports_have_no_path(folder):
     ]
 
 
-def test_nothing_named_is_the_default():
+def test_default_datasets():
     assert [(source.name, source.kind.name) for source in find_sources(())] == [
         ("python-reference", "default"),
         ("python-library", "default"),
@@ -70,7 +70,7 @@ def test_nothing_named_is_the_default():
 
 
 UNKNOWN = {
-    "nothing": "'nothing' does not exist: name a file, a directory, the prefix of .bin and .idx, or org/name of the hub",
+    "nothing": "'nothing' does not exist: pass a file, a directory, the prefix of .bin and .idx, or org/name on the Hub",
     "data/nothing.txt": "'data/nothing.txt' does not exist",
     "./org/name": "'./org/name' does not exist",
     "/org/name": "'/org/name' does not exist",
@@ -93,9 +93,9 @@ def test_unknown_names(name, said, folder):
     assert said in str(failure.value)
 
 
-def test_a_binary_file_is_no_dataset(folder):
+def test_a_binary_file_is_not_a_dataset(folder):
     (folder / "model.safetensors").write_bytes(bytes(range(256)))
-    with pytest.raises(DataError, match="is no UTF-8 text, JSON Lines"):
+    with pytest.raises(DataError, match="is not a UTF-8 text, JSON Lines"):
         find_sources(("model.safetensors",))
 
 
@@ -103,18 +103,18 @@ def test_a_binary_file_is_no_dataset(folder):
     "names", [("a.txt", "./a.txt:3"), ("texts", "texts/a.txt"), ("ids", "ids.bin"), ("org/name", "org/name")], ids=str
 )
 def test_overlapping_datasets(names, folder):
-    with pytest.raises(DataError, match="overlap: give one of them, with a weight"):
+    with pytest.raises(DataError, match="overlap: pass only one of them, with a weight"):
         find_sources(names)
 
 
-def test_every_problem_is_said_in_one_line(folder):
+def test_all_problems_are_reported_in_one_line(folder):
     options = DataOptions(("nothing", "a.txt:0", "a.md"), calib_size=0, eval_size=-1, seq_length=1, seed=-1)
     with pytest.raises(DataError) as failure:
         check_datasets(options)
     assert str(failure.value) == (
         "calib_size must be at least 1, not 0; eval_size must be at least 0, not -1; seq_length must be at least 2, not 1; "
-        "seed must be at least 0, not -1; dataset 'nothing' does not exist: name a file, a directory, the prefix of .bin and "
-        ".idx, or org/name of the hub; dataset 'a.txt:0': the weight must be a positive number"
+        "seed must be at least 0, not -1; dataset 'nothing' does not exist: pass a file, a directory, the prefix of .bin and "
+        ".idx, or org/name on the Hub; dataset 'a.txt:0': the weight must be a positive number"
     )
     check_datasets(DataOptions())
 
