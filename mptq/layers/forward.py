@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mptq.layers.norm import Norm
 from mptq.layers.rope import angles
-from mptq.layers.transformer_layer import Norm, transformer_config
+from mptq.layers.transformer_config import transformer_config
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_layer import TransformerLayer

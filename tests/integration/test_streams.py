@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
-import mptq.layers.transformer_layer
+import mptq.layers.linear
 import mptq.pipeline.run
 from mptq.calibration.hidden_state_pair import _representable
 from mptq.layers.forward import final_norm
@@ -68,7 +68,7 @@ def test_the_reference_equals_the_whole_model_bit_for_bit(whole, model, request,
     tokens = tokens_of(expected["ids"])
     hidden = expected["hidden"].transpose(0, 1).flatten(0, 1)
     close = Driven(plan, tokens, tmp_path).streams.hidden[0]
-    monkeypatch.setattr(mptq.layers.transformer_layer, "project", linear)
+    monkeypatch.setattr(mptq.layers.linear, "project", linear)
     streams = Driven(plan, tokens, tmp_path).streams
     assert torch.equal(streams.hidden[0], hidden)
     found = linear(final_norm(hidden, streams.norm, plan.model), streams.head)[:, : plan.model.vocab_size]
@@ -146,7 +146,7 @@ def test_scales_of_the_cache_are_exact_in_the_dtype_of_engines(amax, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_static_scales_are_the_largest_inputs_of_the_whole_model(whole, model, request, tmp_path, monkeypatch):
-    monkeypatch.setattr(mptq.layers.transformer_layer, "project", linear)
+    monkeypatch.setattr(mptq.layers.linear, "project", linear)
     expected = whole(model)
     plan = make_plan(request.getfixturevalue(model), load_recipe("fp8").changed(kv_cache="fp8"))
     # Every id of the vocabulary is held out: the maxima over all of these are larger.

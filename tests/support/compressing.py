@@ -14,7 +14,9 @@ from modelopt.torch.quantization.nn.modules.quant_linear import _QuantLinear
 
 from mptq.checkpoint.reader import Reader
 from mptq.formats.layout import canonical_weight
-from mptq.layers.transformer_layer import CoreAttention, Linear, build_layer
+from mptq.layers.attention import CoreAttention
+from mptq.layers.linear import Linear
+from mptq.layers.transformer_layer import build_layer
 from mptq.model.tensors import megatron_layer
 from mptq.pipeline.layer_quantizer import place
 from mptq.quantize import mx

@@ -79,10 +79,10 @@ def _layers(options):
 
 
 def _megatron_arithmetic():
-    """Use megatron-core's products bit for bit; mptq's own sum in float32 on a CPU (layers/transformer_layer.py)."""
-    import mptq.layers.transformer_layer
+    """Use megatron-core's products bit for bit; mptq's own sum in float32 on a CPU (layers/linear.py)."""
+    import mptq.layers.linear
 
-    mptq.layers.transformer_layer.project = torch.nn.functional.linear
+    mptq.layers.linear.project = torch.nn.functional.linear
 
 
 def inprocess(model, options):
@@ -115,7 +115,7 @@ def inprocess_cache(model, options):
 
 
 def attention(model, _options):
-    from mptq.layers.transformer_layer import CoreAttention
+    from mptq.layers.attention import CoreAttention
 
     for layer in model.decoder.layers:
         layer.self_attention.core_attention = CoreAttention(layer.config)

@@ -5,7 +5,10 @@ import torch
 from torch.nn.functional import linear, silu
 
 from mptq.errors import UnsupportedModelError
-from mptq.layers.transformer_layer import CoreAttention, Norm, build_layer, transformer_config
+from mptq.layers.attention import CoreAttention
+from mptq.layers.norm import Norm
+from mptq.layers.transformer_config import transformer_config
+from mptq.layers.transformer_layer import build_layer
 from mptq.model.tensors import layer_copies, layer_linears
 from tests.support.models import ARGS, FAMILY_ARGS, HYBRID, LATENT, MOE_ARGS, OSS_ARGS, TENSORS, model
 
