@@ -176,7 +176,7 @@ def test_bad_input_is_one_line(aligned, tmp_path):
     shard = broken / "iter_0000100" / "__0_0.distcp"
     whole = shard.read_bytes()
     shard.write_bytes(whole[: len(whole) // 2])
-    refused(quantize(broken), "__0_0.distcp is cut short")
+    refused(quantize(broken), "__0_0.distcp is truncated")
     shard.unlink()
     refused(quantize(broken), "__0_0.distcp is missing")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "file", "legacy", "zarr"]

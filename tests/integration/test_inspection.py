@@ -284,7 +284,7 @@ def test_why_nothing_can_be_done_is_said_first(aligned, tmp_path):
     first, second, *_ = mptq("inspect", root).stdout.splitlines()
     assert first == f"{root}/iter_0000100  Megatron checkpoint"
     assert second == (
-        "cannot be quantized: it is quantized already (modelopt_state, or *_quantizer.* tensors): give the checkpoint that "
+        "cannot be quantized: it is quantized already (modelopt_state, or *_quantizer.* tensors): pass the checkpoint that "
         "it was made from"
     )
 
