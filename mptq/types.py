@@ -50,9 +50,9 @@ class TensorSpec:
 class TensorSlice:
     """A checkpoint tensor, or one layer or expert of a stacked tensor, that holds an inner tensor or some of its rows.
 
-    `index` is the position in the leading dimensions of a stacked tensor, and `stack` the sizes of these dimensions; both are
-    empty for a tensor that is not stacked. `shape` is the shape of the slice. `spelled` is the variant of the inner name that
-    this checkpoint uses, unstacked and without the prefix.
+    `index` is the position in the leading dimensions of a stacked tensor, and `stack` the sizes of these dimensions;
+    both are empty for a tensor that is not stacked. `shape` is the shape of the slice. `spelled` is the variant of the
+    inner name that this checkpoint uses, unstacked and without the prefix.
     """
 
     key: str
@@ -66,10 +66,10 @@ class TensorSlice:
 class Fp8Weight:
     """A quantized weight. It dequantizes to `data * scale`, with the scale broadcast over its block.
 
-    `data` is float8_e4m3fn [out, in]. `scale` is float32, a multiplier (amax / 448): [] per tensor, [out, 1] per row, or a
-    ceil-divided grid for blocks (`Scheme.grid`). For MX it is uint8 [out, in / 32] and stands for 2 ** (byte - 127).
-    `amax` has the same shape as `scale`, which is computed from it (448 where all weights are zero); None if not needed, and
-    for MX.
+    `data` is float8_e4m3fn [out, in]. `scale` is float32, a multiplier (amax / 448): [] per tensor, [out, 1] per row,
+    or a ceil-divided grid for blocks (`Scheme.grid`). For MX it is uint8 [out, in / 32] and stands for 2 ** (byte -
+    127). `amax` has the same shape as `scale`, which is computed from it (448 where all weights are zero); None if not
+    needed, and for MX.
     """
 
     data: torch.Tensor
@@ -82,9 +82,10 @@ class WeightError:
     """Quantization error of a weight, computed in float32.
 
     `relative` is the Frobenius norm of the difference divided by that of the source; `sqnr_db` is the same in decibels
-    (-20 log10), None if there is no error; `max_abs` is the largest absolute difference. `norm` is the Frobenius norm of the
-    source and `amax` its largest magnitude. `scale_min` and `scale_max` are the range of the scales. `zeros` and `saturated`
-    are the fractions (0 to 1) of elements that became 0 and that became the largest value, 448 times the scale.
+    (-20 log10), None if there is no error; `max_abs` is the largest absolute difference. `norm` is the Frobenius norm
+    of the source and `amax` its largest magnitude. `scale_min` and `scale_max` are the range of the scales. `zeros` and
+    `saturated` are the fractions (0 to 1) of elements that became 0 and that became the largest value, 448 times the
+    scale.
     """
 
     relative: float
@@ -102,9 +103,9 @@ class WeightError:
 class LayerOutput:
     """A piece of a unit (a layer, or the tensors outside the layers) that is passed to the writers.
 
-    `index` is the unit's number. `tensors` maps each format to output names and tensors in CPU memory, `blobs` to names and
-    byte items (ModelOpt's quantizer state of a linear). `last` marks the last piece of the unit. If the tensors are rows of
-    larger ones, `first` is the number of their first row.
+    `index` is the unit's number. `tensors` maps each format to output names and tensors in CPU memory, `blobs` to names
+    and byte items (ModelOpt's quantizer state of a linear). `last` marks the last piece of the unit. If the tensors are
+    rows of larger ones, `first` is the number of their first row.
     """
 
     index: int

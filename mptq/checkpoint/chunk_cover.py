@@ -11,7 +11,7 @@ Box = tuple[int, ...]
 
 
 def covers(shape: Box, offsets: Sequence[Box], sizes: Sequence[Box]) -> bool:
-    """Whether the boxes at `offsets` with extents `sizes` cover each element of a tensor of `shape` once, and nothing else."""
+    """Whether the boxes at `offsets` with extents `sizes` cover a tensor of `shape`, each element exactly once."""
     return _is_grid(shape, offsets, sizes) or _adds_up(shape, offsets, sizes)
 
 
@@ -39,8 +39,8 @@ def _cuts(starts: Box, lengths: Box) -> list[tuple[int, int]]:
 def _adds_up(shape: Box, offsets: Sequence[Box], sizes: Sequence[Box]) -> bool:
     """Whether the boxes cover each element once, for any arrangement of boxes.
 
-    The mixed differences of the coverage count determine it. Those of a box are 1 or -1 at its corners and 0 elsewhere, so
-    the signed corners of all boxes must add up to those of the whole tensor.
+    The mixed differences of the coverage count determine it. Those of a box are 1 or -1 at its corners and 0 elsewhere,
+    so the signed corners of all boxes must add up to those of the whole tensor.
     """
     left: Counter[Box] = Counter()
     whole = [(tuple(0 for _ in shape), shape, -1)]

@@ -1,4 +1,4 @@
-"""Detects checkpoints that mptq does not quantize: adapters, other heads, quantized models, missing weights. No torch."""
+"""Detects checkpoints that mptq cannot quantize: adapters, other heads, quantized models, no weights. No torch."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _obstacles(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _other_heads(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-    """Yields the tensors of heads that do not predict tokens, such as an output layer with fewer rows than the embedding."""
+    """Yields tensors of heads that do not predict tokens, or an output layer with fewer rows than the embedding."""
     words = [shape[:1] for name, shape in shapes.items() if _WORDS.search(name)]
     for name, shape in shapes.items():
         if _OTHER_HEAD.search(name) or (_OUTPUT_LAYER.search(name) and words and shape[:1] < words[0]):
@@ -58,7 +58,7 @@ def _other_heads(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
 
 
 def foreign_code(checkpoint: Checkpoint) -> list[str]:
-    """Returns one warning that names unexpected globals in the checkpoint's pickles, or no warning if there are none."""
+    """Returns one warning that names unexpected globals in the checkpoint's pickles, or none."""
     names = checkpoint.foreign
     if not names:
         return []

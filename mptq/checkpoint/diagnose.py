@@ -12,7 +12,7 @@ _WRITTEN = ("*.distcp", ".metadata.tmp")  # files that exist before a save is co
 
 
 def require_torch_dist(directory: Path) -> None:
-    """Raises CheckpointError, naming the format if recognized, unless `directory` is a complete torch_dist checkpoint."""
+    """Raises CheckpointError, naming the format if recognized, unless `directory` is a whole torch_dist checkpoint."""
     backend = _backend(directory / "metadata.json")
     whole = (directory / ".metadata").is_file()
     if any(directory.glob("mp_rank_*")):

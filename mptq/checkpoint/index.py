@@ -39,9 +39,9 @@ class Checkpoint:
     """The contents of the metadata. Only the training arguments are read from the shards.
 
     `args` is the training run's Namespace as a dict, with enums and other classes inert, and `args_source` where it was
-    found. `config` is the run config saved with the weights, as plain data with `model` and `tokenizer`, and `config_source`
-    its file. `fingerprint` is the SHA-256 of `.metadata`. `foreign` lists the globals that these pickles refer to and that no
-    Megatron checkpoint needs.
+    found. `config` is the run config saved with the weights, as plain data with `model` and `tokenizer`, and
+    `config_source` its file. `fingerprint` is the SHA-256 of `.metadata`. `foreign` lists the globals that these
+    pickles refer to and that no Megatron checkpoint needs.
     """
 
     location: Location
@@ -66,10 +66,10 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path, iteration: int | None = None) -> Checkpoint:
-    """Indexes the checkpoint at `path`: a single checkpoint, or a root of which `iteration` selects one (see locate.py).
+    """Indexes the checkpoint at `path`: a checkpoint, or a root of which `iteration` selects one (see locate.py).
 
-    Raises CheckpointError if it is damaged: unreadable metadata, missing or truncated shard files, missing or overlapping
-    chunks or records. Memory: about 2 kB per chunk while the metadata is read, then 300 bytes.
+    Raises CheckpointError if it is damaged: unreadable metadata, missing or truncated shard files, missing or
+    overlapping chunks or records. Memory: about 2 kB per chunk while the metadata is read, then 300 bytes.
     """
     location = locate(path, iteration)
     metadata_file = location.directory / ".metadata"
@@ -112,7 +112,7 @@ _offset, _length = attrgetter("offset"), attrgetter("length")
 
 
 def _shard_size(directory: Path, name: str) -> int:
-    """Returns the size of a shard in bytes, after checking that it is a file (or a link to one) within the directory."""
+    """Returns the size of a shard in bytes; checks that it is a file (or a link to one) within the directory."""
     path = PurePosixPath(name) if name.isprintable() else PurePosixPath("..")
     if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in name:
         raise CheckpointError(f"{directory}/.metadata names the shard {ascii(name)[:200]}, which is outside the checkpoint")
@@ -137,8 +137,8 @@ def read_blob(directory: Path, record: StorageRecord) -> bytes:
 def ends_of_shards(checkpoint: Checkpoint, names: Iterable[str]) -> str:
     """Returns the SHA-256 of the sizes and the last bytes of the shards that hold the tensors `names`.
 
-    `.metadata` alone does not identify weights: it is the same for all checkpoints of a model with the same layout. A shard
-    ends with the central directory of its last zip, which has the CRC-32 of that tensor.
+    `.metadata` alone does not identify weights: it is the same for all checkpoints of a model with the same layout. A
+    shard ends with the central directory of its last zip, which has the CRC-32 of that tensor.
     """
     digest = hashlib.sha256()
     for name in sorted({record.file for tensor in names for record in checkpoint.tensors[tensor].records}):
@@ -150,7 +150,7 @@ def ends_of_shards(checkpoint: Checkpoint, names: Iterable[str]) -> str:
 
 
 def _args(directory: Path, blobs: Mapping[str, StorageRecord], names: set[str]) -> tuple[dict[str, Any], str]:
-    """Returns the training arguments, from the item `common_state` (megatron-core 0.17 or later) or `common.pt` (earlier)."""
+    """Returns the training arguments, from `common_state` (megatron-core 0.17 or later) or `common.pt` (earlier)."""
     common = directory / "common.pt"
     item = next((name for name in blobs if name.partition("/")[0] == "common_state"), None)
     if common.is_file():

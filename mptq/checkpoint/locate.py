@@ -1,7 +1,8 @@
 """Finds the checkpoint directory that a path refers to, or says in one line what is wrong with the path.
 
 Layouts: Megatron-LM's root (megatron/training/checkpointing.py), Megatron-Bridge's, which adds `latest_train_state.pt`
-(megatron/bridge/training/utils/checkpoint_utils.py), and NeMo 2's `weights/` and `context/` (nemo/lightning/ckpt_utils.py).
+(megatron/bridge/training/utils/checkpoint_utils.py), and NeMo 2's `weights/` and `context/`
+(nemo/lightning/ckpt_utils.py).
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ class Location:
 def locate(path: Path, iteration: int | None = None) -> Location:
     """Resolves a checkpoint root, an `iter_*` directory or a NeMo 2 directory; `iteration` selects one of a root.
 
-    Without `iteration`, the root's tracker file decides, or else the last iteration is used. Raises CheckpointError if there
-    is no such directory or it is not a torch_dist checkpoint, naming its format if recognized and what to do; MptqError for a
-    remote path.
+    Without `iteration`, the root's tracker file decides, or else the last iteration is used. Raises CheckpointError if
+    there is no such directory or it is not a torch_dist checkpoint, naming its format if recognized and what to do;
+    MptqError for a remote path.
     """
     require_local(path)
     path = path.resolve()
@@ -155,7 +156,7 @@ def _existing(root: Path, name: str, tracker: str, found: dict[int, Path]) -> Pa
 
 
 def _step(file: Path) -> int:
-    """Returns the iteration in Bridge's train state, a dict saved by torch whose first entry, `step`, is an int64 scalar."""
+    """Returns the iteration in Bridge's train state, a torch file with a dict whose first entry is the int64 `step`."""
     where = str(file)
     with open_record(file, where) as archive:
         member = archive.members.get("data/0")

@@ -1,7 +1,8 @@
 """Reads the entries of `.metadata` (tensors, and the places of their chunks and of byte items) and cross-checks them.
 
-Format: a pickle of torch.distributed.checkpoint.metadata.Metadata (and filesystem._StorageInfo). Records become tuples as
-they are unpickled and are checked column by column, because a checkpoint of a trillion parameters has 300,000 of them.
+Format: a pickle of torch.distributed.checkpoint.metadata.Metadata (and filesystem._StorageInfo). Records become tuples
+as they are unpickled and are checked column by column, because a checkpoint of a trillion parameters has 300,000 of
+them.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Chunk(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """A tensor of the checkpoint. Its chunks at `offsets`, with extents `sizes`, are in `records`, all in the same order."""
+    """A tensor of the checkpoint. Its chunks have `offsets`, `sizes` and `records`, all in the same order."""
 
     spec: TensorSpec
     offsets: Sequence[tuple[int, ...]] = ()
@@ -57,7 +58,7 @@ class Tensor(NamedTuple):
 
 
 class _Box:
-    """torch's ChunkStorageMetadata. The state is cleared once read, because the pickle memo keeps it alive to the end."""
+    """torch's ChunkStorageMetadata. The state is cleared once read, because the pickle memo keeps it alive."""
 
     __slots__ = ("offsets", "sizes")
 
@@ -104,8 +105,8 @@ _KNOWN = {
 def read_entries(file: Path, names: set[str] | None = None) -> tuple[dict[str, Tensor], dict[str, StorageRecord]]:
     """Returns the tensors and the byte items of a metadata file.
 
-    Raises CheckpointError unless every tensor's chunks cover it exactly and no chunk has more bytes than its record. Adds the
-    globals that the file refers to to `names`.
+    Raises CheckpointError unless every tensor's chunks cover it exactly and no chunk has more bytes than its record.
+    Adds the globals that the file refers to to `names`.
     """
     metadata = _without_plans(_before_plans(file), str(file), names)
     if metadata is None:
@@ -135,7 +136,7 @@ def _before_plans(file: Path) -> bytes:
                 filled += count
             if place >= 0:
                 view[place : place + len(_END)] = _END
-    # The frame that contains the end must be complete. BytesIO hands over its bytes; a bytearray would be copied to unpickle.
+    # The frame that contains the end must be complete. BytesIO gives up its bytes; a bytearray would be copied.
     whole.truncate(filled if place < 0 else place + _FRAME)
     return whole.getvalue()
 
@@ -143,9 +144,9 @@ def _before_plans(file: Path) -> bytes:
 def _without_plans(raw: bytes, where: str, names: set[str] | None) -> Inert | None:
     """Returns the Metadata that `raw` describes, or None if the cut was not between two fields of the outermost object.
 
-    megatron-core writes the plans last, but that is not guaranteed: torch may add or reorder fields of its dataclass, and a
-    tensor or a planner object may have the same name. The outermost object is the first that a pickle creates. If it is also
-    the last that is given its state, the cut was between two of its fields.
+    megatron-core writes the plans last, but that is not guaranteed: torch may add or reorder fields of its dataclass,
+    and a tensor or a planner object may have the same name. The outermost object is the first that a pickle creates. If
+    it is also the last that is given its state, the cut was between two of its fields.
     """
     made: list[Inert] = []
 
@@ -217,8 +218,8 @@ _Grids = dict[tuple[int, ...], tuple[_Boxes, _Boxes, set[tuple[int, ...]]]]
 def _tensor(name: str, state: dict[str, Any], records: dict[tuple[int, ...], StorageRecord], grids: _Grids) -> Tensor:
     """Returns one checked tensor.
 
-    `grids` caches, by shape, the chunk offsets and sizes that were valid for an earlier tensor, with the set of distinct
-    sizes, of which there is usually one.
+    `grids` caches, by shape, the chunk offsets and sizes that were valid for an earlier tensor, with the set of
+    distinct sizes, of which there is usually one.
     """
     _check_name(name)
     dtype = state["properties"].state[0].global_name.removeprefix("torch.")
@@ -248,7 +249,7 @@ def _check_name(name: Any) -> None:
 
 
 def _check_sizes(name: str, sizes: _Boxes, shape: tuple[int, ...]) -> None:
-    """Checks that all sizes are tuples of len(shape) integers (not booleans), each non-negative and within file limits."""
+    """Checks that all sizes are tuples of len(shape) integers (not booleans), non-negative and below 2 ** 63."""
     if not set(map(type, sizes)) <= {tuple} or not _are_integers(sizes):
         raise ValueError(f"{name} has sizes that are not integers")
     if not set(map(len, sizes)) <= {len(shape)} or len(shape) > _MAX_RANK:

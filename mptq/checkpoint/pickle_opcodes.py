@@ -1,8 +1,9 @@
 """Checks the opcodes of a pickle before it is loaded: only harmless ones are accepted.
 
-The C unpickler trusts some operands: a memo index of 2 ** 31 makes it fill 32 GB, the length of a bytearray is allocated
-before it is read, and an extension code fetches any registered object. So only the opcodes are accepted that protocols 2 to 5
-use for plain data and objects (see Lib/pickletools.py in Python), with operands that the size of the file allows.
+The C unpickler trusts some operands: a memo index of 2 ** 31 makes it fill 32 GB, the length of a bytearray is
+allocated before it is read, and an extension code fetches any registered object. So only the opcodes are accepted that
+protocols 2 to 5 use for plain data and objects (see Lib/pickletools.py in Python), with operands that the size of the
+file allows.
 """
 
 from __future__ import annotations

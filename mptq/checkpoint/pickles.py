@@ -1,8 +1,8 @@
 """Reads pickles without executing anything from them, and without torch.
 
-A pickle is a program that may call any importable function. Here every global becomes a subclass of `Inert`, which records
-the name, the arguments and the state that the pickle gives it. Nothing is imported. The few globals that are known to
-`_Unpickler`, and those that a caller passes, build objects no larger than the bytes that describe them.
+A pickle is a program that may call any importable function. Here every global becomes a subclass of `Inert`, which
+records the name, the arguments and the state that the pickle gives it. Nothing is imported. The few globals that are
+known to `_Unpickler`, and those that a caller passes, build objects no larger than the bytes that describe them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _OF_CHECKPOINTS = (
     r"(collections|datetime|decimal|enum|fractions|pathlib(\._local)?|uuid)\.[A-Za-z]\w*",
     # NumPy's scalars and arrays, including the states of its generators.
     r"numpy\.(dtype|ndarray)|numpy\.(dtypes|random\._pickle)\.\w+|numpy\._?core\.multiarray\.(scalar|_reconstruct)",
-    # torch's dtypes, sizes, devices, storages, layouts and tensors; checkpoint metadata and plans; activation functions.
+    # torch's dtypes, sizes, devices, storages, layouts, tensors; checkpoint metadata and plans; activation functions.
     r"torch\.(\w*float\w*|\w*int\d\w*|bool|half|double|long|short|complex\d+|Size|device|Tensor|\w*Storage|strided)",
     r"torch\._utils\._rebuild_\w+|torch\.serialization\._get_layout|torch\.storage\.\w+|torch\.nn\.parameter\.\w+",
     r"torch\.distributed\.checkpoint\.[\w.]+|torch\.nn\.functional\.\w+|torch\._C\._nn\.\w+",
@@ -55,7 +55,7 @@ _DAMAGE = (
 
 
 class Inert:
-    """Stands for an object of a class that is not imported; `global_name` is the full name of the class, such as `torch.Size`.
+    """Stands for an object of a class that is not imported; `global_name` is its full name, such as `torch.Size`.
 
     It has only two slots, so a pickle cannot set any other attributes.
     """
@@ -98,7 +98,7 @@ class Inert:
 
 @lru_cache(_GLOBALS)
 def _inert(full: str, name: str) -> type[Inert]:
-    """Returns the class that stands for a global. Cached across pickles: a class is a reference cycle that is freed late."""
+    """Returns the class that stands for a global. Cached, because a class is a reference cycle that is freed late."""
     return type(name, (Inert,), {"__slots__": (), "global_name": full})
 
 
@@ -119,7 +119,7 @@ class Call:
 
 
 class _Elements:
-    """Checks the lists that sets are built from. Each element was written once, so all sets fit the size of the pickle."""
+    """Checks the lists that sets are built from: each element is used once, so sets do not exceed the pickle."""
 
     def __init__(self, most: int) -> None:
         self.left = most
@@ -173,8 +173,8 @@ def load_pickle(
 ) -> Any:
     """Returns the object that the pickle `data` describes. All classes are inert except those in `known`, by full name.
 
-    Raises CheckpointError naming `where` if `data` is not a complete pickle of plain data. Memory: at most 300 bytes per byte
-    of `data`. Adds the full names of the globals that it refers to to `names`.
+    Raises CheckpointError naming `where` if `data` is not a complete pickle of plain data. Memory: at most 300 bytes
+    per byte of `data`. Adds the full names of the globals that it refers to to `names`.
     """
     try:
         check(data)
@@ -191,7 +191,7 @@ def load_pickle(
 
 @contextmanager
 def gc_paused(large: bool = True) -> Iterator[None]:
-    """Disables garbage collection while an index is built: there is no garbage, and the search takes longer than the build.
+    """Disables garbage collection while an index is built: there is no garbage, and the search is slow.
 
     Objects that the host application froze stay frozen, and a collector that it disabled stays disabled.
     """

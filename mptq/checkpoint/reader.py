@@ -1,7 +1,8 @@
 """Reads tensors of a checkpoint, or one layer or expert of a stacked tensor, directly into their destination.
 
-Only the chunks that overlap the request are read, and torch unpickles none of them. When a storage is first read, all of its
-bytes are checked against the CRC-32 in its zip; later reads from the same storage (of a stack of layers) are not checked.
+Only the chunks that overlap the request are read, and torch unpickles none of them. When a storage is first read, all
+of its bytes are checked against the CRC-32 in its zip; later reads from the same storage (of a stack of layers) are not
+checked.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Reader:
         self._checked: dict[StorageRecord, Stored] = {}
 
     def read(self, name: str, out: torch.Tensor, index: tuple[int, ...] = (), first: int = 0) -> torch.Tensor:
-        """Fills `out` with tensor `name`, or with `name[index]` of a stack of layers or experts; casts to the dtype of `out`.
+        """Fills `out` with tensor `name`, or with `name[index]` of a stack of layers or experts; casts to its dtype.
 
         If `out` has fewer rows than the tensor, it gets the rows starting at `first`.
 

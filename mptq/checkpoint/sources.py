@@ -1,8 +1,8 @@
 """Reads the YAML run configs that Megatron-Bridge and NeMo 2 save with the weights, as plain data. No torch.
 
 Both write Python objects as mappings with `_target_`; nothing is imported or called. Bridge's `run_config.yaml` has the
-sections `model`, `tokenizer` and more (megatron/bridge/training/config.py); NeMo's `context/model.yaml` has the model only,
-including its tokenizer (nemo/lightning/io/mixin.py).
+sections `model`, `tokenizer` and more (megatron/bridge/training/config.py); NeMo's `context/model.yaml` has the model
+only, including its tokenizer (nemo/lightning/io/mixin.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reads the zip archives that `torch.save` writes, on their own or inside shards, with all bounds checked.
 
-Format: caffe2/serialize/inline_container.cc in torch writes uncompressed members, each with its CRC-32. The standard library
-parses the zip structures. A member's bytes are always within its record.
+Format: caffe2/serialize/inline_container.cc in torch writes uncompressed members, each with its CRC-32. The standard
+library parses the zip structures. A member's bytes are always within its record.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Archive:
     members: Mapping[str, Member]
 
     def read(self, name: str, most: int) -> bytes:
-        """Returns the bytes of a member; raises CheckpointError if it is missing, larger than `most` bytes, or damaged."""
+        """Returns the bytes of a member; raises CheckpointError if it is missing, over `most` bytes, or damaged."""
         member = self.members.get(name)
         if member is None:
             raise CheckpointError(f"{self.where} was not written by torch.save (torch 1.6 or later): it has no {name}")
@@ -144,8 +144,8 @@ def _member(descriptor: int, offset: int, directory: int, info: zipfile.ZipInfo)
 def load_torch_file(file: Path, where: str, record: StorageRecord | None = None, names: set[str] | None = None) -> Any:
     """Returns the object in a `torch.save` file, or in a record of a shard; its tensors and classes stay inert.
 
-    Raises CheckpointError naming `where` if it is not such a file or is damaged. Memory: that of its pickle. Adds the globals
-    that it refers to to `names`.
+    Raises CheckpointError naming `where` if it is not such a file or is damaged. Memory: that of its pickle. Adds the
+    globals that it refers to to `names`.
     """
     offset, length = (record.offset, record.length) if record else (0, None)
     with open_record(file, where, offset, length) as archive:

@@ -113,7 +113,7 @@ def test_ignored_linears_keep_their_precision(aligned, tokens, tmp_path):
     assert read_json(out / "report.json")["schemes"] == {"hf": {"bfloat16": 6, "FP8, one scale a row": 10}}
     assert mptq("verify", out, "--against", aligned).returncode == 0
     refused(quick(aligned, tokens, tmp_path / "no", "--ignore", "decoder.layer.0"), "'decoder.layer.0' matches no linear")
-    refused(quick(aligned, tokens, tmp_path / "no", "--ignore", "*.q_proj"), "which engines fuse again")
+    refused(quick(aligned, tokens, tmp_path / "no", "--ignore", "*.q_proj"), "one fused linear in Megatron and in engines")
 
 
 def test_cache_and_data_are_options_of_every_recipe(aligned, tokens, tmp_path):

@@ -178,7 +178,7 @@ def test_without_a_config_what_shapes_do_not_tell_is_asked_for(aligned, plain, t
     assert described(plan) == plain
     for said in ("num_attention_heads", "swiglu", "norm-epsilon", "position_embedding_type", "rotary_base"):
         left = tuple(option for option in SAID if not option.startswith(said))
-        with pytest.raises(CheckpointError, match="its tensors do not tell .*: pass --hf-config DIR, or each as --config"):
+        with pytest.raises(CheckpointError, match="its tensors do not determine .*: pass --hf-config DIR, or each as --config"):
             make_plan(root, "fp8-blockwise", BOTH, SourceOptions(config=left))
 
 

@@ -56,7 +56,7 @@ def write(tmp_path, metadata, shard):
 
 
 def survives(directory):
-    """Returns the contents, or None on a CheckpointError; checks that memory stays within limits given by the file sizes."""
+    """Returns the contents, or None on a CheckpointError; checks that the file sizes justify the memory used."""
     size = sum(file.stat().st_size for file in directory.iterdir())
     tracemalloc.start()
     try:

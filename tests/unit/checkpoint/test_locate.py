@@ -11,7 +11,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def make(root, *iterations, word=None):
-    """Creates a root with checkpoints of these iterations (numbers or "release"), with just the files `locate` needs."""
+    """Creates a root with checkpoints of these iterations (numbers or "release"), with only what `locate` needs."""
     for iteration in iterations:
         directory = root / (iteration if isinstance(iteration, str) else f"iter_{iteration:07d}")
         directory.mkdir(parents=True)

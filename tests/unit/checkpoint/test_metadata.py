@@ -1,4 +1,4 @@
-"""The plans that megatron-core adds to `.metadata` are skipped if they come last; any other order is read correctly too."""
+"""The plans that megatron-core adds to `.metadata` are skipped if they come last; other orders are read too."""
 
 import itertools
 import pickle
@@ -17,7 +17,7 @@ KEY = b"\x8c\x0f" + PLANS.encode()
 
 
 def fields(**more):
-    """Returns the state of a Metadata as megatron-core writes it: its fields in order, followed by the plans in `more`."""
+    """Returns the state of a Metadata as megatron-core writes it: its fields in order, then the plans in `more`."""
     made = small()
     state = {"state_dict_metadata": made.metadata.state_dict_metadata, "planner_data": {"a": ("a",)}}
     return state | {"storage_data": made.metadata.storage_data, "storage_meta": StorageMeta(), "version": "1"} | more

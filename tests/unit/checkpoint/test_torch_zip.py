@@ -64,7 +64,7 @@ def test_tensors_that_are_not_their_storage(tmp_path, value):
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(1, 2), st.integers(1, 5), st.booleans(), st.booleans())
 @settings(max_examples=40)
 def test_reading_some_rows_at_a_time(tmp_path_factory, heights, halves, height, transposed, stacked):
-    """Reads `height` rows at a time of a tensor stored in chunks of `heights` rows and, if `halves` is 2, half the columns."""
+    """Reads `height` rows at a time of a tensor in chunks of `heights` rows and, if `halves` is 2, half the columns."""
     value = torch.randn(2 if stacked else 1, sum(heights), 4).bfloat16()
     value = value.transpose(1, 2).contiguous().transpose(1, 2) if transposed else value
     starts = [sum(heights[:place]) for place in range(len(heights))]
