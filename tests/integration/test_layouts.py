@@ -212,7 +212,7 @@ def test_a_hugging_face_config_describes_a_checkpoint_that_does_not(aligned, ali
 )
 def test_models_that_their_settings_do_not_tell_whole_are_refused(aligned, target, tmp_path):
     root = bridge(aligned, tmp_path / "copy", _target_=f"megatron.bridge.models.{target}")
-    with pytest.raises(UnsupportedModelError, match=f"may add .*provider={target.rpartition('.')[2]}"):
+    with pytest.raises(UnsupportedModelError, match=f"may do more .*provider={target.rpartition('.')[2]}"):
         make_plan(root, "fp8-blockwise")
     make_plan(root, "fp8-blockwise", options=SourceOptions(config=("provider=GPTModelProvider",)))
 

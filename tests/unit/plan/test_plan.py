@@ -179,7 +179,7 @@ def test_bad_patterns(patterns, message):
 
 
 EXPERTS = r"such as '\*mlp\.experts\*', or none"
-LATENT = r"q_a_proj and .*kv_a_proj_with_mqa .*'\*\.self_attention\.linear_q_down_proj' and '\*\.self_attention\.linear_kv_down"
+LATENT = r"q_a_proj and .*kv_a_proj_with_mqa,.*'\*\.self_attention\.linear_q_down_proj' and '\*\.self_attention\.linear_kv_down"
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ LATENT = r"q_a_proj and .*kv_a_proj_with_mqa .*'\*\.self_attention\.linear_q_dow
     [
         ("Qwen3-MoE", "*experts.experts.0.*", r"experts\.0\.gate_proj and .*experts\.1\.gate_proj, but engines .*" + EXPERTS),
         ("Qwen3-MoE", "*linear_fc2", r"different schemes to .*experts\.0\.down_proj, but.*" + EXPERTS),
-        ("Mixtral", "*.w2", r"layers\.0\.block_sparse_moe\.experts\.0\.w1 and .*w2 .*" + EXPERTS),
+        ("Mixtral", "*.w2", r"layers\.0\.block_sparse_moe\.experts\.0\.w1 and .*w2, but.*" + EXPERTS),
         ("DeepSeek-V3", "*layers.1.*linear_fc1", r"layers\.1\.mlp\.experts.*" + EXPERTS),
         ("DeepSeek-V3", "*kv_a_proj_with_mqa", LATENT),
         ("DeepSeek-V3", "*linear_q_down_proj", LATENT),
