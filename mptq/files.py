@@ -1,4 +1,4 @@
-"""Files and their paths: SHA-256, and what is not local. Nothing in mptq opens a connection to a store. No torch."""
+"""SHA-256 of files and detection of remote paths. mptq never connects to remote storage. No torch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Literal
 
 from mptq.errors import MptqError
 
-# pathlib makes one slash of several: s3://bucket/x is s3:/bucket/x, and below the current directory once it is resolved.
+# pathlib collapses slashes: s3://bucket/x becomes s3:/bucket/x, which resolves to a path below the current directory.
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 
 
 def remote_url(path: Path | str) -> str | None:
-    """The URL that a path was before pathlib had it, as in s3://bucket/x; None for a local path."""
+    """Returns the URL that a path was built from, such as s3://bucket/x, or None for a local path."""
     parts = Path(path).parts
     for place, part in enumerate(parts[:-1]):
         if _SCHEME.fullmatch(part) and not Path(*parts[: place + 1]).exists():
@@ -23,7 +23,7 @@ def remote_url(path: Path | str) -> str | None:
 
 
 def require_local(path: Path | str, done: Literal["read", "written"] = "read") -> None:
-    """Raise MptqError for a URL."""
+    """Raises MptqError if `path` is a URL; `done` is the operation that the message names."""
     url = remote_url(path)
     if url is not None:
         remedy = "mount or copy it" if done == "read" else "write to a mounted or local directory"
@@ -31,11 +31,11 @@ def require_local(path: Path | str, done: Literal["read", "written"] = "read") -
 
 
 _PIECE = 1 << 24  # bytes
-"""Of a file at once: after each piece the thread waits until the one that runs Python lets it go on."""
+"""Read size for hashing: after each piece the thread has to wait for the GIL again."""
 
 
 def sha256(file: Path) -> str:
-    """SHA-256 of a file, in hexadecimal. Memory: 16 MB."""
+    """Returns the SHA-256 of a file in hexadecimal. Memory: 16 MB."""
     digest, piece = hashlib.sha256(), bytearray(_PIECE)
     with file.open("rb", buffering=0) as opened, memoryview(piece) as view:
         while count := opened.readinto(view):

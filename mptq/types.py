@@ -1,4 +1,4 @@
-"""Values that cross the borders between stages. No torch at run time: planning and `inspect` never load it."""
+"""Types shared between stages. Imports no torch at run time: planning and `inspect` never load it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ DTYPE_BYTES = {
     "int8": 1,
     "bool": 1,
 }
-"""Bytes of one element, by torch's name of the dtype."""
+"""Bytes per element, by torch's dtype name."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Name, dtype (torch's name, as in "bfloat16") and shape of a tensor."""
+    """Name, dtype (torch's name, such as "bfloat16") and shape of a tensor."""
 
     name: str
     dtype: str
@@ -42,16 +42,17 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes, stored densely."""
+        """Size in bytes when stored densely."""
         return self.numel * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSlice:
-    """A tensor of the checkpoint, or one layer or expert of a stack, that makes up (some rows of) an inner tensor.
+    """A checkpoint tensor, or one layer or expert of a stacked tensor, that holds an inner tensor or some of its rows.
 
-    `index` is the place in the leading dimensions of a stack, whose sizes are `stack`; both are empty where there is no stack.
-    `spelled` is the inner name as this checkpoint has it: without stacks and prefix.
+    `index` is the position in the leading dimensions of a stacked tensor, and `stack` the sizes of these dimensions;
+    both are empty for a tensor that is not stacked. `shape` is the shape of the slice. `spelled` is the variant of the
+    inner name that this checkpoint uses, unstacked and without the prefix.
     """
 
     key: str
@@ -63,11 +64,12 @@ class TensorSlice:
 
 @dataclass(frozen=True, slots=True)
 class Fp8Weight:
-    """A quantized weight: the original is close to `data * scale`, the scale broadcast over its block.
+    """A quantized weight. It dequantizes to `data * scale`, with the scale broadcast over its block.
 
-    `data` is float8_e4m3fn [out, in]. `scale` is float32 and multiplies (amax / 448): [] for one scale a tensor, [out, 1]
-    for rows, a ceil-divided grid for blocks (`Scheme.grid`). For MX it is uint8 [out, in / 32] and means 2 ** (byte - 127).
-    `amax`, of the same shape, is what the scale is of (448 for zeros alone); None where nobody wants it, and for MX.
+    `data` is float8_e4m3fn [out, in]. `scale` is float32, a multiplier (amax / 448): [] per tensor, [out, 1] per row,
+    or a ceil-divided grid for blocks (`Scheme.grid`). For MX it is uint8 [out, in / 32] and stands for 2 ** (byte -
+    127). `amax` has the same shape as `scale`, which is computed from it (448 where all weights are zero); None if not
+    needed, and for MX.
     """
 
     data: torch.Tensor
@@ -77,12 +79,13 @@ class Fp8Weight:
 
 @dataclass(frozen=True, slots=True)
 class WeightError:
-    """How far a quantized weight is from its source, in float32.
+    """Quantization error of a weight, computed in float32.
 
-    `relative` is the Frobenius norm of the difference over that of the source; `sqnr_db` is the same in decibels
-    (-20 log10), None for no error at all; `norm` is the Frobenius norm of the source and `amax` its largest magnitude.
-    `scale_min` and `scale_max` are the range of the scales; `zeros` and `saturated` the shares (0 to 1) of elements that
-    became 0 and that became the largest value, 448 times the scale.
+    `relative` is the Frobenius norm of the difference divided by that of the source; `sqnr_db` is the same in decibels
+    (-20 log10), None if there is no error; `max_abs` is the largest absolute difference. `norm` is the Frobenius norm
+    of the source and `amax` its largest magnitude. `scale_min` and `scale_max` are the range of the scales. `zeros` and
+    `saturated` are the fractions (0 to 1) of elements that became 0 and that became the largest value, 448 times the
+    scale.
     """
 
     relative: float
@@ -98,11 +101,11 @@ class WeightError:
 
 @dataclass(slots=True)
 class LayerOutput:
-    """What the writers get at once of a unit (a layer, or tensors outside the layers): tensors for each format.
+    """A piece of a unit (a layer, or the tensors outside the layers) that is passed to the writers.
 
-    `tensors` maps a format to output names and tensors in CPU memory, `blobs` to names and byte items (ModelOpt's quantizer
-    state of a linear). `last` says that nothing of the unit follows.
-    `first` is the row that the tensors begin with, where they are rows of larger ones.
+    `index` is the unit's number. `tensors` maps each format to output names and tensors in CPU memory, `blobs` to names
+    and byte items (ModelOpt's quantizer state of a linear). `last` marks the last piece of the unit. If the tensors are
+    rows of larger ones, `first` is the number of their first row.
     """
 
     index: int
@@ -113,6 +116,6 @@ class LayerOutput:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors and byte items."""
+        """Total bytes of all tensors and byte items."""
         tensors = sum(tensor.nbytes for group in self.tensors.values() for tensor in group.values())
         return tensors + sum(len(blob) for group in self.blobs.values() for blob in group.values())

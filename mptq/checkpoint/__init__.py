@@ -1,1 +1,1 @@
-"""Stage 1, read only: what a checkpoint holds (without torch), and its tensors, one at a time."""
+"""Stage 1, read-only: indexes a checkpoint (without torch) and reads its tensors one at a time."""

@@ -1,4 +1,4 @@
-"""Whether boxes cover a tensor exactly: every element once. Linear in the number of boxes."""
+"""Checks that boxes cover every element of a tensor exactly once, in time linear in the number of boxes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Box = tuple[int, ...]
 
 
 def covers(shape: Box, offsets: Sequence[Box], sizes: Sequence[Box]) -> bool:
-    """Whether the boxes at `offsets` with extents `sizes` hold each element of a tensor of `shape` once, and nothing else."""
+    """Whether the boxes at `offsets` with extents `sizes` cover a tensor of `shape`, each element exactly once."""
     return _is_grid(shape, offsets, sizes) or _adds_up(shape, offsets, sizes)
 
 
 def _is_grid(shape: Box, offsets: Sequence[Box], sizes: Sequence[Box]) -> bool:
-    """Whether the boxes are the cells of a grid: every dimension cut at the same places throughout."""
+    """Whether the boxes are the cells of a grid, with the same cuts along each dimension throughout."""
     count = 1
     for size, starts, lengths in zip(shape, zip(*offsets, strict=True), zip(*sizes, strict=True), strict=False):
         cuts = _cuts(starts, lengths)
@@ -29,18 +29,18 @@ def _is_grid(shape: Box, offsets: Sequence[Box], sizes: Sequence[Box]) -> bool:
 
 
 def _cuts(starts: Box, lengths: Box) -> list[tuple[int, int]]:
-    """The different intervals of one dimension, in order."""
+    """Returns the distinct intervals along one dimension, in order."""
     different = set(lengths)
-    if len(different) == 1:  # mostly so, and much faster
+    if len(different) == 1:  # the common case, and much faster
         return sorted(zip(set(starts), repeat(*different), strict=False))
     return sorted(set(zip(starts, lengths, strict=True)))
 
 
 def _adds_up(shape: Box, offsets: Sequence[Box], sizes: Sequence[Box]) -> bool:
-    """Whether the boxes hold each element once, whatever they look like.
+    """Whether the boxes cover each element once, for any arrangement of boxes.
 
-    How often each element is covered is a function that its mixed differences determine, and those of a box are 1 or -1 at
-    its corners and 0 elsewhere: the corners of all boxes must add up to those of the whole.
+    The mixed differences of the coverage count determine it. Those of a box are 1 or -1 at its corners and 0 elsewhere,
+    so the signed corners of all boxes must add up to those of the whole tensor.
     """
     left: Counter[Box] = Counter()
     whole = [(tuple(0 for _ in shape), shape, -1)]

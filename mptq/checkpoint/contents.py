@@ -1,4 +1,4 @@
-"""What a checkpoint can hold that mptq does not quantize: adapters, another head, a quantized model, no weights. No torch."""
+"""Detects checkpoints that mptq cannot quantize: adapters, other heads, quantized models, no weights. No torch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from mptq.errors import CheckpointError
 
 _SHOWN = 5
 _QUANTIZER = re.compile(r"_quantizer\._(amax|scale|double_scale)$")
-_MAIN_PARAM = re.compile(r"(^|\.)optimizer\.(state\.(fp32_)?param\.|distributed\.)")  # by parameter, or in buckets
+_MAIN_PARAM = re.compile(r"(^|\.)optimizer\.(state\.(fp32_)?param\.|distributed\.)")  # per parameter, or in buckets
 _OPTIMIZER = re.compile(r"(^|\.)optimizer\.")
-# Megatron-Bridge's and NeMo's wrapper of a linear, its adapters (LoRA, DoRA), and peft's names of them.
+# The wrapped linear and the adapters (LoRA, DoRA) of Megatron-Bridge and NeMo, and peft's adapter names.
 _ADAPTER = re.compile(r"\.to_wrap\.|\.adapter(s|_layer)?\..*\b(linear_in|linear_out|weight_magnitude)\b|\.lora_\w+\.")
 _OUTPUT_LAYER = re.compile(r"(^|\.)output_layer\.weight$")
 _WORDS = re.compile(r"(^|\.)embedding\.word_embeddings\.weight$")
@@ -20,22 +20,22 @@ _OTHER_HEAD = re.compile(r"(^|\.)(value_head|v_head|reward_head|rm_head|classifi
 
 
 def is_quantized(checkpoint: Checkpoint) -> bool:
-    """Whether ModelOpt has quantized the model: it has quantizers' tensors, or ModelOpt's state beside it."""
+    """Whether ModelOpt has quantized the model: the checkpoint has quantizer tensors or a modelopt_state directory."""
     return (checkpoint.directory / "modelopt_state").is_dir() or any(map(_QUANTIZER.search, checkpoint.tensors))
 
 
 def obstacle(checkpoint: Checkpoint) -> str | None:
-    """Why the tensors of a checkpoint are not a language model to quantize, and what to do; None where they may be one."""
+    """Returns why the checkpoint cannot be quantized and what to do about it, or None if nothing rules it out."""
     return next(_obstacles(checkpoint), None)
 
 
 def _obstacles(checkpoint: Checkpoint) -> Iterator[str]:
     if is_quantized(checkpoint):
-        yield "is quantized already (modelopt_state, or *_quantizer.* tensors): give the checkpoint that it was made from"
+        yield "is quantized already (modelopt_state, or *_quantizer.* tensors): pass the checkpoint that it was made from"
     if all(map(_OPTIMIZER.search, checkpoint.tensors)) and any(map(_MAIN_PARAM.search, checkpoint.tensors)):
         yield (
-            "has the weights only as the optimizer's main params (optimizer.state.fp32_param.*): "
-            "load it in Megatron-LM and save it with the model's weights"
+            "has weights only as the optimizer's main params (optimizer.state.fp32_param.*): "
+            "load it in Megatron-LM and save it with the model weights"
         )
     model = {name: tensor.spec.shape for name, tensor in checkpoint.tensors.items() if not _OPTIMIZER.search(name)}
     adapters = [name for name in model if _ADAPTER.search(name)]
@@ -50,7 +50,7 @@ def _obstacles(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _other_heads(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-    """Tensors of heads that score something else than the next token: an output layer of fewer rows than the embedding has."""
+    """Yields tensors of heads that do not predict tokens, or an output layer with fewer rows than the embedding."""
     words = [shape[:1] for name, shape in shapes.items() if _WORDS.search(name)]
     for name, shape in shapes.items():
         if _OTHER_HEAD.search(name) or (_OUTPUT_LAYER.search(name) and words and shape[:1] < words[0]):
@@ -58,19 +58,19 @@ def _other_heads(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
 
 
 def foreign_code(checkpoint: Checkpoint) -> list[str]:
-    """One warning that names the code that the checkpoint's pickles refer to and should not; none without any."""
+    """Returns one warning that names unexpected globals in the checkpoint's pickles, or none."""
     names = checkpoint.foreign
     if not names:
         return []
     shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
     return [
-        f"the checkpoint's metadata refers to code that Megatron's checkpoints do not need: {shown}; mptq never runs it, but "
-        "loading the checkpoint in Megatron may: make sure where it is from"
+        f"the checkpoint's metadata refers to code that Megatron checkpoints do not need: {shown}; mptq never runs it, but "
+        "loading the checkpoint in Megatron may: make sure that you trust its origin"
     ]
 
 
 def require_weights(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError unless the checkpoint has the weights of a language model that is not quantized yet."""
+    """Raises CheckpointError unless the checkpoint has the weights of a language model that is not yet quantized."""
     found = obstacle(checkpoint)
     if found is not None:
         raise CheckpointError(f"{checkpoint.directory} {found}")

@@ -1,6 +1,6 @@
 """The safe metadata index: every tensor and byte item of a torch_dist checkpoint, and where its bytes are. No torch.
 
-Format: `.metadata` says what there is (metadata.py); shards are `*.distcp` files in which each chunk is a whole
+Format: `.metadata` lists the entries (metadata.py); shards are `*.distcp` files in which each chunk is a complete
 `torch.save` file at an offset (torch/distributed/checkpoint/filesystem.py, torch_zip.py).
 """
 
@@ -29,19 +29,19 @@ from mptq.files import sha256
 from mptq.types import TensorSpec
 
 __all__ = ["Checkpoint", "Chunk", "StorageRecord", "Tensor", "open_checkpoint", "read_blob"]
-_METADATA = 4 << 30  # bytes of the largest metadata file: a trillion parameters take 100 MB
-_END = 4096  # bytes, more than the list of a zip that torch writes of a tensor
-_DEPTH, _VALUES = 100, 1_000_000  # of the training arguments, which are about 800 in 4 levels
+_METADATA = 4 << 30  # size limit of .metadata in bytes: a trillion parameters take 100 MB
+_END = 4096  # bytes; the central directory of the zip that torch writes for a tensor is smaller
+_DEPTH, _VALUES = 100, 1_000_000  # limits for the training arguments, which are about 800 values in 4 levels
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Everything that the metadata says: nothing is read from the shards but the training run's arguments.
+    """The contents of the metadata. Only the training arguments are read from the shards.
 
-    `args` is the Namespace of the training run as a dict, its enums and other classes inert, and `args_source` names
-    where it was found. `config` is the run config beside the weights, plain data with `model` and `tokenizer`, and
-    `config_source` its file. `fingerprint` is the SHA-256 of `.metadata`. `foreign` are the globals that the pickles of these
-    refer to and that no checkpoint of Megatron needs.
+    `args` is the training run's Namespace as a dict, with enums and other classes inert, and `args_source` where it was
+    found. `config` is the run config saved with the weights, as plain data with `model` and `tokenizer`, and
+    `config_source` its file. `fingerprint` is the SHA-256 of `.metadata`. `foreign` lists the globals that these
+    pickles refer to and that no Megatron checkpoint needs.
     """
 
     location: Location
@@ -66,15 +66,15 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path, iteration: int | None = None) -> Checkpoint:
-    """Index the checkpoint at `path` (a root, of which `iteration` picks one, or one directory; see locate.py).
+    """Indexes the checkpoint at `path`: a checkpoint, or a root of which `iteration` selects one (see locate.py).
 
-    Raises CheckpointError when it is damaged: unreadable metadata, a missing or truncated shard file, missing or overlapping
-    chunks or records. Memory: about 2 kB a chunk while the metadata is read, and 300 bytes after.
+    Raises CheckpointError if it is damaged: unreadable metadata, missing or truncated shard files, missing or
+    overlapping chunks or records. Memory: about 2 kB per chunk while the metadata is read, then 300 bytes.
     """
     location = locate(path, iteration)
     metadata_file = location.directory / ".metadata"
     if metadata_file.stat().st_size > _METADATA:
-        raise CheckpointError(f"{metadata_file} has {metadata_file.stat().st_size} bytes: that is not a checkpoint's metadata")
+        raise CheckpointError(f"{metadata_file} has {metadata_file.stat().st_size} bytes: too large for checkpoint metadata")
     with gc_paused(), ThreadPoolExecutor(1) as beside:
         digest = beside.submit(sha256, metadata_file)
         names: set[str] = set()
@@ -88,31 +88,31 @@ def open_checkpoint(path: Path, iteration: int | None = None) -> Checkpoint:
 
 
 def _check_records(directory: Path, records: Iterable[StorageRecord]) -> None:
-    """Every record lies within its file and overlaps no other, and no file lies outside the checkpoint."""
+    """Checks that every record lies within its file and overlaps no other, and that every file is in the checkpoint."""
     files: defaultdict[str, list[StorageRecord]] = defaultdict(list)
     for record in records:
         files[record.file].append(record)
     for name, places in sorted(files.items()):
         size = _shard_size(directory, name)
         try:
-            array("q", chain(map(_offset, places), map(_length, places)))  # the fastest way to see that all are integers
+            array("q", chain(map(_offset, places), map(_length, places)))  # the fastest check that all are integers
         except (TypeError, OverflowError) as error:
             where = f"{directory}/.metadata has records of {name}"
-            raise CheckpointError(f"{where} that are no places in a file: it is damaged") from error
+            raise CheckpointError(f"{where} whose offsets or lengths are not integers: it is damaged") from error
         places.sort(key=_offset)
         offsets = list(map(_offset, places))
         ends = list(map(add, offsets, map(_length, places)))
         if offsets[0] < 0 or any(map(gt, offsets, ends)) or any(map(gt, ends, offsets[1:])):
             raise CheckpointError(f"{directory}/.metadata has records of {name} that overlap: the checkpoint is damaged")
         if size < ends[-1]:
-            raise CheckpointError(f"{directory / name} is cut short: {size} bytes of at least {ends[-1]}; copy it again")
+            raise CheckpointError(f"{directory / name} is truncated: {size} bytes of at least {ends[-1]}; copy it again")
 
 
 _offset, _length = attrgetter("offset"), attrgetter("length")
 
 
 def _shard_size(directory: Path, name: str) -> int:
-    """Bytes of a shard, which is a file (or a link to one) whose name stays within the directory."""
+    """Returns the size of a shard in bytes; checks that it is a file (or a link to one) within the directory."""
     path = PurePosixPath(name) if name.isprintable() else PurePosixPath("..")
     if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in name:
         raise CheckpointError(f"{directory}/.metadata names the shard {ascii(name)[:200]}, which is outside the checkpoint")
@@ -126,7 +126,7 @@ def _shard_size(directory: Path, name: str) -> int:
 
 
 def read_blob(directory: Path, record: StorageRecord) -> bytes:
-    """The bytes of a byte item, one `torch.save` file; raises CheckpointError when they are not what was written."""
+    """Returns the bytes of a byte item, a `torch.save` file; raises CheckpointError if its checksums do not match."""
     file = directory / record.file
     with open_record(file, f"{file} at byte {record.offset}", record.offset, record.length) as archive:
         for name, member in archive.members.items():
@@ -135,10 +135,10 @@ def read_blob(directory: Path, record: StorageRecord) -> bytes:
 
 
 def ends_of_shards(checkpoint: Checkpoint, names: Iterable[str]) -> str:
-    """SHA-256 of the sizes and the last bytes of the shards that hold the tensors `names`.
+    """Returns the SHA-256 of the sizes and the last bytes of the shards that hold the tensors `names`.
 
-    `.metadata` is the same for other weights of the same model saved in the same layout. A shard ends with the list of the
-    zip that was written last, which has the CRC-32 of its tensor.
+    `.metadata` alone does not identify weights: it is the same for all checkpoints of a model with the same layout. A
+    shard ends with the central directory of its last zip, which has the CRC-32 of that tensor.
     """
     digest = hashlib.sha256()
     for name in sorted({record.file for tensor in names for record in checkpoint.tensors[tensor].records}):
@@ -150,7 +150,7 @@ def ends_of_shards(checkpoint: Checkpoint, names: Iterable[str]) -> str:
 
 
 def _args(directory: Path, blobs: Mapping[str, StorageRecord], names: set[str]) -> tuple[dict[str, Any], str]:
-    """The training run's arguments: in the item `common_state` (megatron-core 0.17 on) or in `common.pt` (before)."""
+    """Returns the training arguments, from `common_state` (megatron-core 0.17 or later) or `common.pt` (earlier)."""
     common = directory / "common.pt"
     item = next((name for name in blobs if name.partition("/")[0] == "common_state"), None)
     if common.is_file():
@@ -170,7 +170,7 @@ def _args(directory: Path, blobs: Mapping[str, StorageRecord], names: set[str]) 
 
 
 def _require_plain(args: dict[Any, Any], where: str) -> None:
-    """The arguments can be printed: they are not too many, nest little, and their text is whole characters."""
+    """Checks that the arguments are safe to print: limited in number and nesting, with valid Unicode text."""
     values: list[Any] = [args]
     for _ in range(_DEPTH):
         values = list(islice(chain.from_iterable(map(_inside, values)), _VALUES))
@@ -179,12 +179,12 @@ def _require_plain(args: dict[Any, Any], where: str) -> None:
         if len(values) == _VALUES:
             break
         if any(isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value) for value in values):
-            raise CheckpointError(f"{where}: the arguments have text that is not Unicode: the checkpoint is damaged")
-    raise CheckpointError(f"{where}: the arguments are too many or nest too deeply: the checkpoint is damaged")
+            raise CheckpointError(f"{where}: the arguments contain invalid Unicode: the checkpoint is damaged")
+    raise CheckpointError(f"{where}: the arguments are too many or too deeply nested: the checkpoint is damaged")
 
 
 def _inside(value: Any) -> Iterable[Any]:
-    """What a value holds directly; a pickle can make that itself."""
+    """Returns the direct contents of a value, which in a pickle can include the value itself."""
     if isinstance(value, dict):
         return chain(value, value.values())
     if isinstance(value, Inert):

@@ -1,7 +1,8 @@
-"""Find the checkpoint directory that a user means, and say in one line what is wrong when there is none.
+"""Finds the checkpoint directory that a path refers to, or says in one line what is wrong with the path.
 
 Layouts: Megatron-LM's root (megatron/training/checkpointing.py), Megatron-Bridge's, which adds `latest_train_state.pt`
-(megatron/bridge/training/utils/checkpoint_utils.py), and NeMo 2's `weights/` beside `context/` (nemo/lightning/ckpt_utils.py).
+(megatron/bridge/training/utils/checkpoint_utils.py), and NeMo 2's `weights/` and `context/`
+(nemo/lightning/ckpt_utils.py).
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ WEIGHTS, CONTEXT = "weights", "context"
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """A torch_dist checkpoint: `directory` holds `.metadata`; `root` is the directory that the training run named.
+    """A torch_dist checkpoint. `directory` holds `.metadata`; `root` is the directory that the training run saved to.
 
-    `config` is the run config of Megatron-Bridge or NeMo 2, if there is one; `framework` says whose layout this is.
+    `config` is the run config of Megatron-Bridge or NeMo 2, if any; `framework` is the framework whose layout this is.
     """
 
     directory: Path
@@ -37,16 +38,16 @@ class Location:
 
 
 def locate(path: Path, iteration: int | None = None) -> Location:
-    """Resolve a checkpoint root, an `iter_*` directory or a NeMo 2 directory; `iteration` picks one of a root.
+    """Resolves a checkpoint root, an `iter_*` directory or a NeMo 2 directory; `iteration` selects one of a root.
 
-    Without it, a root's tracker file counts, or else its last iteration. Raises CheckpointError when there is no such
-    directory or it is not a torch_dist checkpoint, saying which format it is where that can be told, and what to do;
+    Without `iteration`, the root's tracker file decides, or else the last iteration is used. Raises CheckpointError if
+    there is no such directory or it is not a torch_dist checkpoint, naming its format if recognized and what to do;
     MptqError for a remote path.
     """
     require_local(path)
     path = path.resolve()
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist: give a checkpoint root or an iter_* directory")
+        raise CheckpointError(f"{path} does not exist: pass a checkpoint root or an iter_* directory")
     if not path.is_dir():
         _refuse_file(path)
     nemo = _nemo(path, iteration)
@@ -71,11 +72,11 @@ def _refuse_file(path: Path) -> None:
         raise CheckpointError(
             f"{path} is a NeMo 1 archive: convert it with NeMo's scripts/checkpoint_converters/convert_nemo1_to_nemo2.py"
         )
-    raise CheckpointError(f"{path} is a file: give the checkpoint's directory")
+    raise CheckpointError(f"{path} is a file: pass the checkpoint's directory")
 
 
 def _nemo(path: Path, iteration: int | None) -> Location | None:
-    """A NeMo 2 checkpoint, named by its directory or by the `weights` in it."""
+    """Returns a NeMo 2 checkpoint given by its directory or by the `weights` in it; None if it is not one."""
     root = path.parent if path.name == WEIGHTS and (path.parent / CONTEXT).is_dir() else path
     directory, context = root / WEIGHTS, root / CONTEXT
     if not (directory.is_dir() and (context.is_dir() or (directory / "metadata.json").is_file())):
@@ -84,7 +85,7 @@ def _nemo(path: Path, iteration: int | None) -> Location | None:
     step = re.search(r"step=(\d+)", root.name)
     found = int(step[1]) if step else None
     if iteration not in (None, found):
-        raise CheckpointError(f"{root} is one NeMo 2 checkpoint, not one of several: leave --iteration out")
+        raise CheckpointError(f"{root} is a single NeMo 2 checkpoint: omit --iteration")
     config = context / "model.yaml"
     return Location(directory, root, found, config if config.is_file() else None, "NeMo 2")
 
@@ -95,13 +96,13 @@ def _number(directory: Path) -> int | None:
 
 
 def _iterations(root: Path) -> dict[int, Path]:
-    """The `iter_*` directories of a root by their numbers, in order."""
+    """Returns the `iter_*` directories of a root by iteration, in order."""
     found = {number: path for path in root.glob("iter_*") if path.is_dir() and (number := _number(path)) is not None}
     return dict(sorted(found.items()))
 
 
 def _chosen(path: Path, iteration: int | None) -> Path:
-    """The directory of the iteration that is meant, which is `path` itself when that is no root."""
+    """Returns the directory of the requested iteration, or `path` itself if that is not a root."""
     found = _iterations(path)
     if iteration is not None:
         return _asked(path, iteration, found)
@@ -121,10 +122,10 @@ def _asked(path: Path, iteration: int, found: dict[int, Path]) -> Path:
 
 
 def _untracked(root: Path, found: dict[int, Path]) -> Path:
-    """What a root without a tracker file holds, which is its last iteration; `root` itself when it holds none."""
+    """Returns the last iteration of a root without a tracker file, or else its `release`, or else `root` itself."""
     release = root / "release"
     if found and release.is_dir():
-        raise CheckpointError(f"{root} has no {TRACKER}, and both release and iter_*: give one of these directories")
+        raise CheckpointError(f"{root} has no {TRACKER}, but both release and iter_*: pass one of these directories")
     if found:
         return found[max(found)]
     return release if release.is_dir() else root
@@ -132,7 +133,7 @@ def _untracked(root: Path, found: dict[int, Path]) -> Path:
 
 def _choices(path: Path, found: dict[int, Path]) -> str:
     if not found:
-        return f"leave --iteration out, or give the root that holds its iter_* directories (there are none in {path.name})"
+        return f"omit --iteration, or pass the root that holds the iter_* directories (there are none in {path.name})"
     shown = [str(number) for number in found]
     return f"there are {', '.join([*shown[:3], '...', *shown[-3:]] if len(shown) > 7 else shown)}"
 
@@ -143,22 +144,22 @@ def _tracked(root: Path, found: dict[int, Path]) -> Path:
     if word == "release":
         return _existing(root, "release", TRACKER, found)
     if not (word.isdecimal() and word.isascii()):
-        raise CheckpointError(f"{tracker} says {ascii(word)[:40]}: it must hold an iteration number or 'release'")
+        raise CheckpointError(f"{tracker} contains {ascii(word)[:40]}: it must be an iteration number or 'release'")
     return _existing(root, f"iter_{int(word):07d}", TRACKER, found)
 
 
 def _existing(root: Path, name: str, tracker: str, found: dict[int, Path]) -> Path:
     if (root / name).is_dir():
         return root / name
-    others = f"pick another with --iteration ({_choices(root, found)})" if found else "copy the whole checkpoint"
+    others = f"choose another with --iteration ({_choices(root, found)})" if found else "copy the whole checkpoint"
     raise CheckpointError(f"{root / tracker} points to {name}, which does not exist: {others}")
 
 
 def _step(file: Path) -> int:
-    """The iteration in Bridge's train state: a dict saved by torch whose first entry, `step`, is a scalar of int64."""
+    """Returns the iteration in Bridge's train state, a torch file with a dict whose first entry is the int64 `step`."""
     where = str(file)
     with open_record(file, where) as archive:
         member = archive.members.get("data/0")
         if member is None or member.size != _INT64:
-            raise CheckpointError(f"{where} is not Megatron-Bridge's train state: pick one with --iteration")
+            raise CheckpointError(f"{where} is not a Megatron-Bridge train state: choose an iteration with --iteration")
         return int.from_bytes(archive.read("data/0", _INT64), "little")

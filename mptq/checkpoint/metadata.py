@@ -1,8 +1,8 @@
-"""The entries of `.metadata`: what each tensor is, and where its chunks and the byte items are, checked against each other.
+"""Reads the entries of `.metadata` (tensors, and the places of their chunks and of byte items) and cross-checks them.
 
-Format: a pickle of torch.distributed.checkpoint.metadata.Metadata (and filesystem._StorageInfo). Its hundreds of thousands
-of records become tuples as they are unpickled, and are checked by columns: a checkpoint of a trillion parameters has
-300,000 of them.
+Format: a pickle of torch.distributed.checkpoint.metadata.Metadata (and filesystem._StorageInfo). Records become tuples
+as they are unpickled and are checked column by column, because a checkpoint of a trillion parameters has 300,000 of
+them.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from mptq.types import DTYPE_BYTES, TensorSpec
 
 _METADATA = "torch.distributed.checkpoint.metadata.Metadata"
 _WANTED = {"state_dict_metadata", "storage_data"}
-# megatron-core adds the plans of all ranks, mostly the last and the larger half of the file, which mptq has no use for.
+# megatron-core adds the plans of all ranks, usually at the end and more than half of the file. mptq does not need them.
 _PLANS = re.compile(rb"\x8c\x0fall_local_plans")
-_END = b"ub."  # the items are set, the object gets them as its state, and that is all
-_FRAME = 1 << 20  # bytes, more than a pickle's frame has
-_PIECE = 1 << 24  # bytes that are read at once
+_END = b"ub."  # SETITEMS, BUILD, STOP: set the items, make them the object's state, end
+_FRAME = 1 << 20  # bytes, more than a pickle frame has
+_PIECE = 1 << 24  # bytes per read
 _MAX_NAME = 1024
 _MAX_RANK = 16
 
 
 class Chunk(NamedTuple):
-    """A box of a tensor, at `offsets` with extents `sizes`, and where it is stored."""
+    """A box of a tensor at `offsets` with extents `sizes`, and the record that stores it."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -44,7 +44,7 @@ class Chunk(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """A tensor of the checkpoint: its chunks at `offsets`, with extents `sizes`, are in `records`, each in the same order."""
+    """A tensor of the checkpoint. Its chunks have `offsets`, `sizes` and `records`, all in the same order."""
 
     spec: TensorSpec
     offsets: Sequence[tuple[int, ...]] = ()
@@ -53,12 +53,12 @@ class Tensor(NamedTuple):
 
     @property
     def chunks(self) -> tuple[Chunk, ...]:
-        """Each by itself, made when they are asked for: a checkpoint has hundreds of thousands."""
+        """The chunks as objects, built on demand because a checkpoint has hundreds of thousands of them."""
         return tuple(map(Chunk, self.offsets, self.sizes, self.records))
 
 
 class _Box:
-    """torch's ChunkStorageMetadata. A state is emptied once read: the pickle's memo keeps it alive to the end."""
+    """torch's ChunkStorageMetadata. The state is cleared once read, because the pickle memo keeps it alive."""
 
     __slots__ = ("offsets", "sizes")
 
@@ -68,7 +68,7 @@ class _Box:
 
 
 class _Index:
-    """torch's MetadataIndex: the name of an entry, and the offset of a chunk, None for byte items."""
+    """torch's MetadataIndex: the name of an entry and the offset of a chunk (None for byte items)."""
 
     __slots__ = ("fqn", "offset")
 
@@ -78,23 +78,23 @@ class _Index:
 
 
 class _Info:
-    """torch's _StorageInfo: where a record is."""
+    """torch's _StorageInfo: the place of a record."""
 
     __slots__ = ("place",)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if state.get("transform_descriptors"):
             raise CheckpointError(
-                "the checkpoint's shards were transformed (compressed) as they were written: save it without extensions"
+                "the checkpoint's shards were transformed (for example compressed) when written: save it without extensions"
             )
         if type(state["relative_path"]) is not str:
-            raise TypeError("a record of a file without a name")
+            raise TypeError("a record whose file name is not a string")
         self.place = (state["relative_path"], state["offset"], state["length"])
         state.clear()
 
 
 _KNOWN = {
-    # A size becomes the tuple it is made of, that very object: () + dims, which takes nothing but tuples.
+    # () + dims returns the very tuple that a size is built from, and accepts only tuples.
     "torch.Size": ().__add__,
     "torch.distributed.checkpoint.metadata.ChunkStorageMetadata": _Box,
     "torch.distributed.checkpoint.metadata.MetadataIndex": _Index,
@@ -103,10 +103,10 @@ _KNOWN = {
 
 
 def read_entries(file: Path, names: set[str] | None = None) -> tuple[dict[str, Tensor], dict[str, StorageRecord]]:
-    """The tensors and the byte items of a metadata file.
+    """Returns the tensors and the byte items of a metadata file.
 
-    Every tensor's chunks cover it exactly, and no chunk has more bytes than its record. Raises CheckpointError otherwise. The
-    globals that the file refers to are added to `names`.
+    Raises CheckpointError unless every tensor's chunks cover it exactly and no chunk has more bytes than its record.
+    Adds the globals that the file refers to to `names`.
     """
     metadata = _without_plans(_before_plans(file), str(file), names)
     if metadata is None:
@@ -119,9 +119,9 @@ def read_entries(file: Path, names: set[str] | None = None) -> tuple[dict[str, T
 
 
 def _before_plans(file: Path) -> bytes:
-    """The bytes of a metadata file up to the first key that may be the plans', and the end of an object's state.
+    """Returns the bytes of a metadata file up to the first key that may be that of the plans, closed with `_END`.
 
-    What comes after is not even read. Memory: the bytes, and 16 MB.
+    The rest of the file is not read. Memory: these bytes and 16 MB.
     """
     with file.open("rb", buffering=0) as opened:
         whole = io.BytesIO(bytes(os.fstat(opened.fileno()).st_size))
@@ -136,22 +136,22 @@ def _before_plans(file: Path) -> bytes:
                 filled += count
             if place >= 0:
                 view[place : place + len(_END)] = _END
-    # The frame that the end is in must be whole. The buffer gives its bytes away: a bytearray would be copied to be unpickled.
+    # The frame that contains the end must be complete. BytesIO gives up its bytes; a bytearray would be copied.
     whole.truncate(filled if place < 0 else place + _FRAME)
     return whole.getvalue()
 
 
 def _without_plans(raw: bytes, where: str, names: set[str] | None) -> Inert | None:
-    """The Metadata that `raw` describes, or None where its end is not that of the pickle's outermost object.
+    """Returns the Metadata that `raw` describes, or None if the cut was not between two fields of the outermost object.
 
-    The key of the plans comes last in what megatron-core writes, but nothing promises that: torch may give its dataclass other
-    fields or another order, and a tensor or an object of the planner may have this name. The outermost object is the first that
-    a pickle makes: where it is also the last that is given its state, the cut was between two of its fields.
+    megatron-core writes the plans last, but that is not guaranteed: torch may add or reorder fields of its dataclass,
+    and a tensor or a planner object may have the same name. The outermost object is the first that a pickle creates. If
+    it is also the last that is given its state, the cut was between two of its fields.
     """
     made: list[Inert] = []
 
     class Metadata(Inert):
-        """torch's Metadata."""
+        """Stands for torch's Metadata."""
 
         __slots__ = ()
         global_name = _METADATA
@@ -184,11 +184,11 @@ def _entries(metadata: Inert) -> tuple[dict[str, Tensor], dict[str, StorageRecor
 
 
 def _records(storage: dict[_Index, _Info]) -> tuple[_Places, dict[str, StorageRecord]]:
-    """The records of chunks by name and offset, and those of byte items by name."""
+    """Returns the records of chunks by name and offset, and those of byte items by name."""
     names = list(map(attrgetter("fqn"), storage))
     offsets = list(map(attrgetter("offset"), storage))
     if not set(map(type, names)) <= {str} or not _are_integers(filter(None, offsets)):
-        raise TypeError("an index of something else than a name and a tuple of integers")
+        raise TypeError("an index that is not a name and a tuple of integers")
     found: defaultdict[str, dict[tuple[int, ...], StorageRecord]] = defaultdict(dict)
     items: dict[str, StorageRecord] = {}
     places = _as(StorageRecord, map(attrgetter("place"), storage.values()))
@@ -201,12 +201,12 @@ def _records(storage: dict[_Index, _Info]) -> tuple[_Places, dict[str, StorageRe
 
 
 def _as[Row: tuple[Any, ...]](row: type[Row], values: Iterable[tuple[Any, ...]]) -> Iterator[Row]:
-    """Rows of a NamedTuple, made without its own slower function; `values` have its length."""
+    """Builds rows of a NamedTuple while bypassing its slower constructor; `values` must have the right length."""
     return map(tuple.__new__, repeat(row), values)
 
 
 def _are_integers(sizes: Iterable[tuple[int, ...]]) -> bool:
-    """Whether all elements are integers, and no booleans: these have a hash that cannot recurse."""
+    """Whether all elements are integers and not booleans; hashing integers cannot recurse."""
     return set(map(type, chain.from_iterable(sizes))) <= {int}
 
 
@@ -216,9 +216,10 @@ _Grids = dict[tuple[int, ...], tuple[_Boxes, _Boxes, set[tuple[int, ...]]]]
 
 
 def _tensor(name: str, state: dict[str, Any], records: dict[tuple[int, ...], StorageRecord], grids: _Grids) -> Tensor:
-    """One tensor; `grids` are the offsets and sizes of chunks, by shape, that were found to be good in others.
+    """Returns one checked tensor.
 
-    With them are the different sizes, of which there is mostly one.
+    `grids` caches, by shape, the chunk offsets and sizes that were valid for an earlier tensor, with the set of
+    distinct sizes, of which there is usually one.
     """
     _check_name(name)
     dtype = state["properties"].state[0].global_name.removeprefix("torch.")
@@ -244,22 +245,22 @@ def _tensor(name: str, state: dict[str, Any], records: dict[tuple[int, ...], Sto
 
 def _check_name(name: Any) -> None:
     if type(name) is not str or not name.isprintable() or len(name) > _MAX_NAME:
-        raise ValueError(f"the name {ascii(name)[:80]} of an entry")
+        raise ValueError(f"invalid entry name {ascii(name)[:80]}")
 
 
 def _check_sizes(name: str, sizes: _Boxes, shape: tuple[int, ...]) -> None:
-    """All are tuples of as many integers (no booleans) as `shape`, none negative or larger than a file can be."""
+    """Checks that all sizes are tuples of len(shape) integers (not booleans), non-negative and below 2 ** 63."""
     if not set(map(type, sizes)) <= {tuple} or not _are_integers(sizes):
-        raise ValueError(f"{name} has sizes that are no integers")
+        raise ValueError(f"{name} has sizes that are not integers")
     if not set(map(len, sizes)) <= {len(shape)} or len(shape) > _MAX_RANK:
-        raise ValueError(f"{name} has chunks of another number of dimensions, or too many")
+        raise ValueError(f"{name} has chunks with a different number of dimensions, or too many dimensions")
     numbers = set(chain.from_iterable(sizes))
     if numbers and not 0 <= min(numbers) <= max(numbers) < 1 << 63:
         raise ValueError(f"{name} has sizes out of range")
 
 
 def _check_cover(name: str, shape: tuple[int, ...], offsets: list[tuple[int, ...]], sizes: list[tuple[int, ...]]) -> None:
-    """The chunks hold every element of the tensor once."""
+    """Checks that the chunks cover every element of the tensor once."""
     if covers(shape, offsets, sizes):
         return
     numel, stored = math.prod(shape), sum(map(math.prod, sizes))

@@ -1,8 +1,9 @@
-"""What a pickle may consist of, looked at before it is run: opcodes are data, and these can do no harm.
+"""Checks the opcodes of a pickle before it is loaded: only harmless ones are accepted.
 
-The C unpickler believes some operands: a memo index of 2 ** 31 makes it fill 32 GB, a bytearray's length is allocated before
-it is read, an extension code fetches any object that was registered. So only opcodes pass that pickle's protocols 2 to 5
-write for plain data and objects (Python's Lib/pickletools.py describes them), with operands that the file's size allows.
+The C unpickler trusts some operands: a memo index of 2 ** 31 makes it fill 32 GB, the length of a bytearray is
+allocated before it is read, and an extension code fetches any registered object. So only the opcodes are accepted that
+protocols 2 to 5 use for plain data and objects (see Lib/pickletools.py in Python), with operands that the size of the
+file allows.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ class OpcodeError(ValueError):
 
 
 def _counted(opcode: bytes, lengths: range) -> bytes:
-    """An opcode whose operand is a byte of length and as many bytes."""
+    """Returns a pattern for an opcode whose operand is a length byte followed by that many bytes."""
     return opcode + b"(?:" + b"|".join(re.escape(bytes([length])) + rb".{%d}" % length for length in lengths) + b")"
 
 
@@ -32,13 +33,13 @@ _OPERANDS = (
     rb"G.{8}",  # BINFLOAT
     rb"c[^\n]{0,255}\n[^\n]{0,255}\n",  # GLOBAL
 )
-# One regular expression goes through 160 MB a second of it; the rare opcodes are left to Python.
+# This regular expression scans 160 MB/s; the rare opcodes are handled in Python.
 _RUN = re.compile(rb"(?:%s*+(?:%s))*+%s*+" % (_BARE, b"|".join(_OPERANDS), _BARE), re.DOTALL)
 _BYTES_A_SET = 16
 
 
 def check(data: bytes | bytearray) -> None:
-    """Go through the opcodes of `data` up to its STOP; raises OpcodeError. Memory: none to speak of."""
+    """Checks the opcodes of `data` up to its STOP; raises OpcodeError. Memory: negligible."""
     position = sets = 0
     while True:
         run = _RUN.match(data, position)
@@ -48,29 +49,29 @@ def check(data: bytes | bytearray) -> None:
             return
         step = _RARE.get(opcode)
         if step is None:
-            raise OpcodeError(f"opcode {opcode!r} at byte {position}" if opcode else "it is cut short")
+            raise OpcodeError(f"unsupported opcode {opcode!r} at byte {position}" if opcode else "it is truncated")
         sets += opcode == b"\x8f"
         if sets * _BYTES_A_SET > len(data) + 1024:
-            raise OpcodeError("it makes more sets than it can fill")  # an empty one takes 216 bytes
+            raise OpcodeError("it creates more sets than it can fill")  # an empty set takes 216 bytes
         position = step(data, position + 1)
 
 
 def _sized(width: int) -> Callable[[bytes | bytearray, int], int]:
-    """An operand of `width` bytes of length and as many bytes."""
+    """Skips an operand that is a length of `width` bytes followed by that many bytes."""
 
     def skip(data: bytes | bytearray, position: int) -> int:
         end = position + width + int.from_bytes(data[position : position + width], "little")
         if end > len(data):
-            raise OpcodeError("it is cut short")
+            raise OpcodeError("it is truncated")
         return end
 
     return skip
 
 
 def _put(data: bytes | bytearray, position: int) -> int:
-    """A place in the memo: picklers count them from 0, so none is larger than the bytes before it."""
+    """Skips a memo index. Picklers count from 0, so no index exceeds the number of bytes before it."""
     if int.from_bytes(data[position : position + 4], "little") > position:
-        raise OpcodeError(f"a memo index out of range at byte {position}")
+        raise OpcodeError(f"memo index out of range at byte {position}")
     return position + 4
 
 

@@ -1,8 +1,8 @@
-"""Read pickles without executing anything from them, and without torch.
+"""Reads pickles without executing anything from them, and without torch.
 
-A pickle is a program that may call any importable function. Here every global becomes a subclass of `Inert`: a record of
-the name, the arguments and the state that the pickle gave it. Nothing is imported. What is made of the few globals in
-`_PLAIN`, and of those that a caller names, cannot hold or cost more than the bytes that describe it.
+A pickle is a program that may call any importable function. Here every global becomes a subclass of `Inert`, which
+records the name, the arguments and the state that the pickle gives it. Nothing is imported. The few globals that are
+known to `_Unpickler`, and those that a caller passes, build objects no larger than the bytes that describe them.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from typing import Any, NoReturn, Self
 from mptq.checkpoint.pickle_opcodes import OpcodeError, check
 from mptq.errors import CheckpointError
 
-_LARGE = 1 << 20  # bytes of a pickle of which so much is made that the garbage collector would notice
-_GLOBALS = 4096  # distinct ones in a pickle; a class takes 1 kB, and checkpoints name dozens
-_TUPLES = 10_000  # nested tuples whose hash fits any thread's stack
-_NO_TUPLES = bytes(set(range(256)) - set(b"t\x85\x86\x87"))  # what is not TUPLE, TUPLE1, TUPLE2 or TUPLE3
-_HASH_FRAME = 256  # bytes of stack for the hash of a tuple inside of another: more than twice what it takes
+_LARGE = 1 << 20  # bytes; the objects from a larger pickle would slow down the garbage collector
+_GLOBALS = 4096  # limit of distinct globals in a pickle; a class takes 1 kB, and checkpoints name dozens
+_TUPLES = 10_000  # nesting depth of tuples that can be hashed on the stack of any thread
+_NO_TUPLES = bytes(set(range(256)) - set(b"t\x85\x86\x87"))  # all bytes but TUPLE, TUPLE1, TUPLE2 and TUPLE3
+_HASH_FRAME = 256  # bytes of stack per level to hash nested tuples: more than twice what is needed
 _OF_CHECKPOINTS = (
     # Pickle's own, and plain data of the standard library.
     r"builtins\.(set|frozenset|bytearray|complex|dict|list|tuple|int|float|str|bool|bytes|slice|range|object)",
     r"_codecs\.encode|copyreg\._reconstructor|argparse\.Namespace|types\.SimpleNamespace|signal\.Signals",
     r"(collections|datetime|decimal|enum|fractions|pathlib(\._local)?|uuid)\.[A-Za-z]\w*",
-    # NumPy's scalars and arrays, the states of its generators among them.
+    # NumPy's scalars and arrays, including the states of its generators.
     r"numpy\.(dtype|ndarray)|numpy\.(dtypes|random\._pickle)\.\w+|numpy\._?core\.multiarray\.(scalar|_reconstruct)",
-    # torch's dtypes, sizes, devices, storages, layouts, tensors; its checkpoints' metadata and plans; activation functions.
+    # torch's dtypes, sizes, devices, storages, layouts, tensors; checkpoint metadata and plans; activation functions.
     r"torch\.(\w*float\w*|\w*int\d\w*|bool|half|double|long|short|complex\d+|Size|device|Tensor|\w*Storage|strided)",
     r"torch\._utils\._rebuild_\w+|torch\.serialization\._get_layout|torch\.storage\.\w+|torch\.nn\.parameter\.\w+",
     r"torch\.distributed\.checkpoint\.[\w.]+|torch\.nn\.functional\.\w+|torch\._C\._nn\.\w+",
-    # The frameworks whose settings the arguments are.
+    # The frameworks whose settings the arguments contain.
     r"(megatron|transformer_engine|modelopt|nemo)\.[\w.]+",
 )
 _KNOWN_NAME = re.compile("|".join(_OF_CHECKPOINTS))
@@ -55,9 +55,9 @@ _DAMAGE = (
 
 
 class Inert:
-    """Stands for an object of a class that is not imported; `global_name` is that class, as in `torch.Size`.
+    """Stands for an object of a class that is not imported; `global_name` is its full name, such as `torch.Size`.
 
-    It has two slots and no more, so that a pickle cannot give it attributes of other names.
+    It has only two slots, so a pickle cannot set any other attributes.
     """
 
     __slots__ = ("args", "state")
@@ -66,7 +66,7 @@ class Inert:
     state: Any
 
     def __new__(cls, *args: Any, **_kwargs: Any) -> Self:
-        """Record the arguments; nothing else happens."""
+        """Records the arguments and does nothing else."""
         self = object.__new__(cls)
         self.args = args
         self.state = None
@@ -91,19 +91,19 @@ class Inert:
         """Ignore the items of a dict subclass."""
 
     def __repr__(self) -> str:
-        # What is inside of an argument is not shown: a pickle can make it contain itself.
+        # The contents of arguments are not shown: a pickle can make an argument contain itself.
         shown = (repr(arg) if isinstance(arg, str | int | float | None) else "..." for arg in self.args)
         return f"{self.global_name}({', '.join(shown)})"
 
 
 @lru_cache(_GLOBALS)
 def _inert(full: str, name: str) -> type[Inert]:
-    """The class that stands for a global: one for the pickles of all tensors, because a class is a cycle, and stays a while."""
+    """Returns the class that stands for a global. Cached, because a class is a reference cycle that is freed late."""
     return type(name, (Inert,), {"__slots__": (), "global_name": full})
 
 
 class Call:
-    """A function that a pickle may call. A pickle may also give any object on its stack a state: this one takes none."""
+    """A function that a pickle may call. It rejects a state, which a pickle can assign to any object on its stack."""
 
     __slots__ = ("_function",)
 
@@ -111,7 +111,7 @@ class Call:
         self._function = function
 
     def __call__(self, *args: Any) -> Any:
-        """What the function makes of the arguments."""
+        """Returns the result of the function."""
         return self._function(*args)
 
     def __setstate__(self, state: Any) -> NoReturn:
@@ -119,14 +119,14 @@ class Call:
 
 
 class _Elements:
-    """The lists that sets are made of: every element has been written once, so copies of them are no more than the bytes."""
+    """Checks the lists that sets are built from: each element is used once, so sets do not exceed the pickle."""
 
     def __init__(self, most: int) -> None:
         self.left = most
 
     def __call__(self, items: Any) -> list[Any]:
         if type(items) is not list or len(items) > self.left:
-            raise pickle.UnpicklingError("a set of something else than a list of its own")
+            raise pickle.UnpicklingError("a set that is not built from a list of its own")
         self.left -= len(items)
         return items
 
@@ -135,16 +135,16 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, data: bytes | bytearray, known: Mapping[str, Any]) -> None:
         super().__init__(io.BytesIO(data))
         elements = _Elements(len(data))
-        # No function here refers to the unpickler: in a cycle, its memo would outlive it.
+        # No function here may refer to the unpickler: the memo would stay alive in a reference cycle.
         self._globals: dict[str, Any] = {
-            "collections.OrderedDict": Call(dict[Any, Any]().copy),  # its items follow
+            "collections.OrderedDict": Call(dict[Any, Any]().copy),  # filled by later opcodes
             "builtins.set": Call(lambda items: set(elements(items))),
             "builtins.frozenset": Call(lambda items: frozenset(elements(items))),
             **known,
         }
 
     def find_class(self, module: str, name: str) -> Any:
-        # The protocols up to 2, torch.save's among them, call the builtins what Python 2 did.
+        # Protocols up to 2, which torch.save uses, have the Python 2 name of the builtins module.
         full = f"{'builtins' if module == '__builtin__' else module}.{name}"
         found = self._globals.get(full)
         if found is None:
@@ -155,26 +155,26 @@ class _Unpickler(pickle.Unpickler):
 
     @property
     def names(self) -> Iterable[str]:
-        """The globals that were referred to, and those that are known."""
+        """The globals that the pickle referred to, and the known ones."""
         return self._globals
 
     def persistent_load(self, pid: Any) -> Any:
-        """Tensor storages are named here and never read."""
+        """Returns an inert object for a tensor storage, which is never read here."""
         return self.find_class("torch", "Storage")(pid)
 
 
 def foreign(names: Iterable[str]) -> list[str]:
-    """Those of the globals `names` that checkpoints of Megatron have no use for, sorted, each printable."""
+    """Returns the globals among `names` that Megatron checkpoints do not need, sorted and escaped for printing."""
     return sorted(ascii(name)[1:-1] for name in names if not _KNOWN_NAME.fullmatch(name))
 
 
 def load_pickle(
     data: bytes | bytearray, where: str, known: Mapping[str, Any] | None = None, names: set[str] | None = None
 ) -> Any:
-    """The object that the pickle `data` describes, with every class inert but those in `known`, by their full names.
+    """Returns the object that the pickle `data` describes. All classes are inert except those in `known`, by full name.
 
-    Raises CheckpointError naming `where` when `data` is not a whole pickle of plain data. Memory: at most 300 bytes for
-    each byte of `data`. The full names of the globals that it refers to are added to `names`.
+    Raises CheckpointError naming `where` if `data` is not a complete pickle of plain data. Memory: at most 300 bytes
+    per byte of `data`. Adds the full names of the globals that it refers to to `names`.
     """
     try:
         check(data)
@@ -191,9 +191,9 @@ def load_pickle(
 
 @contextmanager
 def gc_paused(large: bool = True) -> Iterator[None]:
-    """Nothing becomes garbage while an index is made, and looking for it takes longer than making it.
+    """Disables garbage collection while an index is built: there is no garbage, and the search is slow.
 
-    What a host has frozen stays frozen, and a collector that it has disabled stays disabled.
+    Objects that the host application froze stay frozen, and a collector that it disabled stays disabled.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -201,17 +201,17 @@ def gc_paused(large: bool = True) -> Iterator[None]:
         yield
     finally:
         if enabled:
-            if large and not gc.get_freeze_count():  # which counts them one by one
-                # To the oldest generation with all of it, and back into use: else the next collection goes through it at once.
+            if large and not gc.get_freeze_count():  # slow: counts the objects one by one
+                # Moves all objects to the oldest generation; otherwise the next collection would traverse them at once.
                 gc.freeze()
                 gc.unfreeze()
             gc.enable()
 
 
 def _with_stack_for(data: bytes | bytearray, load: Callable[[], Any]) -> Any:
-    """Run `load` where hashing the deepest tuple that `data` can spell does not overflow the stack.
+    """Runs `load` with enough stack to hash the deepest tuple that `data` can describe.
 
-    CPython hashes nested tuples by recursion in C, unguarded: a dict's key of 100 kB of TUPLE1 would end the process.
+    CPython hashes nested tuples by unguarded recursion in C: a dict key of 100 kB of TUPLE1 would crash the process.
     """
     most = len(data.translate(None, _NO_TUPLES))
     if most <= _TUPLES:
@@ -230,7 +230,7 @@ def _with_stack_for(data: bytes | bytearray, load: Callable[[], Any]) -> Any:
         thread = threading.Thread(target=run)
         thread.start()
     except RuntimeError as error:
-        raise MemoryError("it may nest tuples deeper than there is memory") from error
+        raise MemoryError("its tuples may be nested too deeply for the available memory") from error
     finally:
         threading.stack_size(before)
     thread.join()

@@ -1,4 +1,4 @@
-"""Reading ahead: while one tensor is worked on, a thread reads those that come next."""
+"""Prefetching: while one tensor is processed, a thread reads the next ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _AHEAD = 2
 
 
 class Item(NamedTuple):
-    """A tensor by its inner name, or its rows from `first` on: `shape` is that of what is read."""
+    """A tensor by its inner name, or its rows starting at `first`; `shape` is the shape of what is read."""
 
     name: str
     shape: tuple[int, ...]
@@ -24,9 +24,9 @@ class Item(NamedTuple):
 
 
 class Prefetcher:
-    """Tensors in an order that is known before. Memory: the one that was taken last, and the next two.
+    """Reads tensors ahead in a given order. Memory: the tensor that was taken last and the next two.
 
-    Two, because they are of unequal size: with one, who takes a small tensor waits for the large one after it.
+    Two, because sizes differ: with only one, the consumer of a small tensor would wait for the large one after it.
     """
 
     def __init__(self, read: Callable[[Item], torch.Tensor], items: Iterable[Item]) -> None:
@@ -42,7 +42,7 @@ class Prefetcher:
             self._next.append((item, self._pool.submit(self._read, item)))
 
     def take(self, item: Item) -> torch.Tensor:
-        """The next tensor, which must be this one; what went wrong in reading it is raised here."""
+        """Returns the next tensor, which must be `item`; errors from reading it are raised here."""
         assert self._next, f"{item} is read after the last"
         following, reading = self._next.popleft()
         assert following == item, f"{item} is read where {following} comes next"
@@ -51,5 +51,5 @@ class Prefetcher:
         return tensor
 
     def close(self) -> None:
-        """Stop the thread; what is being read is finished first."""
+        """Stops the thread after the current read."""
         self._pool.shutdown(cancel_futures=True)

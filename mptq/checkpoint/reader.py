@@ -1,7 +1,8 @@
-"""Read tensors of a checkpoint, whole or one layer or expert out of a stack, straight into where they are wanted.
+"""Reads tensors of a checkpoint, or one layer or expert of a stacked tensor, directly into their destination.
 
-Only the chunks that overlap the request are read, and none of them is unpickled by torch. Every byte that a storage has
-is checked by the CRC-32 in its zip when it is first read; what is then read again of a stack of layers is not.
+Only the chunks that overlap the request are read, and torch unpickles none of them. When a storage is first read, all
+of its bytes are checked against the CRC-32 in its zip; later reads from the same storage (of a stack of layers) are not
+checked.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
     from mptq.checkpoint.index import Checkpoint, Chunk, StorageRecord
     from mptq.types import TensorSlice
 
-_BLOCK = 4 << 20  # bytes that are cast or scattered at once
+_BLOCK = 4 << 20  # bytes to cast or scatter at once
 
 
 class Reader:
-    """Random access to the tensors of one checkpoint. Memory: the places of the chunks of the stacks that were read."""
+    """Random access to the tensors of one checkpoint. Memory: an index of the chunks of the tensors read so far."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -34,12 +35,12 @@ class Reader:
         self._checked: dict[StorageRecord, Stored] = {}
 
     def read(self, name: str, out: torch.Tensor, index: tuple[int, ...] = (), first: int = 0) -> torch.Tensor:
-        """Fill `out` with tensor `name`, or with `name[index]` of a stack of layers (or experts); casts to the dtype of `out`.
+        """Fills `out` with tensor `name`, or with `name[index]` of a stack of layers or experts; casts to its dtype.
 
-        Of more rows than `out` has, those from `first` on.
+        If `out` has fewer rows than the tensor, it gets the rows starting at `first`.
 
-        Raises CheckpointError naming the file and the tensor when a record is not what the metadata says, or has changed.
-        Peak memory: `out` and 8 MB; for a chunk that is stored transposed, that chunk too.
+        Raises CheckpointError naming the file and the tensor if a record does not match the metadata or its checksum.
+        Peak memory: `out` and 8 MB, plus the whole chunk if it is stored non-contiguously.
         """
         tensor = self.checkpoint.tensors[name]
         shape = tensor.spec.shape[len(index) :]
@@ -57,7 +58,7 @@ class Reader:
         return out
 
     def read_parts(self, parts: Sequence[TensorSlice], out: torch.Tensor, first: int = 0) -> torch.Tensor:
-        """Fill `out` with `parts`, one above the other by rows, from row `first` on."""
+        """Fills `out` with the rows of `parts`, concatenated, starting at row `first`."""
         row = -first
         for part in parts:
             low, high = max(row, 0), min(row + part.shape[0], len(out))
@@ -67,7 +68,7 @@ class Reader:
         return out
 
     def _read_chunk(self, name: str, chunk: Chunk, wanted: _Place) -> None:
-        """Fill the part of what is wanted that `chunk` has."""
+        """Fills the part of `wanted` that `chunk` covers."""
         target, place, skipped = wanted.within(chunk)
         if not target.numel():
             return
@@ -78,19 +79,19 @@ class Reader:
             known = self._checked.get(record)
             stored = known or _as_said(stored_tensor(archive), chunk, self.checkpoint.tensors[name].spec.dtype)
             _copy(Stream(archive.descriptor, stored, check=known is None), stored, (place, skipped), target)
-        if target.numel() < math.prod(chunk.sizes):  # others of the stack are in this chunk too, or other rows
+        if target.numel() < math.prod(chunk.sizes):  # the rest of the chunk may be read later
             self._checked[record] = stored
 
 
 class _Place(NamedTuple):
-    """What is to be filled: `out`, with the index `at` of a stack, from row `first` on."""
+    """The destination of a read: `out` is filled with index `at` of a stack, starting at row `first`."""
 
     out: torch.Tensor
     at: tuple[int, ...]
     first: int
 
     def within(self, chunk: Chunk) -> tuple[torch.Tensor, list[int], int]:
-        """The part of `out` that a chunk has, the index in the chunk, and how many of its rows come before."""
+        """Returns the part of `out` that a chunk covers, the index in the chunk, and how many rows to skip there."""
         depth, target, skipped = len(self.at), self.out, 0
         for dim, (start, size) in enumerate(zip(chunk.offsets[depth:], chunk.sizes[depth:], strict=True)):
             low, high = start, start + size
@@ -102,7 +103,7 @@ class _Place(NamedTuple):
 
 
 class _Stack:
-    """The chunks of a tensor by their place in its leading dimensions."""
+    """The chunks of a tensor, indexed by their position in its leading dimensions."""
 
     def __init__(self, chunks: Sequence[Chunk], depth: int) -> None:
         self._single: defaultdict[tuple[int, ...], list[Chunk]] = defaultdict(list)
@@ -114,7 +115,7 @@ class _Stack:
                 self._several.append(chunk)
 
     def at(self, index: tuple[int, ...]) -> Iterator[Chunk]:
-        """The chunks that have something of `tensor[index]`."""
+        """Yields the chunks that overlap `tensor[index]`."""
         yield from self._single.get(index, ())
         for chunk in self._several:
             edges = zip(index, chunk.offsets, chunk.sizes, strict=False)
@@ -123,7 +124,7 @@ class _Stack:
 
 
 def _as_said(stored: Stored, chunk: Chunk, dtype: str) -> Stored:
-    """The stored tensor, which is what the metadata says of the chunk."""
+    """Returns the stored tensor; raises CheckpointError unless it matches the metadata of the chunk."""
     if (stored.dtype, stored.sizes) != (dtype, chunk.sizes):
         raise CheckpointError(
             f"{stored.where} is {stored.dtype} {list(stored.sizes)}, but the metadata says {dtype} {list(chunk.sizes)}: "
@@ -133,7 +134,7 @@ def _as_said(stored: Stored, chunk: Chunk, dtype: str) -> Stored:
 
 
 def _copy(stream: Stream, stored: Stored, where: tuple[list[int], int], target: torch.Tensor) -> None:
-    """Fill `target` with the rows of `stored[place]` after those that are skipped, for `where` = place, skipped."""
+    """Fills `target` with the rows of `stored[place]` after the first `skipped`, where `where` = (place, skipped)."""
     dtype: torch.dtype = getattr(torch, stored.dtype)
     place, skipped = where
     if stored.contiguous:
@@ -151,7 +152,7 @@ def _copy(stream: Stream, stored: Stored, where: tuple[list[int], int], target: 
 
 
 def _fill(stream: Stream, target: torch.Tensor, dtype: torch.dtype) -> None:
-    """Fill `target` with what comes next: directly, or by blocks of rows where it is cast or scattered."""
+    """Fills `target` with the next bytes: directly, or in blocks of rows if they must be cast or scattered."""
     if target.dtype == dtype and target.is_contiguous():
         stream.read_into(_bytes(target))
         return

@@ -1,8 +1,8 @@
-"""The run configs beside the weights, read as plain data: YAML of Megatron-Bridge and of NeMo 2. No torch.
+"""Reads the YAML run configs that Megatron-Bridge and NeMo 2 save with the weights, as plain data. No torch.
 
-Both spell Python objects as mappings with `_target_`; nothing is imported or called. Bridge's `run_config.yaml` has the
-sections `model`, `tokenizer` and more (megatron/bridge/training/config.py); NeMo's `context/model.yaml` is the model alone,
-its tokenizer inside (nemo/lightning/io/mixin.py).
+Both write Python objects as mappings with `_target_`; nothing is imported or called. Bridge's `run_config.yaml` has the
+sections `model`, `tokenizer` and more (megatron/bridge/training/config.py); NeMo's `context/model.yaml` has the model
+only, including its tokenizer (nemo/lightning/io/mixin.py).
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ import yaml
 from mptq.checkpoint.locate import Location
 from mptq.errors import CheckpointError
 
-_LARGEST = 16 << 20  # bytes; run configs have 50 kB
+_LARGEST = 16 << 20  # size limit in bytes; run configs have about 50 kB
 _DEEPEST = 100
 _PYTHON = "tag:yaml.org,2002:python/"
-# What PyYAML's constructors raise for a scalar that is not of its tag's form, beside YAMLError.
+# Besides YAMLError, what PyYAML's constructors raise for a scalar that does not have the form of its tag.
 _DAMAGE = (yaml.YAMLError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError)
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which takes nodes of tags it does not know for the data that they hold."""
+    """PyYAML's safe loader, except that nodes with unknown tags become the data that they hold."""
 
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self.depth += 1
         if self.depth > _DEEPEST:
-            raise yaml.YAMLError("it nests too deeply")
+            raise yaml.YAMLError("it is nested too deeply")
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """No merge keys: no writer of run configs has them, and nested ones grow beyond all memory."""
+        """Rejects merge keys: no run config has them, and nested ones grow exponentially."""
         if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
             raise yaml.YAMLError("it has merge keys (<<)")
 
     def inert(self, node: yaml.Node) -> Any:
-        """The data of a node; of Python's tags, which name an object, `_target_` with that name."""
+        """Returns the data of a node, with the name of an object in a Python tag as `_target_`."""
         kind, _, name = node.tag.removeprefix(_PYTHON).partition(":") if node.tag.startswith(_PYTHON) else ("", "", "")
         target = {"_target_": name} if kind and name else {}
         if isinstance(node, yaml.MappingNode):
@@ -56,23 +56,23 @@ _Loader.add_constructor(None, _Loader.inert)
 
 
 def load_yaml(file: Path) -> dict[str, Any]:
-    """The mapping in a YAML file, as plain data; raises CheckpointError when it is no such file."""
+    """Returns the mapping in a YAML file as plain data; raises CheckpointError if it is not such a file."""
     try:
         with file.open("rb") as opened:
             text = opened.read(_LARGEST + 1)
         if len(text) > _LARGEST:
-            raise CheckpointError(f"{file} has more than {_LARGEST} bytes: that is no run config")
+            raise CheckpointError(f"{file} has more than {_LARGEST} bytes: too large for a run config")
         document = yaml.load(text, _Loader)  # noqa: S506 (a subclass of the safe loader)
     except _DAMAGE as error:
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{file} is not a readable YAML file ({reason}): copy it again, or remove it") from error
+        raise CheckpointError(f"{file} is not a readable YAML file ({reason}): copy it again or remove it") from error
     if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
-        raise CheckpointError(f"{file} is not a run config: it must be a mapping of names")
+        raise CheckpointError(f"{file} is not a run config: it must be a mapping with string keys")
     return document
 
 
 def run_config(location: Location) -> tuple[dict[str, Any], str]:
-    """The run config of a checkpoint, with `model` and `tokenizer`, and where it was found; empty where there is none."""
+    """Returns the run config of a checkpoint, with `model` and `tokenizer`, and its source; empty if there is none."""
     if location.config is None:
         return {}, "no run config"
     document = load_yaml(location.config)
@@ -86,7 +86,7 @@ def run_config(location: Location) -> tuple[dict[str, Any], str]:
 
 
 def _nemo_tokenizer(model: Mapping[str, Any], context: Path) -> dict[str, Any]:
-    """What NeMo says of its tokenizer, in Megatron's words; its files lie in the context."""
+    """Returns NeMo's tokenizer settings under Megatron's names; the tokenizer files are in the context directory."""
     described = _mapping(model.get("tokenizer"))
     named = described.get("pretrained_model_name") or described.get("model_path")
     for name in ("nemo_tokenizer", named):

@@ -1,4 +1,4 @@
-"""One tensor in a `torch.save` file: what it says of itself, and its bytes with their CRC-32. No torch.
+"""Reads one tensor from a `torch.save` file: its dtype and sizes, and its bytes with their CRC-32. No torch.
 
 Format: `data.pkl` calls `_rebuild_tensor_v2` or `_v3` (torch/_utils.py) with a storage, which is the member `data/KEY`.
 """
@@ -17,8 +17,8 @@ from mptq.checkpoint.torch_zip import Archive, Member, require_crc
 from mptq.errors import CheckpointError
 from mptq.types import DTYPE_BYTES
 
-_PICKLE = 1 << 20  # bytes of the largest pickle of one tensor; they have about 200
-_PIECE = 1 << 20  # bytes that are read at once, and checked while they are in the cache
+_PICKLE = 1 << 20  # size limit in bytes for the pickle of one tensor; usually about 200
+_PIECE = 1 << 20  # bytes per read, checked while they are in the CPU cache
 _STORAGES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
@@ -36,7 +36,7 @@ _REBUILD = "torch._utils._rebuild_"
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor of `sizes` in a storage: its element [i, j, ...] is number `start + i * strides[0] + j * strides[1] + ...`."""
+    """A tensor in a storage, where element [i, j, ...] is at `start + i * strides[0] + j * strides[1] + ...`."""
 
     where: str
     member: Member
@@ -47,27 +47,27 @@ class Stored:
 
     @property
     def contiguous(self) -> bool:
-        """Whether the elements follow each other in the storage."""
+        """Whether the elements are contiguous in the storage, in row-major order."""
         expected = [math.prod(self.sizes[dim + 1 :]) for dim in range(len(self.sizes))]
         return all(size <= 1 or one == two for size, one, two in zip(self.sizes, self.strides, expected, strict=True))
 
 
 def stored_tensor(archive: Archive) -> Stored:
-    """The tensor in a `torch.save` file.
+    """Returns the tensor in a `torch.save` file.
 
-    Raises CheckpointError when the file holds anything else, or less bytes than the tensor needs. Memory: its pickle.
+    Raises CheckpointError if the file holds anything else, or fewer bytes than the tensor needs. Memory: its pickle.
     """
     if "byteorder" in archive.members and archive.read("byteorder", 16) != b"little":
-        raise CheckpointError(f"{archive.where} is not little-endian: save the checkpoint again on such a machine")
+        raise CheckpointError(f"{archive.where} is not little-endian: save the checkpoint again on a little-endian machine")
     value = load_pickle(archive.read("data.pkl", _PICKLE), archive.where)
     try:
         found = _parse(archive, value)
     except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
-        raise CheckpointError(f"{archive.where} holds no plain tensor ({error!r}): the checkpoint is damaged") from error
+        raise CheckpointError(f"{archive.where} is not a plain tensor ({error!r}): the checkpoint is damaged") from error
     used = found.sizes and 0 in found.sizes
     last = found.start + sum((size - 1) * stride for size, stride in zip(found.sizes, found.strides, strict=True))
     if not used and (last + 1) * DTYPE_BYTES[found.dtype] > found.member.size:
-        raise CheckpointError(f"{archive.where} has less bytes than its tensor needs: the checkpoint is damaged")
+        raise CheckpointError(f"{archive.where} has fewer bytes than its tensor needs: the checkpoint is damaged")
     return found
 
 
@@ -79,7 +79,7 @@ def _parse(archive: Archive, value: Any) -> Stored:
         raise ValueError(f"it is a {value.global_name}")
     storage, start, sizes, strides = value.args[:4]
     if not isinstance(storage, Inert) or storage.global_name != "torch.Storage":
-        raise ValueError("its storage is none")
+        raise ValueError("its storage is not a torch storage")
     (_, storage_type, key, _, _) = storage.args[0]
     if kind == "tensor_v3":
         dtype = value.args[6].global_name.removeprefix("torch.")
@@ -87,14 +87,14 @@ def _parse(archive: Archive, value: Any) -> Stored:
         dtype = _STORAGES[storage_type.global_name.removeprefix("torch.")]
     numbers = (start, *sizes, *strides)
     if type(sizes) is not tuple or type(strides) is not tuple or len(sizes) != len(strides):
-        raise ValueError("its sizes are none")
+        raise ValueError("its sizes and strides are not tuples of the same length")
     if dtype not in DTYPE_BYTES or set(map(type, numbers)) != {int} or not 0 <= min(numbers) <= max(numbers) < 1 << 63:
-        raise ValueError(f"dtype {dtype}, sizes {str(numbers)[:100]}")
+        raise ValueError(f"invalid dtype {dtype}, or offset, sizes and strides {str(numbers)[:100]}")
     return Stored(archive.where, archive.members[f"data/{key}"], dtype, start, sizes, strides)
 
 
 class Stream:
-    """The bytes of a member, from its first to its last. With `check`, all of them are read, and their CRC-32 is compared."""
+    """Reads the bytes of a member sequentially. With `check`, all bytes are read and their CRC-32 is verified."""
 
     def __init__(self, descriptor: int, stored: Stored, check: bool) -> None:
         self._descriptor = descriptor
@@ -104,7 +104,7 @@ class Stream:
         self._position = 0
 
     def skip_to(self, position: int) -> None:
-        """Go on at byte `position`."""
+        """Advances to byte `position`."""
         if not self._check:
             self._position = position
             return
@@ -113,7 +113,7 @@ class Stream:
             self.read_into(scratch[: position - self._position])
 
     def read_into(self, target: memoryview) -> None:
-        """Fill `target` (bytes) with what comes next."""
+        """Fills `target` with the next bytes."""
         for first in range(0, len(target), _PIECE):
             piece = target[first : first + _PIECE]
             self._read_piece(piece)
@@ -124,12 +124,12 @@ class Stream:
         while piece:
             count = os.preadv(self._descriptor, [piece], self._stored.member.offset + self._position)
             if not count:
-                raise CheckpointError(f"{self._stored.where} is cut short: copy the checkpoint again")
+                raise CheckpointError(f"{self._stored.where} is truncated: copy the checkpoint again")
             self._position += count
             piece = piece[count:]
 
     def finish(self) -> None:
-        """Read what is left, and raise CheckpointError when the bytes are not those that were written."""
+        """With `check`, reads the remaining bytes and raises CheckpointError if the CRC-32 does not match."""
         if self._check:
             self.skip_to(self._stored.member.size)
             require_crc(self._crc, self._stored.member, self._stored.where)

@@ -1,7 +1,7 @@
-"""The files that `torch.save` writes, inside of shards or alone: zip archives of stored members, read with every bound checked.
+"""Reads the zip archives that `torch.save` writes, on their own or inside shards, with all bounds checked.
 
-Format: torch/csrc/../caffe2/serialize/inline_container.cc writes members uncompressed, each with its CRC-32; the zip's own
-structures are the standard library's to read. A member's bytes never leave the record, and are never more than it holds.
+Format: caffe2/serialize/inline_container.cc in torch writes uncompressed members, each with its CRC-32. The standard
+library parses the zip structures. A member's bytes are always within its record.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from isal import isal_zlib
 from mptq.checkpoint.pickles import load_pickle
 from mptq.errors import CheckpointError
 
-_DIRECTORY = 16 << 20  # bytes of the largest directory: 200,000 members
+_DIRECTORY = 16 << 20  # size limit in bytes for the central directory: 200,000 members
 _LOCAL = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field
 _DAMAGE = (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, OverflowError, EOFError, KeyError, OSError)
 
 
 class StorageRecord(NamedTuple):
-    """`length` bytes at `offset` of `file`, relative to the checkpoint directory: one `torch.save` file."""
+    """One `torch.save` file: `length` bytes at `offset` of `file`, a path relative to the checkpoint directory."""
 
     file: str
     offset: int
@@ -35,7 +35,7 @@ class StorageRecord(NamedTuple):
 
 
 class Member(NamedTuple):
-    """`size` bytes at `offset` of the file that holds the archive, and their CRC-32; 0 where the writer left it out."""
+    """`size` bytes at `offset` of the file that holds the archive, and their CRC-32 (0 if the writer omitted it)."""
 
     offset: int
     size: int
@@ -43,7 +43,7 @@ class Member(NamedTuple):
 
 
 class _Window(io.RawIOBase):
-    """A part of a file, as a file: what is outside of it does not exist."""
+    """A file object for a part of a file; nothing outside that part can be read."""
 
     def __init__(self, descriptor: int, offset: int, length: int) -> None:
         self._descriptor, self._offset, self._length = descriptor, offset, length
@@ -61,7 +61,7 @@ class _Window(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
         if not 0 <= base + offset <= self._length:
-            raise ValueError("an offset outside of the record")
+            raise ValueError("an offset is outside the record")
         self._position = base + offset
         return self._position
 
@@ -69,7 +69,7 @@ class _Window(io.RawIOBase):
         left = self._length - self._position
         size = left if size is None or size < 0 else min(size, left)
         if size > _DIRECTORY:
-            raise ValueError(f"a directory of {size} bytes")
+            raise ValueError(f"the zip directory is too large ({size} bytes)")
         found = os.pread(self._descriptor, size, self._offset + self._position)
         self._position += len(found)
         return found
@@ -77,14 +77,14 @@ class _Window(io.RawIOBase):
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """An open `torch.save` file: its members by their names without the common first folder."""
+    """An open `torch.save` file, with its members by name (without the common top-level folder)."""
 
     descriptor: int
     where: str
     members: Mapping[str, Member]
 
     def read(self, name: str, most: int) -> bytes:
-        """The bytes of a member, checked; raises CheckpointError when it is missing, longer than `most`, or damaged."""
+        """Returns the bytes of a member; raises CheckpointError if it is missing, over `most` bytes, or damaged."""
         member = self.members.get(name)
         if member is None:
             raise CheckpointError(f"{self.where} was not written by torch.save (torch 1.6 or later): it has no {name}")
@@ -96,23 +96,23 @@ class Archive:
 
 
 def require_crc(found: int, member: Member, where: str) -> None:
-    """Raise CheckpointError unless `found` is the CRC-32 of `member`, or it has none (torch can be told to leave it out)."""
+    """Raises CheckpointError if `found` is not the CRC-32 of `member`; passes if it has none (torch can omit it)."""
     if member.crc and found != member.crc:
         raise CheckpointError(f"{where} has changed since it was written (CRC-32): copy the checkpoint again")
 
 
 @contextmanager
 def open_record(file: Path, where: str, offset: int = 0, length: int | None = None) -> Iterator[Archive]:
-    """The `torch.save` file in `length` bytes at `offset` of `file`, or the whole of it.
+    """Opens the `torch.save` file in the `length` bytes at `offset` of `file`, by default the whole file.
 
-    Raises CheckpointError naming `where` for anything else than a zip archive of stored members within these bytes.
+    Raises CheckpointError naming `where` unless these bytes are a zip archive of uncompressed members.
     """
     with file.open("rb", buffering=0) as opened:
         descriptor = opened.fileno()
         end = os.fstat(descriptor).st_size
         length = end if length is None else length
         if offset + length > end:
-            raise CheckpointError(f"{where} is cut short: {file} has {end} bytes; copy it again")
+            raise CheckpointError(f"{where} is truncated: {file} has {end} bytes; copy it again")
         yield Archive(descriptor, where, _members(descriptor, offset, length, where))
 
 
@@ -129,23 +129,23 @@ def _members(descriptor: int, offset: int, length: int, where: str) -> dict[str,
 
 
 def _member(descriptor: int, offset: int, directory: int, info: zipfile.ZipInfo) -> Member:
-    """Where the bytes of a member are: after its local header, and before the directory."""
+    """Returns the place of a member's bytes, which are after its local header and before the central directory."""
     if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
-        raise ValueError("a member is compressed, which torch's never are")
+        raise ValueError("a member is compressed or encrypted, which torch never does")
     if not 0 <= info.header_offset <= directory - _LOCAL.size:
-        raise ValueError("a member is outside of the record")
+        raise ValueError("a member is outside the record")
     signature, name, extra = _LOCAL.unpack(os.pread(descriptor, _LOCAL.size, offset + info.header_offset))
     start = info.header_offset + _LOCAL.size + name + extra
     if signature != b"PK\3\4" or start + info.file_size > directory:
-        raise ValueError("a member is outside of the record")
+        raise ValueError("a member is outside the record")
     return Member(offset + start, info.file_size, info.CRC)
 
 
 def load_torch_file(file: Path, where: str, record: StorageRecord | None = None, names: set[str] | None = None) -> Any:
-    """The object in a file that `torch.save` wrote, or in a record of a shard; its tensors and classes stay inert.
+    """Returns the object in a `torch.save` file, or in a record of a shard; its tensors and classes stay inert.
 
-    Raises CheckpointError naming `where` when it is no such file, or damaged. Memory: that of its pickle. The globals that it
-    refers to are added to `names`.
+    Raises CheckpointError naming `where` if it is not such a file or is damaged. Memory: that of its pickle. Adds the
+    globals that it refers to to `names`.
     """
     offset, length = (record.offset, record.length) if record else (0, None)
     with open_record(file, where, offset, length) as archive:

@@ -1,1 +1,1 @@
-"""What a model is: its config, its tensors in Megatron, in checkpoints and in Hugging Face. No torch."""
+"""The model: its config, and its tensors in Megatron, in checkpoints and in Hugging Face. No torch."""

@@ -16,21 +16,21 @@ from mptq.types import TensorSpec
 
 
 def model_config(settings: Settings, tensors: Mapping[str, TensorSpec]) -> ModelConfig:
-    """The config that `settings` describe; `tensors` give the weights' dtype and the padded vocabulary.
+    """Returns the config that `settings` describe; the dtype and the padded vocabulary come from `tensors`.
 
-    Raises CheckpointError without a usable architecture or for a value that no model can have, and UnsupportedModelError naming
-    every feature that is in the way.
+    Raises CheckpointError if the architecture is not known or a value is invalid, and UnsupportedModelError naming all
+    unsupported features.
     """
     if not {"num_layers", "hidden_size"} & set(settings):
         raise CheckpointError(
-            "the checkpoint does not say its architecture: it has neither run_config.yaml nor Megatron-LM's args; "
+            "the checkpoint does not specify its architecture: it has neither run_config.yaml nor Megatron-LM's args; "
             "pass --hf-config DIR or --config key=value"
         )
-    untold = unsaid(settings)
-    if untold:
+    missing = unsaid(settings)
+    if missing:
         raise CheckpointError(
-            "the checkpoint has neither run_config.yaml nor Megatron-LM's args, and its tensors do not tell "
-            f"{', '.join(untold)}: pass --hf-config DIR, or each as --config key=value"
+            "the checkpoint has neither run_config.yaml nor Megatron-LM's args, and its tensors do not determine "
+            f"{', '.join(missing)}: pass --hf-config DIR, or each as --config key=value"
         )
     refused = obstacles(REFUSED, settings)
     if refused:
@@ -46,7 +46,7 @@ def model_config(settings: Settings, tensors: Mapping[str, TensorSpec]) -> Model
 
 
 def _needed(settings: Settings, key: str) -> int:
-    """A setting without a default; raises KeyError where it is absent or None."""
+    """Returns a setting that has no default; raises KeyError if it is absent or None."""
     value = settings.get(key)
     if value is None:
         raise KeyError(key)
@@ -83,17 +83,17 @@ def _config(settings: Settings, tensors: Mapping[str, TensorSpec]) -> ModelConfi
 
 
 def _context(settings: Settings) -> Context:
-    """The number of positions.
+    """Returns the number of positions.
 
-    With YaRN it is the length before it times the factor, which engines compute too, whatever the training's length was;
-    only the user's own word counts more. Megatron-Bridge and NeMo 2 save no more than the length of the training's sequences.
+    With YaRN it is the original length times the factor, as engines compute it too, whatever the sequence length in
+    training; only --config takes precedence. Megatron-Bridge and NeMo 2 save only the sequence length of the training.
     """
     key = "max_position_embeddings"
-    said, yarn = settings.get(key), yarn_of(settings)
+    given, yarn = settings.get(key), yarn_of(settings)
     if yarn and yarn["rotary_scaling_factor"] > 1 and settings.sources.get(key) != OPTIONS:
         return Context(round(yarn["original_max_position_embeddings"] * yarn["rotary_scaling_factor"]), "yarn")
-    if said:
-        return Context(int(said), "settings")
+    if given:
+        return Context(int(given), "settings")
     trained, most = settings.get("seq_length"), settings.get("model_max_length")
     if most and most > (trained or 0):
         return Context(int(most), "tokenizer")

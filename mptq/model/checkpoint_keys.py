@@ -1,7 +1,7 @@
-"""Where a checkpoint has the tensors of a model, and which of its items are no part of the model.
+"""Finds the tensors of a model in a checkpoint, and the items that are not part of the model.
 
-Checkpoints stack layers and experts into one tensor, number experts in the last part of a name, fuse norms into Transformer
-Engine's linears and split fused matrices in parts; these are the alternatives of `KEY_VARIANTS`.
+Checkpoints may stack layers and experts into one tensor, number experts in the last part of a name, fuse norms into
+Transformer Engine's linears, and split fused matrices into parts. `KEY_VARIANTS` lists the resulting names.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ KEY_VARIANTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (_EXPERT + r"(weight|bias)$", (r"experts.local_experts.\1.\2.\3",)),
     (_EXPERT + r"(weight|bias)$", (r"experts.experts.\2.\3\1",)),
     (_EXPERT + r"(weight|bias)$", (r"experts.\2.\3\1",)),
-    # Stacked experts of a model without an inner `experts` module.
+    # Stacked experts in a model without an inner `experts` module.
     (_EXPERT + r"(weight|bias)$", (r"experts.\1.\2.\3",)),
     (r"experts\.experts\.(\d+)\.linear_fc1\.(weight|bias)$", (r"experts.\1.linear_fc1.\2_w", r"experts.\1.linear_fc1.\2_v")),
 )
-"""Pattern in an inner name -> what else it can be in a checkpoint: one tensor, or several, by rows."""
+"""Pattern in an inner name -> its variant in a checkpoint: one tensor, or several that are concatenated by rows."""
 
 SKIPPED = {
     "_extra_state": "Transformer Engine's FP8 state, of no meaning outside training",
@@ -50,15 +50,15 @@ SKIPPED = {
     "local_tokens_per_expert": "a counter of training",
     "qb_beta": "a counter of training",
 }
-"""Part of a key -> why it is not in the output."""
+"""Part of a key -> reason why the item is not in the output."""
 MTP = "mtp."
-"""What the keys of multi-token prediction layers begin with."""
+"""Prefix of the keys of multi-token prediction layers."""
 
 
 def locate(tensors: Mapping[str, TensorSpec], config: ModelConfig) -> dict[str, tuple[TensorSlice, ...]]:
-    """Where each inner tensor of the model is in the checkpoint: inner name -> parts, one above the other by rows.
+    """Finds each inner tensor of the model in the checkpoint: inner name -> its parts, concatenated by rows.
 
-    Raises CheckpointError for a missing tensor, one of a wrong shape, and one that is not part of the model.
+    Raises CheckpointError if a tensor is missing, has the wrong shape, or is not part of the model.
     """
     prefix = _prefix(tensors, config)
     places: dict[str, tuple[TensorSlice, ...]] = {}
@@ -80,7 +80,7 @@ def locate(tensors: Mapping[str, TensorSpec], config: ModelConfig) -> dict[str, 
 
 
 def _shapes(config: ModelConfig, layer: int) -> dict[str, _Sizes]:
-    """The tensors of a layer."""
+    """Returns the shapes of the tensors of a layer, by name."""
     shapes: dict[str, _Sizes] = {}
     for linear in layer_linears(config, layer):
         name = f"{linear.megatron}.weight"
@@ -99,7 +99,7 @@ def _alike(name: str) -> str:
 
 
 def passthrough_names(places: Mapping[str, tuple[TensorSlice, ...]]) -> list[str]:
-    """The inner names that only a Megatron output has, as they are: multi-token prediction layers."""
+    """Returns the inner names that only a Megatron output has, unchanged: multi-token prediction layers."""
     return [name for name in places if name.startswith(MTP)]
 
 
@@ -113,33 +113,34 @@ def _carried(tensors: Mapping[str, TensorSpec], prefix: str) -> dict[str, tuple[
 
 
 def skipped(keys: Iterable[str]) -> dict[str, str]:
-    """The keys that the output leaves out, with the reason."""
+    """Returns the keys that are not in the output, with the reason."""
     return {key: reason for key in keys if (reason := _drop_reason(key)) is not None}
 
 
 def _drop_reason(key: str) -> str | None:
-    for part, reason in SKIPPED.items():  # there are tens of thousands of keys: a generator would take longer than all tests
+    for part, reason in SKIPPED.items():  # a plain loop: there are tens of thousands of keys, and a generator is slower
         if part in key:
             return reason
     return None
 
 
 def _prefix(tensors: Mapping[str, TensorSpec], config: ModelConfig) -> str:
-    """What stands before `decoder.` in the model's keys: nothing, `model.`, `module.` and the like."""
+    """Returns the prefix before `decoder.` in the model's keys: "", `model.`, `module.` or similar."""
     anchor = f"{final_norm(config)}.weight"
     found = [key.removesuffix(anchor) for key in tensors if key.endswith(anchor) and _drop_reason(key) is None]
     if len(found) != 1:
         raise CheckpointError(
-            f"the checkpoint has {len(found)} tensors named *{anchor}: no language model in it that mptq knows"
+            f"the checkpoint has {len(found)} tensors named *{anchor}, but one is expected: mptq finds no language model in it"
         )
     return found[0]
 
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """Shape of a tensor of a layer, its rows where checkpoints split it, and its name with every expert's number alike.
+    """Shape of a tensor of a layer, and the `rows` of its parts in checkpoints that split it.
 
-    `expert` is that number, if it belongs to one.
+    `alike` is its name with expert numbers replaced, so that it is the same for all experts. `expert` is the number of
+    the expert that it belongs to, if any.
     """
 
     shape: tuple[int, ...]
@@ -149,13 +150,14 @@ class _Sizes:
 
 
 _Chosen = tuple[int, ...]
-"""Which words of a name are numbers that a stack has as its leading dimensions."""
+"""The positions of the numbers in a dotted name that are leading dimensions of a stacked tensor instead."""
 
 
 class _Search:
-    """Finds the tensors of layers: each in the first of its spellings, in a key of its own or in stacks, that is there.
+    """Finds the tensors of layers, each under the first variant of its name that exists, unstacked or stacked.
 
-    There are tens of thousands of tensors, with several spellings each: what was found for one is tried first for its like.
+    There are tens of thousands of tensors with several variants each, so the variant that was found for one tensor is
+    tried first for similar ones.
     """
 
     def __init__(self, tensors: Mapping[str, TensorSpec], prefix: str, config: ModelConfig) -> None:
@@ -164,7 +166,7 @@ class _Search:
         self.stacks: dict[str, tuple[int, TensorSlice]] = {}
 
     def place(self, layer: int, inner: str, sizes: _Sizes) -> tuple[TensorSlice, ...]:
-        """The parts of the tensor called `inner`, of a layer."""
+        """Returns the parts of the tensor with the inner name `inner`, which belongs to `layer`."""
         stack = self.stacks.get(sizes.alike)
         if stack is not None and stack[0] == layer and sizes.expert is not None:
             first = stack[1]
@@ -192,12 +194,12 @@ class _Search:
         for spelling in range(len(KEY_VARIANTS) + 1):
             names = _spelled(inner, spelling)
             if names:
-                # All names of a spelling have their numbers in the same places.
+                # All names of a variant have their numbers in the same places.
                 numbers = tuple(place for place, word in enumerate(names[0].split(".")) if word.isdigit())
                 yield from ((spelling, chosen, names) for chosen in _choices(numbers))
 
     def _parts(self, names: tuple[str, ...], keys: tuple[str, ...], chosen: _Chosen, sizes: _Sizes) -> Iterator[TensorSlice]:
-        """One part a key."""
+        """Yields one part per key."""
         shape, rows = sizes.shape, sizes.rows
         heights = rows if len(keys) > 1 and len(rows) == len(keys) else (shape[0] // len(keys),) * len(keys)
         for name, key, height in zip(names, keys, heights, strict=True):
@@ -209,24 +211,27 @@ class _Search:
 
 def _missing(inner: str, tried: Iterable[str]) -> str:
     first, *others = tried
-    more = f" and in {len(others)} other spellings" if others else ""
+    more = f" and {len(others)} other names" if others else ""
     return f"{inner} is not in the checkpoint (looked for {first}{more}): the checkpoint is incomplete"
 
 
 def _without(name: str, chosen: _Chosen) -> str:
-    """A name without some of its words."""
+    """Returns a dotted name without the components at the `chosen` positions."""
     return ".".join(word for place, word in enumerate(name.split(".")) if place not in chosen) if chosen else name
 
 
 @lru_cache(maxsize=64)
 def _choices(numbers: tuple[int, ...]) -> tuple[_Chosen, ...]:
-    """Every selection of places, none first; the last place changes fastest."""
+    """Returns every selection of these positions, starting with none; the last position varies fastest."""
     choices = product((False, True), repeat=len(numbers))
     return tuple(tuple(place for place, take in zip(numbers, taken, strict=True) if take) for taken in choices)
 
 
 def _spelled(inner: str, spelling: int) -> tuple[str, ...]:
-    """The names of an inner tensor in one of the `KEY_VARIANTS`, counted from 1; 0 is its own. Empty where it has none."""
+    """Returns the names of an inner tensor in variant `spelling` of `KEY_VARIANTS` (from 1); 0 is the inner name.
+
+    Empty if the variant does not apply.
+    """
     if spelling == 0:
         return (inner,)
     pattern, words = KEY_VARIANTS[spelling - 1]
@@ -245,7 +250,7 @@ def _check_shapes(tensors: Mapping[str, TensorSpec], places: Mapping[str, tuple[
             if tensors[part.key].shape != expected:
                 raise CheckpointError(
                     f"{part.key} has shape {list(tensors[part.key].shape)}, but the architecture implies {list(expected)} "
-                    f"for {inner}: see `mptq inspect` for where each setting comes from, and correct it with --config key=value"
+                    f"for {inner}: find the source of each setting with `mptq inspect` and correct it with --config key=value"
                 )
 
 
@@ -255,5 +260,5 @@ def _check_all_used(tensors: Mapping[str, TensorSpec], places: Mapping[str, tupl
     if unknown:
         shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
         raise CheckpointError(
-            f"{shown}: not part of the model that the settings describe, so the output would not be this model"
+            f"{shown}: not part of the model that the settings describe, so the output would be a different model"
         )

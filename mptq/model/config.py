@@ -1,4 +1,4 @@
-"""The model's config: what the settings of a checkpoint (settings.py) come to. No torch."""
+"""The model's config, derived from the settings of a checkpoint (settings.py). No torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mptq.model.settings.supported import DEFAULTS, NOT_RUN, obstacles
 
 @dataclass(frozen=True, slots=True)
 class LayerKind:
-    """What a layer is made of: a `mixer` ("attention", "mla", "mamba") and an `ffn` ("mlp", "moe"), "" for none."""
+    """The parts of a layer: a `mixer` ("attention", "mla", "mamba") and an `ffn` ("mlp", "moe"), each "" if absent."""
 
     mixer: str
     ffn: str
@@ -21,7 +21,7 @@ class LayerKind:
 
 @dataclass(frozen=True, slots=True)
 class MLAConfig:
-    """The ranks and head dimensions of multi-latent attention; `q_rank` is 0 where the query is not compressed."""
+    """The ranks and head dimensions of multi-latent attention; `q_rank` is 0 if the query is not compressed."""
 
     q_rank: int
     kv_rank: int
@@ -32,10 +32,11 @@ class MLAConfig:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """How many positions the model has, and what says so.
+    """The number of positions of the model and its source.
 
-    `known_from` is "settings" (a setting of that name), "yarn" (the length before YaRN times its factor), "tokenizer" (its
-    `model_max_length`) or "training" (the sequence length of the training, which the model may exceed).
+    `known_from` is "settings" (the setting max_position_embeddings), "yarn" (the length before YaRN times its factor),
+    "tokenizer" (its `model_max_length`) or "training" (the sequence length of the training; the model may support
+    more).
     """
 
     length: int
@@ -51,12 +52,12 @@ YARN = (
     "mscale_all_dim",
     "correction_range_round_to_int",
 )
-"""Parameters of YaRN, as multi-latent attention calls them; other attention has them with `yarn_` in front."""
+"""Parameters of YaRN, by their names in multi-latent attention; other attention has them with the prefix `yarn_`."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertGroups:
-    """Group-limited routing: the experts are in `groups` equal groups, and a token's are in the `chosen` of them."""
+    """Group-limited routing: the experts form `groups` equal groups, and a token uses experts from `chosen` of them."""
 
     groups: int
     chosen: int
@@ -64,11 +65,11 @@ class ExpertGroups:
 
 @dataclass(frozen=True, eq=False)
 class ModelConfig:
-    """A decoder, in the sizes that its tensors have; everything else about it is in `settings`, in megatron-core's words.
+    """A decoder: the sizes of its tensors, and everything else in `settings`, under megatron-core's names.
 
-    `kinds` says what each layer is. `num_experts` is 0 for a dense model; with experts, each has `moe_ffn_hidden_size`.
-    `vocab_size` is the number of rows that mean something: the padding for tensor parallelism is above it. `dtype` is that of
-    the embedding, in which the model computes.
+    `kinds` has the parts of each layer. `num_experts` is 0 for a dense model; otherwise each expert has the width
+    `moe_ffn_hidden_size`. `vocab_size` excludes the padding for tensor parallelism, which `padded_vocab_size` includes.
+    `dtype` is that of the embedding, in which the model computes.
     """
 
     settings: Settings
@@ -91,17 +92,17 @@ class ModelConfig:
     features: Mapping[str, Any] = field(default_factory=dict)
 
     def get(self, key: str) -> Any:
-        """A setting, or megatron-core's default where the checkpoint does not say it."""
+        """Returns a setting, or megatron-core's default if the checkpoint does not specify it."""
         return _setting(self.settings, key)
 
     @property
     def max_position_embeddings(self) -> int:
-        """Positions that the model has."""
+        """Number of positions."""
         return self.context.length
 
     @cached_property
     def yarn(self) -> Mapping[str, Any] | None:
-        """YaRN's parameters by `YARN`'s names, None where the rotary embedding is another."""
+        """YaRN's parameters under the names in `YARN`, or None if the model does not use YaRN."""
         return yarn_of(self.settings)
 
     @property
@@ -111,7 +112,7 @@ class ModelConfig:
 
     @property
     def gated(self) -> bool:
-        """Whether the MLPs have a gate beside the up projection."""
+        """Whether the MLPs have a gate projection as well as an up projection."""
         return bool(self.get("gated_linear_unit"))
 
     @property
@@ -121,14 +122,14 @@ class ModelConfig:
 
     @property
     def moe_topk(self) -> int:
-        """Experts that a token goes to."""
+        """Number of experts per token."""
         return int(self.get("moe_router_topk")) if self.num_experts else 0
 
     @property
     def expert_groups(self) -> ExpertGroups | None:
-        """The groups that limit the routing; None where every group is chosen, as with one group, which limits nothing.
+        """The expert groups of group-limited routing, or None if all groups are chosen (as with a single group).
 
-        Source: `group_limited_topk` in megatron/core/transformer/moe/moe_utils.py, which runs where `group_topk` is given.
+        Source: `group_limited_topk` in megatron/core/transformer/moe/moe_utils.py, which runs if `group_topk` is set.
         """
         groups, chosen = (int(self.get(f"moe_router_{name}") or 0) for name in ("num_groups", "group_topk"))
         return ExpertGroups(groups, chosen) if self.num_experts and 0 < chosen < groups else None
@@ -141,12 +142,12 @@ class ModelConfig:
 
     @property
     def not_run(self) -> list[str]:
-        """What is in the way of running the model here; its weights can be quantized nevertheless."""
+        """Features that mptq's forward pass does not support; the weights can still be quantized."""
         return obstacles(NOT_RUN, self.settings)
 
     @property
     def document(self) -> dict[str, Any]:
-        """As plain data: the sizes, what distinguishes the architecture, and the settings it comes from."""
+        """The config as plain data: the sizes, the features of the architecture, and the settings."""
         sizes = """num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups head_dim vocab_size
             padded_vocab_size max_position_embeddings tied_embeddings dtype tokenizer num_experts moe_ffn_hidden_size
             shared_ffn_hidden_size"""
@@ -154,7 +155,7 @@ class ModelConfig:
         return found | {"features": dict(self.features), "settings": dict(self.settings.entries)}
 
     def source(self, key: str) -> str:
-        """Where a setting comes from, for people."""
+        """Returns where a setting comes from, for display."""
         return self.settings.sources.get(key, "megatron-core's default")
 
 
@@ -164,7 +165,7 @@ def _setting(settings: Settings, key: str) -> Any:
 
 
 def yarn_of(settings: Settings) -> Mapping[str, Any] | None:
-    """YaRN's parameters by `YARN`'s names, None where the rotary embedding is another."""
+    """Returns YaRN's parameters under the names in `YARN`, or None if the model does not use YaRN."""
     latent = bool(settings.get("multi_latent_attention"))
     if _setting(settings, "rope_type" if latent else "position_embedding_type") != "yarn":
         return None

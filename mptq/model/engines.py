@@ -1,7 +1,8 @@
-"""What engines make of a layer's linears: which they fuse, and how tensor parallelism splits them. No torch.
+"""How engines treat the linears of a layer: which they fuse, and how tensor parallelism splits them. No torch.
 
 Source: vLLM's models and `validate_fp8_block_shape`; SGLang's DeepSeek model fuses the same projections. The names are
-`Family.fused`. tests/support/vllm_models.json has what an installed vLLM says of every family (scripts/record_vllm.py).
+in `Family.fused`. tests/support/vllm_models.json records the behavior of vLLM for every family
+(scripts/record_vllm.py).
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from mptq.model.tensors import LinearSpec
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Linears of one layer that engines hold in one module, and so in one scheme: fused ones, or a layer's routed experts.
+    """Linears of a layer that engines hold in one module, so with one scheme: fused linears or routed experts.
 
-    Most have one linear, which is a fused matrix of Megatron's or a plain one. `patterns` match all of `linears`, and nothing
-    else of the layer.
+    Most groups have one linear, which is either fused in Megatron or plain. `patterns` match all of `linears` and
+    nothing else in the layer.
     """
 
     linears: tuple[LinearSpec, ...]
@@ -28,24 +29,24 @@ class Group:
 
     @property
     def fused(self) -> bool:
-        """Whether the linears are the rows of one matrix, which has one scale where a scale belongs to a tensor."""
+        """Whether the linears are rows of a single matrix, which has one scale in a per-tensor scheme."""
         return self.linears[0].expert is None
 
     @cached_property
     def ragged(self) -> bool:
-        """Whether the last rows may be a part of a block: of fused linears that every rank has whole.
+        """Whether the last block of rows may be partial: in fused linears that are replicated on every rank.
 
-        That is kv_a of multi-latent attention with a compressed query (576 rows), as in DeepSeek's own checkpoints. vLLM and
-        SGLang would read a single linear of such rows too, but transformers reads neither.
+        This is kv_a of multi-latent attention with a compressed query (576 rows), as in DeepSeek's own checkpoints.
+        vLLM and SGLang could also load a single linear with a partial block, but transformers can load neither.
         """
         return len(self.linears) > 1 and all(linear.kind in _REPLICATED for linear in self.linears)
 
     def fits(self, unit: tuple[int, int]) -> bool:
-        """Whether engines read every projection in cells of `unit` (rows, columns): whole ones, but for a `ragged` end."""
+        """Whether engines can load every projection in whole cells of `unit` (rows, columns), but for a `ragged` end."""
         return _fits(self, unit)
 
 
-@lru_cache(maxsize=4096)  # asked of each of hundreds of experts
+@lru_cache(maxsize=4096)  # called for each of hundreds of experts
 def _fits(group: Group, unit: tuple[int, int]) -> bool:
     *first, last = _of_one_expert(group.linears)
     return all(linear.fits(unit) for linear in first) and last.fits((1, unit[1]) if group.ragged else unit)
@@ -53,12 +54,15 @@ def _fits(group: Group, unit: tuple[int, int]) -> bool:
 
 _REPLICATED = ("linear_q_down_proj", "linear_kv_down_proj")
 _ROW_PARALLEL = ("linear_proj", "linear_fc2", "out_proj")
-"""Last names of Megatron's linears whose columns tensor parallelism splits; of others that it splits, the rows."""
+"""Last parts of the names of Megatron's row-parallel linears: tensor parallelism splits their columns.
+
+Of all others that are not replicated it splits the rows.
+"""
 _EXPERTS = "mlp.experts"
 
 
 def groups(config: ModelConfig, layer: int) -> Mapping[str, Group]:
-    """The group of each linear of a layer, by its Megatron name."""
+    """Returns the group of each linear of a layer, by Megatron name."""
     return _groups(config, config.kinds[layer])
 
 
@@ -79,7 +83,7 @@ def _groups(config: ModelConfig, kind: LayerKind) -> dict[str, Group]:
 
 
 def serves(config: ModelConfig, tp: int) -> bool:
-    """Whether engines serve the model, in whatever precision, with `tp` tensor-parallel ranks."""
+    """Whether engines can serve the model with `tp` tensor-parallel ranks, in any precision."""
     heads, groups = config.num_attention_heads, config.num_query_groups
     divided = heads % tp == 0 and (config.latent is not None or groups % tp == 0 or tp % groups == 0)
     kinds = [_of_one_expert(tensors.linears_of(config, kind)) for kind in set(config.kinds)]
@@ -87,9 +91,9 @@ def serves(config: ModelConfig, tp: int) -> bool:
 
 
 def splits(config: ModelConfig, linear: LinearSpec, tp: int, block: int = 1) -> bool:
-    """Whether each of `tp` ranks gets whole blocks of `linear`: of its columns, of its rows, or all of it.
+    """Whether each of `tp` ranks gets whole blocks of `linear` by columns or rows, or all of it if replicated.
 
-    Of K and V each rank has one head at least: ranks share them where there are more ranks than heads.
+    Each rank has at least one head of K and V; these are shared if there are more ranks than heads.
     """
     if linear.kind in _REPLICATED:
         return True
@@ -103,5 +107,5 @@ def splits(config: ModelConfig, linear: LinearSpec, tp: int, block: int = 1) -> 
 
 
 def _of_one_expert(linears: tuple[LinearSpec, ...]) -> tuple[LinearSpec, ...]:
-    """The linears, but of the first expert alone: all have the same shapes, and there are hundreds."""
+    """Returns the linears with only the first expert's: all experts have the same shapes, and there are hundreds."""
     return tuple(linear for linear in linears if not linear.expert)

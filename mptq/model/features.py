@@ -1,4 +1,4 @@
-"""What distinguishes one architecture from another, by name: what families of Hugging Face map. No torch."""
+"""Named features that distinguish architectures; Hugging Face families declare which values they support. No torch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from mptq.model.settings.supported import NOT_RUN, obstacles
 
 WORDS = {
     "norm": "normalization {}",
-    "zero centred": "zero-centred norm weights: {}",
+    "zero centred": "zero-centered norm weights: {}",
     "mlp": "an MLP of {}",
     "position": "positions: {}",
     "rope scaling": "rotary scaling: {}",
     "partial rotary": "partial rotary embeddings: {}",
     "interleaved rotary": "interleaved rotary embeddings: {}",
-    "bias": "biases of all linears: {}",
+    "bias": "biases in all linears: {}",
     "qkv bias": "a QKV bias: {}",
     "qk norm": "QK normalization: {}",
     "window": "sliding window attention in {}",
@@ -26,20 +26,20 @@ WORDS = {
     "tied": "tied embeddings: {}",
     "experts": "experts in {}",
     "router": "router scores: {}",
-    "topk": "experts a token: {}",
+    "topk": "experts per token: {}",
     "groups": "group-limited routing: {}",
     "router scale": "scaled router weights: {}",
-    "expert bias": "a bias of each expert in the router: {}",
+    "expert bias": "a router bias per expert: {}",
     "shared": "shared experts: {}",
     "glu clamp": "a clamped gated unit with an offset: {}",
     "hybrid": "hybrid layers (Mamba): {}",
     "not mapped": "{}",
 }
-"""Feature -> how it is said; `{}` is its value."""
+"""Feature -> its text in messages; `{}` is its value."""
 
 
 def features(config: ModelConfig) -> dict[str, Any]:
-    """What distinguishes the architecture of `config` from others: words, numbers and yes or no, by `WORDS`' keys."""
+    """Returns the features of the architecture of `config`: strings, numbers and booleans, by the keys of `WORDS`."""
     found = (
         _attention(config)
         | _position(config)
@@ -95,7 +95,7 @@ def _position(config: ModelConfig) -> dict[str, Any]:
 
 
 def _stretches(config: ModelConfig) -> bool:
-    """Whether YaRN changes the rotary embedding; by a factor of 1 it does not."""
+    """Whether YaRN changes the rotary embedding, which a factor of 1 does not."""
     return config.yarn is not None and config.yarn["rotary_scaling_factor"] != 1
 
 
@@ -125,7 +125,7 @@ def _routing(config: ModelConfig) -> dict[str, Any]:
 
 
 def by_the_best(experts: int) -> str:
-    """How groups of experts are chosen: by the sum of the scores of so many experts of each."""
+    """Returns the feature value for choosing expert groups by the summed scores of their best `experts` experts."""
     return f"by the best {experts} of a group"
 
 
@@ -133,7 +133,7 @@ _UNMAPPED = tuple(key for key in NOT_RUN if key not in ("hybrid_layer_pattern", 
 
 
 def _not_mapped(config: ModelConfig) -> str:
-    """What no Hugging Face architecture has."""
+    """Describes the features that no Hugging Face architecture has."""
     found = obstacles({key: NOT_RUN[key] for key in _UNMAPPED}, config.settings)
     if config.latent is not None:
         if not config.get("qk_layernorm"):

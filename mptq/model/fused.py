@@ -1,4 +1,4 @@
-"""Split Megatron's fused matrices into logical projections and merge them back: pure, exact inverses."""
+"""Splits Megatron's fused matrices into logical projections and merges them back; the two are exact inverses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
-    """How the rows of a fused matrix belong to its members: `repeat` times, `widths[i]` rows of member i.
+    """Row layout of a fused matrix: `repeat` times, `widths[i]` rows of each member i in turn.
 
     QKV of grouped-query attention repeats (heads per group * head_dim, head_dim, head_dim) for each query group; gate and
     up are (ffn, ffn) once; a plain linear is (rows,) once. Source: megatron/core/transformer/attention.py, mlp.py.
@@ -22,40 +22,37 @@ class Fusion:
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """Rows of each member."""
+        """Number of rows of each member."""
         return tuple(self.repeat * width for width in self.widths)
 
     def aligned(self, block: int) -> bool:
-        """Whether blocks of `block` rows of the fused matrix never cross from one member into another.
-
-        A plain linear has nothing to cross, whatever its size.
-        """
+        """Whether no block of `block` rows of the fused matrix spans two members; always true for a plain linear."""
         return self.plain or all(width % block == 0 for width in self.widths)
 
     @property
     def plain(self) -> bool:
-        """One member only."""
+        """Whether there is only one member."""
         return self.repeat == len(self.widths) == 1
 
     def coarsen(self, block: int) -> Fusion:
-        """The fusion of the grid of block scales, of a matrix that is `aligned` to `block` rows."""
+        """Returns the layout of the grid of block scales for a matrix that is `aligned` to `block` rows."""
         assert self.aligned(block)
         return Fusion(self.repeat, tuple(-(-width // block) for width in self.widths))
 
     def runs(self, fused: torch.Tensor) -> list[list[torch.Tensor]]:
-        """The rows of each member where they are in `fused`: views, which one above the other are the member."""
+        """Returns the rows of each member as views of `fused`; concatenated, they are the member."""
         rows = fused.split(self.widths * self.repeat)
         return [list(rows[member :: len(self.widths)]) for member in range(len(self.widths))]
 
     def split(self, fused: torch.Tensor) -> list[torch.Tensor]:
-        """The members of `fused` [sum of rows, ...], each [its rows, ...], contiguous."""
+        """Returns the members of `fused` [sum of rows, ...], each contiguous and of shape [its rows, ...]."""
         if self.plain:
             return [fused.contiguous()]
         grouped = fused.unflatten(0, (self.repeat, sum(self.widths)))
         return [part.flatten(0, 1).contiguous() for part in grouped.split(self.widths, dim=1)]
 
     def merge(self, members: list[torch.Tensor]) -> torch.Tensor:
-        """The inverse of `split`."""
+        """Merges the members into the fused matrix; the inverse of `split`."""
         import torch
 
         grouped = [member.unflatten(0, (self.repeat, width)) for member, width in zip(members, self.widths, strict=True)]

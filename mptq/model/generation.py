@@ -1,6 +1,6 @@
-"""The ids with which generation begins, ends and pads, as Hugging Face's config.json and generation_config.json have them.
+"""The BOS, EOS and PAD token ids for Hugging Face's config.json and generation_config.json. No torch.
 
-No torch. Without `eos_token_id`, transformers and vLLM generate up to the limit of the length.
+Without `eos_token_id`, transformers and vLLM generate up to the length limit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @dataclass(frozen=True, slots=True)
 class GenerationSource:
-    """What one file says: `fields` may have the `IDS`, and those of a whole generation config (sampling) where it is one."""
+    """The generation settings in one file: `fields` has `IDS`, and sampling fields if it is a `whole` config."""
 
     name: str
     fields: Mapping[str, Any]
@@ -24,7 +24,7 @@ class GenerationSource:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What is known: `ids` by their keys (of the end there may be a list), the `fields` of generation_config.json, warnings."""
+    """The `ids` by key (`eos_token_id` may be a list), the `fields` of generation_config.json, and warnings."""
 
     ids: Mapping[str, int | list[int]]
     fields: Mapping[str, Any]
@@ -32,10 +32,10 @@ class Generation:
 
 
 def resolve(sources: Sequence[GenerationSource], vocabulary: int) -> Generation:
-    """The ids, each from the first of `sources` that has one below `vocabulary`, and one warning of all that is wrong.
+    """Resolves the ids, each from the first of `sources` that has one below `vocabulary`.
 
-    Wrong are values that are not ids of the model, sources that disagree, and that nothing says where a text ends. The other
-    fields are those of the first whole generation config.
+    One warning lists all problems: values that are not token ids of the model, sources that disagree, and a missing
+    `eos_token_id`. The other fields are those of the first whole generation config.
     """
     ids: dict[str, int | list[int]] = {}
     notes: list[str] = []
@@ -45,13 +45,13 @@ def resolve(sources: Sequence[GenerationSource], vocabulary: int) -> Generation:
             continue
         (first, kept), *others = found
         ids[key] = kept[0] if len(kept) == 1 else kept
-        # A tokenizer has one end, which may be among several.
-        differing = next(((name, told) for name, told in others if not set(told) <= set(kept)), None)
+        # A tokenizer has a single EOS token, which may be one of several in another source.
+        differing = next(((name, given) for name, given in others if not set(given) <= set(kept)), None)
         if differing is not None:
-            notes.append(f"{key}: {first} says {_word(kept)}, {differing[0]} says {_word(differing[1])}: {first} counts")
+            notes.append(f"{key}: {first} has {_word(kept)}, {differing[0]} has {_word(differing[1])}: using {first}")
     if "eos_token_id" not in ids:
         notes.append(
-            "no eos_token_id is known, so engines generate up to the limit: pass a --tokenizer or an --hf-config that says it"
+            "no eos_token_id is known, so engines generate up to the limit: pass a --tokenizer or --hf-config that has it"
         )
     fields = next((source.fields for source in sources if source.whole), {})
     rest = {key: value for key, value in fields.items() if value is not None and key not in IDS}
@@ -59,18 +59,18 @@ def resolve(sources: Sequence[GenerationSource], vocabulary: int) -> Generation:
 
 
 def _found(key: str, sources: Sequence[GenerationSource], vocabulary: int, notes: list[str]) -> Iterator[tuple[str, list[int]]]:
-    """What each source says, where that is ids of the model; the others are noted. -1 is how some write that there is none."""
+    """Yields each source that has valid ids, and adds a note for the others. Some sources write -1 for none."""
     for source in sources:
         value = source.fields.get(key)
         if value in (None, -1, []):
             continue
-        told = value if isinstance(value, list) and key == "eos_token_id" else [value]
-        if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in told):
+        given = value if isinstance(value, list) and key == "eos_token_id" else [value]
+        if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in given):
             notes.append(f"{source.name} has {key} {reprlib.repr(value)}, which is not a token id and is ignored")
-        elif max(told) >= vocabulary:
-            notes.append(f"{source.name} has {key} {_word(told)}, which is ignored: the model's vocabulary is of {vocabulary}")
+        elif max(given) >= vocabulary:
+            notes.append(f"{source.name} has {key} {_word(given)}, which is ignored: the vocabulary has {vocabulary} tokens")
         else:
-            yield source.name, told
+            yield source.name, given
 
 
 def _word(ids: Sequence[int]) -> str:

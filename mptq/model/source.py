@@ -20,11 +20,11 @@ from mptq.types import TensorSlice
 
 @dataclass(frozen=True, slots=True)
 class SourceOptions:
-    """Which checkpoint of a root is meant, and what the user says of its architecture.
+    """Selects a checkpoint of a root, and holds the user's settings for its architecture.
 
-    `iteration` is one of the root's, None for its latest. `config` are `key=value`, `hf_config` is a Hugging Face directory or
-    config.json; both stand above what the checkpoint says. `tokenizer` is a directory in the place of the tokenizer that the
-    checkpoint names.
+    `iteration` selects one of the root's, None for the latest. `config` has `key=value` settings and `hf_config` is a
+    Hugging Face directory or config.json; both take precedence over the checkpoint. `tokenizer` is a directory that
+    replaces the tokenizer that the checkpoint names.
     """
 
     iteration: int | None = None
@@ -35,7 +35,7 @@ class SourceOptions:
 
 @dataclass(frozen=True)
 class Source:
-    """An opened checkpoint: its index, its model, where each inner tensor is, and what it or the user says of generation."""
+    """An opened checkpoint: its index, its model, the place of each inner tensor, and the known generation settings."""
 
     checkpoint: Checkpoint
     model: ModelConfig
@@ -44,25 +44,26 @@ class Source:
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Keys of the checkpoint that no output has, with the reason."""
+        """Keys of the checkpoint that are in no output, with the reason."""
         keys = [*self.checkpoint.tensors, *self.checkpoint.blobs]
         return skipped(keys)
 
     def dtype(self, inner: str) -> str:
-        """The dtype in which the checkpoint stores an inner tensor."""
+        """Returns the dtype in which the checkpoint stores an inner tensor."""
         return self.checkpoint.tensors[self.places[inner][0].key].spec.dtype
 
 
 def open_source(path: Path, options: SourceOptions | None = None) -> Source:
-    """Open the checkpoint at `path` and find its model.
+    """Opens the checkpoint at `path` and determines its model.
 
-    Raises CheckpointError, also for one without weights to quantize, UnsupportedModelError, or OptionError for bad `options`.
+    Raises CheckpointError (also if there are no weights to quantize), UnsupportedModelError, or OptionError for bad
+    `options`.
     """
     options = options or SourceOptions()
     checkpoint = open_checkpoint(path, options.iteration)
     require_weights(checkpoint)
     specs = checkpoint.specs
     model = model_config(resolve(checkpoint, options.config, options.hf_config, options.tokenizer), specs)
-    told = GenerationSource(checkpoint.config_source, generation_fields(checkpoint.config), whole=True)
-    beside = () if options.hf_config is None else generation_sources(options.hf_config)
-    return Source(checkpoint, model, locate(specs, model), (*((told,) if told.fields else ()), *beside))
+    saved = GenerationSource(checkpoint.config_source, generation_fields(checkpoint.config), whole=True)
+    given = () if options.hf_config is None else generation_sources(options.hf_config)
+    return Source(checkpoint, model, locate(specs, model), (*((saved,) if saved.fields else ()), *given))

@@ -1,7 +1,8 @@
-"""The names of one model in Megatron and in Hugging Face, as data.
+"""The tensors of a model: their names in Megatron and in Hugging Face, and their shapes.
 
-Inner names are megatron-core's local ones, one key per layer (`decoder.layers.3.self_attention.linear_qkv.weight`) and per
-expert (`decoder.layers.3.mlp.experts.experts.5.linear_fc1.weight`). Where a checkpoint has them: checkpoint_keys.py.
+Inner names are megatron-core's local ones, with one key per layer (`decoder.layers.3.self_attention.linear_qkv.weight`)
+and per expert (`decoder.layers.3.mlp.experts.experts.5.linear_fc1.weight`). checkpoint_keys.py finds them in a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LinearSpec:
-    """One linear of a layer: its Megatron name, its Hugging Face modules, and how its rows belong to them.
+    """One linear of a layer: its Megatron name, its Hugging Face modules, and how its rows are divided among them.
 
-    `keys` are the tensors in which a Megatron model that ModelOpt compressed stores the weight, of `key_rows` rows each.
-    `path` is the linear's module in megatron-core's layer where that is not its name: checkpoints number experts globally.
-    `expert` is the number of the expert that it belongs to. `bias` says whether it has one.
+    `keys` are the tensors in which a Megatron model compressed by ModelOpt stores the weight, with `key_rows` rows
+    each. `path` is the linear's module in megatron-core's layer if it differs from its name: checkpoints number experts
+    globally. `expert` is the number of the expert that it belongs to, if any. `bias` is whether it has a bias. `parts`
+    are the rows of the tensors of `keys` if these are not equal.
     """
 
     megatron: str
@@ -41,12 +43,12 @@ class LinearSpec:
 
     @property
     def key_rows(self) -> tuple[int, ...]:
-        """Rows of each tensor of `keys`: equal parts, unless `parts` says otherwise."""
+        """Number of rows of each tensor of `keys`: equal unless `parts` is set."""
         return self.parts or (self.shape[0] // len(self.keys),) * len(self.keys)
 
     @property
     def kind(self) -> str:
-        """The last part of its name, the same for every expert: `linear_fc1`."""
+        """The last part of its name, such as `linear_fc1`, which is the same for every expert."""
         return self.megatron.rpartition(".")[2]
 
     @property
@@ -65,24 +67,23 @@ class LinearSpec:
         return tuple((name, (rows, self.in_features)) for name, rows in zip(self.hf, self.fusion.rows, strict=True))
 
     def crosses(self, block: int | None) -> bool:
-        """Whether square blocks of the fused matrix cross projections, so that it and they have different scales."""
+        """Whether square blocks of the fused matrix span projections, which then have different scales when split."""
         return block is not None and not self.fusion.aligned(block)
 
     def fits(self, unit: tuple[int, int]) -> bool:
-        """Whether every projection, and each of `parts`, is whole multiples of `unit` in rows and columns."""
+        """Whether the rows and columns of every projection, and of each of `parts`, are multiples of `unit`."""
         rows = (*self.fusion.rows, *self.parts)
         return all(count % unit[0] == 0 for count in rows) and self.in_features % unit[1] == 0
 
 
 @dataclass(frozen=True, slots=True)
 class UnquantizedTensor:
-    """A tensor that keeps its precision: inner name, shape, and the Hugging Face tensors that its rows belong to.
+    """A tensor that keeps its precision: its inner name, its shape, and the Hugging Face tensors that its rows become.
 
-    `rows` are those that Hugging Face keeps of a padded vocabulary, after `before` rows of zeros; with `fusion`, the tensor
-    is split. `keys` are the last parts of the names in which a compressed Megatron model stores it, where it is in parts, of
-    `key_rows` rows each.
-    `path` is the parameter in megatron-core's layer where that is not its name. An `exact` one keeps its
-    dtype in the forward pass too.
+    `rows` is the number of rows in Hugging Face, without vocabulary padding; `before` rows of zeros precede them. With
+    `fusion`, the tensor is split. `keys` are the last parts of the names under which a compressed Megatron model stores
+    it, if it does so in parts, with `key_rows` rows each. `path` is the parameter in megatron-core's layer if it
+    differs from the name. An `exact` tensor keeps its dtype in the forward pass too.
     """
 
     megatron: str
@@ -98,7 +99,7 @@ class UnquantizedTensor:
 
     @property
     def key_rows(self) -> tuple[int, ...]:
-        """Rows of each tensor of `keys`."""
+        """Number of rows of each tensor of `keys`."""
         return self.parts or (self.shape[0] // max(1, len(self.keys)),) * len(self.keys)
 
     @property
@@ -108,11 +109,11 @@ class UnquantizedTensor:
 
     @property
     def by_rows(self) -> bool:
-        """Whether Hugging Face stores it row by row as it is."""
+        """Whether the Hugging Face tensor is this matrix as it is, except for padding rows at the end."""
         return len(self.shape) > 1 and self.fusion is None and not self.before
 
     def for_hf(self, tensor: torch.Tensor, first: int = 0) -> list[torch.Tensor]:
-        """The tensors of `hf_shapes` that `tensor` becomes, or, stored `by_rows`, the rows of it from `first` on."""
+        """Returns the Hugging Face tensors for `tensor`, which can be the rows from `first` on if stored `by_rows`."""
         if self.fusion is not None:
             return self.fusion.split(tensor)
         if not self.before:
@@ -130,33 +131,33 @@ class UnquantizedTensor:
 
 
 CORE_ATTENTION = "self_attention.core_attention"
-"""The module of a layer that sees K and V after the rotary embedding, and in a Megatron model has ModelOpt's quantizers."""
+"""The module that gets K and V after the rotary embedding; in Megatron models it has ModelOpt's quantizers."""
 CACHED = ("attention", "mla")
 """Mixers with a KV cache."""
 
 
 @lru_cache(maxsize=8)
 def names(config: ModelConfig) -> Family:
-    """The architecture whose names the model's logical projections bear."""
+    """Returns the architecture whose names are used for the model's logical projections."""
     return nearest_family(config)
 
 
 def layer_linears(config: ModelConfig, layer: int) -> tuple[LinearSpec, ...]:
-    """The linears of one layer, in the order of the forward pass."""
+    """Returns the linears of one layer, in the order of the forward pass."""
     return linears_of(config, config.kinds[layer])
 
 
 def layer_copies(config: ModelConfig, layer: int) -> tuple[UnquantizedTensor, ...]:
-    """The tensors of one layer that keep their precision.
+    """Returns the tensors of one layer that keep their precision.
 
-    Matrices among them (the router) are linears to engines, which expect them in FP8 unless they are excluded by name.
+    Engines treat matrices among them (the router) as linears, and expect them in FP8 unless they are excluded by name.
     """
     return _copies(config, config.kinds[layer])
 
 
 @lru_cache(maxsize=16)
 def linears_of(config: ModelConfig, kind: LayerKind) -> tuple[LinearSpec, ...]:
-    """The linears of a layer of this kind, in the order of the forward pass."""
+    """Returns the linears of a layer of this kind, in the order of the forward pass."""
     return (*_MIXERS[kind.mixer](config), *_FFNS[kind.ffn](config))
 
 
@@ -208,7 +209,7 @@ def _mamba(config: ModelConfig) -> Iterator[LinearSpec]:
 
 
 def _mamba_sizes(config: ModelConfig) -> tuple[int, int, int]:
-    """Channels of a Mamba layer, channels of its states' inputs (groups * state size), and heads."""
+    """Returns the channels of a Mamba layer, those of B and of C (groups * state size), and the number of heads."""
     width = int(config.get("mamba_head_dim"))
     heads = int(config.get("mamba_num_heads") or 2 * config.hidden_size // width)
     return heads * width, int(config.get("mamba_num_groups")) * int(config.get("mamba_state_dim")), heads
@@ -226,7 +227,7 @@ def _sparse(config: ModelConfig) -> Iterator[LinearSpec]:
 
 
 def _mlp(config: ModelConfig, owner: str, ffn: int, expert: int | None = None) -> Iterator[LinearSpec]:
-    """The two linears of an MLP: dense, shared, or one of the experts."""
+    """Yields the two linears of an MLP: dense, shared, or of one expert."""
     gate, up, down = (name.format(expert) for name in names(config).modules(owner))
     megatron = path = owner
     if expert is not None:
@@ -253,7 +254,7 @@ def _bias(linear: LinearSpec) -> UnquantizedTensor:
 
 
 def _same(config: ModelConfig, name: str, shape: tuple[int, ...], module: str = "") -> UnquantizedTensor:
-    """The parameter `name` of a module, which Hugging Face has under the same last name unless `module` says otherwise."""
+    """Returns the parameter `name`; in Hugging Face its last name is the same, in `module` if that is given."""
     owner, _, last = name.rpartition(".")
     (hf,) = names(config).modules(module or owner)
     return UnquantizedTensor(name, (f"{hf}.{last}",), shape, shape[0])
@@ -298,7 +299,7 @@ def _latent_copies(config: ModelConfig) -> Iterator[UnquantizedTensor]:
 
 
 _KERNEL = 4
-"""Width of the causal convolution, which megatron-core does not let a model choose (ssm/mamba_mixer.py)."""
+"""Width of the causal convolution, which is fixed in megatron-core (ssm/mamba_mixer.py)."""
 
 
 def _mamba_copies(config: ModelConfig) -> Iterator[UnquantizedTensor]:
@@ -339,7 +340,7 @@ _OTHERS = {
 
 @lru_cache(maxsize=8)
 def outer_copies(config: ModelConfig) -> tuple[tuple[UnquantizedTensor, ...], tuple[UnquantizedTensor, ...]]:
-    """The tensors before the layers, words first, and those after them, the final norm first and the output layer last."""
+    """Returns the tensors before the layers (embeddings first) and after them (final norm first, output layer last)."""
     return tuple(_before(config)), tuple(_after(config))
 
 
@@ -361,7 +362,7 @@ def _after(config: ModelConfig) -> Iterator[UnquantizedTensor]:
 
 
 def final_norm(config: ModelConfig) -> str:
-    """The module that follows the layers."""
+    """Returns the name of the final norm, the module after the layers."""
     return "decoder.final_norm" if config.get("hybrid_layer_pattern") else "decoder.final_layernorm"
 
 
@@ -373,14 +374,14 @@ def _vocabulary(config: ModelConfig, owner: str) -> UnquantizedTensor:
 
 
 LAYERS = "decoder.layers."
-"""What the inner names of all layers begin with."""
+"""Prefix of the inner names of all layers."""
 
 
 def megatron_layer(index: int) -> str:
-    """Prefix of a layer's inner names."""
+    """Returns the prefix of a layer's inner names."""
     return f"{LAYERS}{index}."
 
 
 def hf_layer(config: ModelConfig, index: int) -> str:
-    """Prefix of a layer's Hugging Face names."""
+    """Returns the prefix of a layer's Hugging Face names."""
     return names(config).layer.format(index)

@@ -1,1 +1,1 @@
-"""Recipes: what to do to a model, as typed data, and the schemes it can choose for a linear. No torch."""
+"""Recipes, which define how to quantize a model, and the schemes that they can assign to a linear. No torch."""

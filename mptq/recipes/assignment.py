@@ -1,4 +1,4 @@
-"""Which linear of a model gets which scheme: the recipe's own, or that of the last override whose pattern matches. No torch."""
+"""Assigns a scheme to each linear of a model: the recipe's, or that of the last override that matches. No torch."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from mptq.recipes.schemes import Scheme
 
 @dataclass(frozen=True, eq=False)
 class Assignment:
-    """The scheme that a recipe gives to each linear of a model, before a format looks at its dimensions."""
+    """The scheme that a recipe assigns to each linear of a model, before formats check its dimensions."""
 
     recipe: Recipe
     model: ModelConfig
 
     @cached_property
     def schemes(self) -> Mapping[tuple[int, str], Scheme | None]:
-        """(layer, canonical module) -> scheme; raises RecipeError for bad patterns."""
+        """(layer, Megatron module) -> scheme, as in `schemes_by_linear`; raises RecipeError for invalid patterns."""
         return schemes_by_linear(self.recipe, self.model)
 
     def scheme(self, layer: int, linear: LinearSpec) -> Scheme | None:
-        """The scheme of a linear, None for one that keeps its precision."""
+        """Returns the scheme of a linear, None if it keeps its precision."""
         return self.schemes[layer, linear.megatron]
 
     def layer(self, layer: int) -> tuple[LinearSpec, ...]:
-        """The linears of a layer, in the order of the forward pass."""
+        """Returns the linears of a layer, in the order of the forward pass."""
         return tensors.layer_linears(self.model, layer)
 
     def linears(self) -> Iterator[tuple[int, LinearSpec]]:
-        """The linears of all layers, with their layers."""
+        """Yields (layer, linear) for the linears of all layers."""
         return ((layer, linear) for layer in range(self.model.num_layers) for linear in self.layer(layer))
 
     def group_fits(self, layer: int, linear: LinearSpec) -> bool:
-        """Whether engines read the scheme of a linear, and of all that they fuse with it, in whole cells."""
+        """Whether a linear, and all that engines fuse with it, can be loaded in whole cells of its scheme."""
         scheme = self.scheme(layer, linear)
         return scheme is None or engines.groups(self.model, layer)[linear.megatron].fits(scheme.unit)
 
     def sharing(self, layer: int, linear: LinearSpec) -> tuple[LinearSpec, ...]:
-        """The linears that have one scale together, this one among them: fused ones, where a scale belongs to a tensor."""
+        """Returns the linears that share a scale with this one, and itself: fused linears in a per-tensor scheme."""
         scheme, group = self.scheme(layer, linear), engines.groups(self.model, layer)[linear.megatron]
         if scheme is None or not scheme.shared or not group.fused:
             return (linear,)
@@ -53,18 +53,19 @@ class Assignment:
 
     @property
     def kv_cache(self) -> bool:
-        """Whether the outputs hold scales of an FP8 KV cache."""
+        """Whether the outputs have scales for an FP8 KV cache."""
         return self.recipe.kv_cache == "fp8"
 
     def has_cache(self, layer: int) -> bool:
-        """Whether a layer's KV cache has scales in the outputs."""
+        """Whether the outputs have scales for this layer's KV cache."""
         return self.kv_cache and self.model.kinds[layer].mixer in tensors.CACHED
 
 
 def schemes_by_linear(recipe: Recipe, config: ModelConfig) -> Mapping[tuple[int, str], Scheme | None]:
-    """(layer, Megatron module) -> what the recipe says of the linear, None for one that keeps its precision.
+    """Returns (layer, Megatron module) -> the scheme of the linear, None if it keeps its precision.
 
-    Raises RecipeError for a pattern that matches no linear, and for patterns that tear apart the projections of one linear.
+    Raises RecipeError if a pattern matches no linear, or if patterns assign different schemes to projections of one
+    linear.
     """
     own = [(override, override.scheme) for override in recipe.overrides]
     unused = [override for override in recipe.overrides if not override.optional]
@@ -80,7 +81,7 @@ def schemes_by_linear(recipe: Recipe, config: ModelConfig) -> Mapping[tuple[int,
         patterns = ", ".join(repr(override.pattern) for override in unused)
         first = tensors.layer_linears(config, 0)[0]
         raise RecipeError(
-            f"{recipe.name}: {patterns} matches no linear of the {config.num_layers} layers: patterns are of names such as "
+            f"{recipe.name}: {patterns} matches no linear of the {config.num_layers} layers: patterns must match names such as "
             f"{tensors.megatron_layer(0)}{first.megatron} or {tensors.hf_layer(config, 0)}{first.hf[0]}"
         )
     return found
@@ -93,7 +94,7 @@ def _scheme(
     members: dict[str, Scheme | None],
     unused: list[Override],
 ) -> Scheme | None:
-    """The scheme of all members of the linear `fused`; takes the overrides that matched out of `unused`."""
+    """Returns the scheme of all members of the linear `fused`; removes the overrides that matched from `unused`."""
     for member in members:
         for override, scheme in own:
             if any(fnmatchcase(name, override.pattern) for name in (fused, member)):
@@ -102,16 +103,16 @@ def _scheme(
                     unused.remove(override)
     if len(set(members.values())) > 1:
         raise RecipeError(
-            f"{recipe.name}: the overrides give {', '.join(members)} different schemes, and they are one linear of "
-            f"Megatron's, which engines fuse again: use {fused!r}, which matches all of them"
+            f"{recipe.name}: the overrides assign different schemes to {', '.join(members)}, but these are one fused linear in "
+            f"Megatron and in engines: use {fused!r}, which matches all of them"
         )
     return next(iter(members.values()))
 
 
 def require_whole_groups(recipe: Recipe, config: ModelConfig, found: Mapping[tuple[int, str], Scheme | None]) -> None:
-    """Raise RecipeError for patterns that give linears different schemes which engines hold in one module.
+    """Raises RecipeError if patterns assign different schemes to linears that engines hold in one module.
 
-    Those are linears of their own to Megatron, and its output can hold each as it likes.
+    In Megatron these are separate linears, so its output can have a different scheme for each.
     """
     if not recipe.overrides:
         return
@@ -123,7 +124,8 @@ def require_whole_groups(recipe: Recipe, config: ModelConfig, found: Mapping[tup
             if len(torn) > 1:
                 prefix = tensors.hf_layer(config, layer)
                 raise RecipeError(
-                    f"{recipe.name}: the overrides give {' and '.join(prefix + linear.hf[0] for linear in torn.values())} "
-                    "different schemes, and engines hold them in one module: let the patterns match all of it, as "
-                    f"{' and '.join(map(repr, group.patterns))} would, or none of it, or use --format megatron"
+                    f"{recipe.name}: the overrides assign different schemes to "
+                    f"{' and '.join(prefix + linear.hf[0] for linear in torn.values())}, but engines hold them in one module: "
+                    f"use patterns that match all of it, such as {' and '.join(map(repr, group.patterns))}, or none of it, or "
+                    "use --format megatron"
                 )

@@ -1,4 +1,4 @@
-"""ModelOpt's built-in recipes and configs, as fields of a recipe of mptq's where their formats are FP8."""
+"""Translates ModelOpt's built-in recipes and configs to fields of an mptq recipe if their format is FP8."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ _MEANINGS: dict[str, dict[str, dict[str, Any]]] = {
     "*input_quantizer": {"tensor": _STATIC, "token": {}, "mx": {}},
     "*[kv]_bmm_quantizer": {"tensor": {"kv_cache": "fp8"}},
 }
-"""Quantizers that mptq knows -> what their scales may belong to -> the fields of a recipe that say so."""
+"""Pattern of quantizers that mptq knows -> granularity of the scales -> the equivalent fields of a recipe."""
 _E4M3 = (4, 3)
 _END = "_CFG"
 
 
 def recipe_fields(name: str) -> dict[str, Any]:
-    """The recipe that ModelOpt calls `name`: one of its configs (`*_CFG`) or of its built-in recipes (with a slash).
+    """Returns the fields for a ModelOpt config (`*_CFG`) or a built-in ModelOpt recipe (a name with a slash).
 
-    Raises RecipeError when there is none of that name, or naming everything in it that is not FP8 as mptq does it.
+    Raises RecipeError if there is none of that name, or naming everything in it that mptq's FP8 quantization does not
+    support.
     """
     config = _config(name) if name.endswith(_END) else _built_in(name)
     return _translated(name, config)
 
 
 def _suggestion(near: list[str]) -> str:
-    """What may be meant, or where the names are when nothing is near."""
+    """Suggests similar names, or says where to find names if there are none."""
     return f"did you mean {', '.join(near)}?" if near else "see `mptq recipes` for mptq's own"
 
 
@@ -45,7 +46,7 @@ def _config(name: str) -> dict[str, Any]:
     found = getattr(mtq, name, None)
     if not isinstance(found, dict):
         known = [known for known in dir(mtq) if known.endswith(_END)]
-        # Without the common end, by which all of them are alike.
+        # Compared without the common suffix, which makes all names similar.
         stems = difflib.get_close_matches(name.removesuffix(_END), [name.removesuffix(_END) for name in known])
         raise RecipeError(f"ModelOpt has no config {name}: {_suggestion([stem + _END for stem in stems])}")
     return found
@@ -70,11 +71,14 @@ def _built_in(name: str) -> dict[str, Any]:
 
 
 def _translated(name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """`quant_cfg` is a list of rules, the later over the earlier; only rules for every linear, or against some, are read."""
+    """Translates `quant_cfg`, a list of rules in which later ones override earlier ones.
+
+    Supported are rules for all linears, and rules that disable some.
+    """
     fields: dict[str, Any] = {"name": name.rpartition("/")[2], "description": f"ModelOpt's {name}"}
     problems: list[str] = []
     if config.get("algorithm") not in ("max", {"method": "max"}, None):
-        problems.append(f"algorithm {config['algorithm']}: mptq calibrates by max")
+        problems.append(f"algorithm {config['algorithm']}: mptq supports only max calibration")
     overrides = []
     for rule in config["quant_cfg"]:
         pattern, settings = rule["quantizer_name"], rule.get("cfg")
@@ -85,16 +89,16 @@ def _translated(name: str, config: dict[str, Any]) -> dict[str, Any]:
     if "weights" not in fields and not problems:
         problems.append("it quantizes no weights")
     if problems:
-        raise RecipeError(f"ModelOpt's {name} is not FP8 as mptq does it: {'; '.join(problems)}")
+        raise RecipeError(f"mptq does not support ModelOpt's {name}: {'; '.join(problems)}")
     if overrides:
         fields["overrides"] = overrides
     return fields
 
 
 def _switched_off(pattern: str) -> list[dict[str, Any]]:
-    """Overrides for a rule that switches the weights of some modules off; its names are of many architectures.
+    """Returns overrides for a rule that disables some weight quantizers, optional because it covers many architectures.
 
-    ModelOpt matches names of quantizers, mptq those of the linears that have them: `*q_proj.*` is of `q_proj` itself too.
+    ModelOpt matches names of quantizers but mptq those of linears, so `*q_proj.*` must match `q_proj` itself too.
     """
     if pattern.endswith("input_quantizer"):
         return []
@@ -104,7 +108,7 @@ def _switched_off(pattern: str) -> list[dict[str, Any]]:
 
 
 def _read_quantizer(pattern: str, settings: dict[str, Any], fields: dict[str, Any]) -> list[str]:
-    """Add what a rule says of all weights, inputs or the KV cache to `fields`; return what mptq does not do."""
+    """Adds the fields of a rule for all weights, inputs or KV caches to `fields`; returns what is not supported."""
     kind = _kind(settings)
     if kind is None:
         bits = settings.get("num_bits")
@@ -119,7 +123,7 @@ def _read_quantizer(pattern: str, settings: dict[str, Any], fields: dict[str, An
 
 
 def _kind(settings: dict[str, Any]) -> str | None:
-    """What a scale of the quantizer belongs to: tensor, row, token (dynamic), block, mx; None for what is not FP8."""
+    """Returns the granularity of the scales: tensor, row, token (dynamic), block or mx; None if it is not FP8."""
     bits = settings.get("num_bits")
     if isinstance(bits, int) or tuple(bits or ()) != _E4M3:
         return None

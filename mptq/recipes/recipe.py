@@ -1,4 +1,4 @@
-"""One typed recipe; the registry is the listing of configs/: the file's name is the recipe's name."""
+"""Typed recipes. The built-in ones are the files in configs/; the file name is the recipe's name."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from mptq.files import require_local
 from mptq.recipes.schemes import SCHEMES, Scheme, carried
 
 KEEP = "none"
-"""The recipe by which weights keep their precision."""
+"""The recipe that keeps the precision of weights."""
 
 
 def _known_scale(scale: str) -> str:
     known = list(dict.fromkeys(scheme.scale for scheme in SCHEMES.values()))
     if scale not in known:
-        raise ValueError(f"there is no scale {scale!r}: there are {', '.join(known)}")
+        raise ValueError(f"unknown scale {scale!r}: use one of {', '.join(known)}")
     return scale
 
 
 class Weights(BaseModel):
-    """How the weights of the layers' linears are quantized: E4M3, one scale a block, a row or a fused group."""
+    """How the weights of the layers' linears are quantized: E4M3 with one scale per block, row or fused group."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -40,20 +40,21 @@ class Weights(BaseModel):
         sizes = {(scheme.scale, scheme.block_size): None for scheme in SCHEMES.values()}
         if (self.scale, self.block_size) not in sizes:
             words = ", ".join(f"{size} with `scale: {scale}`" for scale, size in sizes if size)
-            raise ValueError(f"block_size is {words}, and goes with no other scale")
+            raise ValueError(f"block_size must be {words}, and absent with any other scale")
         return self
 
     def scheme(self, static: bool) -> Scheme | None:
-        """The scheme of these weights with static or dynamic activations; None where there is none."""
+        """Returns the scheme of these weights with static or dynamic activations, None if there is none."""
         wanted = self.scale, self.block_size, static
         return next((one for one in SCHEMES.values() if (one.scale, one.block_size, one.static) == wanted), None)
 
 
 class Calibration(BaseModel):
-    """Where static scales come from: ModelOpt's calibrator, of the stream that `propagate` names.
+    """How static scales are calibrated: ModelOpt's calibrator, and the hidden states that it sees.
 
-    `max` is the largest magnitude seen; `percentile` cuts the rarest values off (ModelOpt's histogram calibrator).
-    `propagate` says what calibrates layer N + 1: what the BF16 layers hand on, or what the quantized layers do.
+    `max` uses the largest magnitude; `percentile` clips the rarest values (ModelOpt's histogram calibrator).
+    `propagate` selects the hidden states that calibrate layer N + 1: the output of the reference layers or of the
+    quantized layers.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -66,21 +67,21 @@ class Calibration(BaseModel):
     @classmethod
     def _not_of_integers(cls, method: Any) -> Any:
         if method in ("mse", "entropy"):
-            raise ValueError(f"ModelOpt's {method} calibrator is for integers and fails on FP8: use max or percentile")
+            raise ValueError(f"ModelOpt's {method} calibrator is for integer formats and fails for FP8: use max or percentile")
         return method
 
     @model_validator(mode="after")
     def _percentile_with_its_method(self) -> Self:
         if (self.method == "percentile") != (self.percentile is not None):
-            raise ValueError("percentile goes with `method: percentile`, and only with it")
+            raise ValueError("percentile must be set with `method: percentile`, and only then")
         return self
 
 
 class Override(BaseModel):
-    """The linears whose name matches `pattern` get another recipe's scheme, or keep their precision (`none`).
+    """Assigns the scheme of another recipe, or no quantization (`none`), to the linears whose name matches `pattern`.
 
-    A pattern (shell wildcards) is of Megatron's module names (`decoder.layers.0.mlp.linear_fc1`) or Hugging Face's. One that
-    matches no linear of the model stops the run, unless it is `optional`.
+    A pattern (shell wildcards) matches Megatron module names (`decoder.layers.0.mlp.linear_fc1`) or Hugging Face names.
+    It is an error if it matches no linear of the model, unless it is `optional`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -98,16 +99,16 @@ class Override(BaseModel):
 
     @property
     def scheme(self) -> Scheme | None:
-        """What the matching linears get."""
+        """The scheme of the matching linears; None if they keep their precision."""
         return load_recipe(self.recipe).scheme
 
 
 class Recipe(BaseModel):
-    """What to do to a model. `hf` names the dialect of the Hugging Face output (mptq/formats/hf/quantization_config.py).
+    """How to quantize a model. `hf` is the dialect of the Hugging Face output (mptq/formats/hf/quantization_config.py).
 
-    `misaligned` says what becomes of weights whose dimensions rule the scheme out in an output: they keep their precision,
-    or get one scale a row, or stop the run. Of `overrides`, the last that matches counts. Without `weights` nothing is
-    quantized: the checkpoint is converted.
+    `misaligned` decides what happens to weights whose dimensions do not fit the scheme in an output: they keep their
+    precision, get one scale per row, or are an error. The last of `overrides` that matches a linear applies. Without
+    `weights` nothing is quantized: the checkpoint is only converted.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -128,12 +129,12 @@ class Recipe(BaseModel):
             return self._converts()
         problems = []
         if self.scheme is None:
-            problems.append("`activations: static` goes with `scale: tensor` (engines read no other static form)")
+            problems.append("`activations: static` requires `scale: tensor` (engines load no other static form)")
         elif self.hf not in self.scheme.forms:
             names = " or ".join(carried(self.hf)) or "no quantized"
-            problems.append(f"`hf: {self.hf}` carries {names} weights, not {self.scheme.name}")
+            problems.append(f"`hf: {self.hf}` supports {names} weights, not {self.scheme.name}")
         if self.misaligned == "per-channel" and self.scheme is not None and self.scheme.block is None:
-            problems.append("`misaligned: per-channel` goes with `scale: block`")
+            problems.append("`misaligned: per-channel` requires `scale: block`")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -142,27 +143,30 @@ class Recipe(BaseModel):
         others = {"activations": "dynamic", "kv_cache": "none", "hf": "plain", "misaligned": "keep", "overrides": ()}
         wrong = [name for name, value in others.items() if getattr(self, name) != value]
         if wrong:
-            raise ValueError(f"without weights to quantize there is no {', '.join(wrong)} to choose (and `hf` is plain)")
+            raise ValueError(f"without weights to quantize, {', '.join(wrong)} cannot be set (and `hf` must be plain)")
         return self
 
     @cached_property
     def scheme(self) -> Scheme | None:
-        """What a linear gets that no override matches, None for a recipe that only converts."""
+        """The scheme of a linear that no override matches; None for a recipe that only converts."""
         return None if self.weights is None else self.weights.scheme(self.activations == "static")
 
     @property
     def needs_data(self) -> bool:
-        """Whether there is a scale to calibrate."""
+        """Whether any scale needs calibration."""
         schemes = [self.scheme, *(override.scheme for override in self.overrides)]
         return self.kv_cache == "fp8" or any(scheme is not None and scheme.static for scheme in schemes)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of what the recipe says, without its name and description."""
+        """SHA-256 of the recipe's fields, without its name and description."""
         return hashlib.sha256(self.model_dump_json(exclude={"name", "description"}).encode()).hexdigest()
 
     def changed(self, ignore: Iterable[str] = (), kv_cache: str | None = None) -> Recipe:
-        """The recipe with patterns that keep their precision added, and another `kv_cache`; raises RecipeError."""
+        """Returns the recipe with the `ignore` patterns added as `none` overrides, and with `kv_cache` if given.
+
+        Raises RecipeError if the result is invalid.
+        """
         fields = self.model_dump()
         fields["overrides"] = [*fields["overrides"], *({"pattern": pattern, "recipe": KEEP} for pattern in ignore)]
         fields["kv_cache"] = kv_cache or self.kv_cache
@@ -171,26 +175,27 @@ class Recipe(BaseModel):
 
 @cache
 def _configs() -> Path:
-    """The built-in recipes."""
+    """Returns the directory of the built-in recipes."""
     return Path(__file__).parent / "configs"
 
 
 @cache
 def recipe_names() -> list[str]:
-    """The built-in recipes, sorted."""
+    """Returns the names of the built-in recipes, sorted."""
     return sorted(path.stem for path in _configs().glob("*.yaml"))
 
 
 def _nearest(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    return (f"did you mean {near[0]!r}? " if near else "") + f"there are {', '.join(known)}"
+    return (f"did you mean {near[0]!r}? " if near else "") + f"the built-in recipes are {', '.join(known)}"
 
 
 def load_recipe(name: str) -> Recipe:
-    """The built-in recipe `name`, the one in the YAML file at that path, or one of ModelOpt's where it is FP8.
+    """Loads a built-in recipe, a recipe from a YAML file, or an FP8 recipe of ModelOpt.
 
-    ModelOpt's are the names of its built-in recipes (`general/ptq/fp8_default-kv_fp8`) and of its configs (`FP8_DEFAULT_CFG`).
-    Raises RecipeError for an unknown name (with the nearest one) and for every mistake in the file, together.
+    `name` is a built-in name, a path ending in .yaml or .yml, or the name of a ModelOpt recipe
+    (`general/ptq/fp8_default-kv_fp8`) or config (`FP8_DEFAULT_CFG`). Raises RecipeError for an unknown name, suggesting
+    a similar one, and for an invalid file, listing all of its problems.
     """
     if name in recipe_names():
         return _load_yaml(_configs() / f"{name}.yaml")
@@ -211,14 +216,14 @@ def _load_yaml(path: Path) -> Recipe:
     try:
         fields = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(fields, dict):
-        raise RecipeError(f"{path} does not hold a recipe: it must be a mapping with description, weights and hf")
+        raise RecipeError(f"{path} is not a recipe: it must be a mapping with description, weights and hf")
     return recipe_from(fields | {"name": path.stem}, str(path))
 
 
 def recipe_from(fields: dict[str, Any], where: str) -> Recipe:
-    """The recipe with these fields; raises RecipeError with every mistake in them, naming `where` they stand."""
+    """Returns the recipe with these fields; raises RecipeError naming `where` and listing all problems."""
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:
@@ -226,7 +231,7 @@ def recipe_from(fields: dict[str, Any], where: str) -> Recipe:
 
 
 def _problems(fields: dict[str, Any], error: ValidationError) -> list[str]:
-    """Every mistake: contradictions too, which pydantic looks for only where all fields are right on their own."""
+    """Returns all problems, including contradictions, which pydantic checks only if all fields are valid."""
     problems = [_problem(item) for item in error.errors()]
     wrong = {item["loc"][0] for item in error.errors() if item["loc"]}
     rest = {key: value for key, value in fields.items() if key not in wrong}

@@ -1,6 +1,6 @@
-"""The schemes by which a linear can be quantized: one record each, which everything that differs between them reads. No torch.
+"""The quantization schemes for a linear, one record each; all scheme-dependent code reads these records. No torch.
 
-Another scheme is another record here. Its arithmetic is that of its `cell` (quantize/quantizer.py).
+To add a scheme, add a record here. Its `cell` determines the arithmetic (quantize/quantizer.py).
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from typing import Any
 from mptq.errors import RecipeError
 
 WHOLE = 0
-"""All rows or all columns, as a size of a cell."""
+"""A cell size that means all rows or all columns."""
 STRIP_ROWS = 128
-"""Rows that are quantized at once, whole cells: few enough for temporaries to stay in cache, however tall the matrix."""
+"""Rows quantized at once, in whole cells: few enough that temporaries stay in the CPU cache."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Scheme:
     """How one linear's weight is stored in FP8 (E4M3), and whether its input has a calibrated scale.
 
-    `name` is unique, and what the manifest has; `scale` is what a recipe calls the kind of its scales (`weights.scale`).
-    `cell` are the rows and columns of a weight that have one scale; the rows divide `STRIP_ROWS`. `modelopt` are the
-    attributes of ModelOpt's weight quantizer. `forms` are the dialects of the Hugging Face format that carry it, with what
-    their configs say of it (formats/hf/quantization_config.py). With `exponents`, scales are powers of two, stored as E8M0
-    bytes.
+    `name` is unique and is written to the manifest; `scale` is the kind of scale in a recipe (`weights.scale`); `words`
+    describe the scheme for display. `cell` is the number of rows and columns of a weight that share a scale; the rows
+    divide `STRIP_ROWS`. `modelopt` has the attributes of ModelOpt's weight quantizer. `forms` maps the dialects of the
+    Hugging Face format that support the scheme to its fields in their configs (formats/hf/quantization_config.py). With
+    `static`, the input has a calibrated scale. With `exponents`, scales are powers of two, stored as E8M0 bytes.
     """
 
     name: str
@@ -39,36 +39,36 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if self.cell[0] and STRIP_ROWS % self.cell[0]:
-            raise ValueError(f"{self.name}: the rows of a cell must divide {STRIP_ROWS}, and {self.cell[0]} do not")
+            raise ValueError(f"{self.name}: the rows of a cell must divide {STRIP_ROWS}, but {self.cell[0]} do not")
 
     @property
     def shared(self) -> bool:
-        """Whether a whole weight has one scale, which is then that of all linears that engines fuse."""
+        """Whether a weight has a single scale, which it shares with all linears that engines fuse with it."""
         return self.cell == (WHOLE, WHOLE)
 
     @property
     def block(self) -> int | None:
-        """Rows and columns of a square block, or None for scales that are not of square blocks."""
+        """Side of a square block, or None if the cells are not square blocks."""
         return self.cell[0] if self.cell[0] == self.cell[1] != WHOLE else None
 
     @property
     def block_size(self) -> int | None:
-        """What a recipe calls the size of its blocks: 128 x 128, or 32 columns of one row; None without blocks."""
+        """The `block_size` of a recipe: 128 for 128x128 blocks, 32 for 32 columns of a row; None without blocks."""
         return self.cell[1] or None
 
     @property
     def scale_dtype(self) -> str:
-        """Torch's name of the scales' dtype: E8M0 bytes (2 ** (byte - 127)) or float32."""
+        """Torch's name for the dtype of the scales: uint8 for E8M0 bytes (2 ** (byte - 127)), or float32."""
         return "uint8" if self.exponents else "float32"
 
     @property
     def unit(self) -> tuple[int, int]:
-        """Rows and columns that a weight must be whole multiples of, so that engines read it."""
+        """Numbers of which a weight's rows and columns must be multiples for engines to load it."""
         rows, columns = self.cell
         return rows or 1, columns or 1
 
     def grid(self, rows: int, columns: int) -> tuple[int, ...]:
-        """Shape of the scales of a weight [rows, columns]: ceil-divided by the cell, or [] for one scale."""
+        """Returns the shape of the scales of a weight [rows, columns]: ceil-divided by the cell, or () for one."""
         if self.shared:
             return ()
         height, width = self.cell
@@ -80,7 +80,7 @@ _PER_CHANNEL = {
     "weights": {"strategy": "channel", "dynamic": False},
     "input_activations": {"strategy": "token", "dynamic": True},
 }
-"""compressed-tensors' one scale a row, activations quantized per token: the form that every engine reads."""
+"""One scale per row and per-token activations in compressed-tensors, the form that every engine can load."""
 
 SCHEMES = {
     scheme.name: scheme
@@ -91,7 +91,7 @@ SCHEMES = {
             "FP8, one scale a fused group",
             (WHOLE, WHOLE),
             _E4M3,
-            # Engines read one scale a row everywhere, and one a tensor not everywhere: it is repeated for every row.
+            # All engines load one scale per row, but not all load one per tensor: the scale is repeated for every row.
             {"compressed-tensors": _PER_CHANNEL},
         ),
         Scheme("row", "row", "FP8, one scale a row", (1, WHOLE), _E4M3 | {"axis": 0}, {"compressed-tensors": _PER_CHANNEL}),
@@ -135,19 +135,19 @@ SCHEMES = {
         ),
     )
 }
-"""By name. Sources of the forms: docs/formats.md."""
+"""All schemes by name. The sources of the forms are in docs/formats.md."""
 
 ROWS = SCHEMES["row"]
-"""What `misaligned: per-channel` falls back to: it fits every shape."""
+"""The fallback for `misaligned: per-channel`, which fits every shape."""
 
 
 def scheme_named(name: str) -> Scheme:
-    """The scheme whose `name` that is; raises RecipeError for any other word."""
+    """Returns the scheme with this name; raises RecipeError if there is none."""
     if name not in SCHEMES:
-        raise RecipeError(f"there is no scheme {name!r}: there are {', '.join(SCHEMES)}")
+        raise RecipeError(f"unknown scheme {name!r}: use one of {', '.join(SCHEMES)}")
     return SCHEMES[name]
 
 
 def carried(dialect: str) -> list[str]:
-    """Names of the schemes that a dialect of the Hugging Face format carries."""
+    """Returns the names of the schemes that a dialect of the Hugging Face format supports."""
     return [scheme.name for scheme in SCHEMES.values() if dialect in scheme.forms]

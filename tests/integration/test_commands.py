@@ -113,7 +113,7 @@ def test_ignored_linears_keep_their_precision(aligned, tokens, tmp_path):
     assert read_json(out / "report.json")["schemes"] == {"hf": {"bfloat16": 6, "FP8, one scale a row": 10}}
     assert mptq("verify", out, "--against", aligned).returncode == 0
     refused(quick(aligned, tokens, tmp_path / "no", "--ignore", "decoder.layer.0"), "'decoder.layer.0' matches no linear")
-    refused(quick(aligned, tokens, tmp_path / "no", "--ignore", "*.q_proj"), "which engines fuse again")
+    refused(quick(aligned, tokens, tmp_path / "no", "--ignore", "*.q_proj"), "one fused linear in Megatron and in engines")
 
 
 def test_cache_and_data_are_options_of_every_recipe(aligned, tokens, tmp_path):
@@ -176,7 +176,7 @@ def test_bad_input_is_one_line(aligned, tmp_path):
     shard = broken / "iter_0000100" / "__0_0.distcp"
     whole = shard.read_bytes()
     shard.write_bytes(whole[: len(whole) // 2])
-    refused(quantize(broken), "__0_0.distcp is cut short")
+    refused(quantize(broken), "__0_0.distcp is truncated")
     shard.unlink()
     refused(quantize(broken), "__0_0.distcp is missing")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "file", "legacy", "zarr"]

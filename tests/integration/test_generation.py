@@ -102,8 +102,8 @@ def test_sources_that_disagree_are_one_warning(aligned, tmp_path):
     (warning,) = [warning for warning in report["warnings"] if warning.startswith("token ids")]
     beside = tokenizer / "generation_config.json"
     assert warning == (
-        f"token ids: eos_token_id: {beside} says 7, the tokenizer {tokenizer} says 9: {beside} counts; "
-        f"{beside} has pad_token_id 500, which is ignored: the model's vocabulary is of 500"
+        f"token ids: eos_token_id: {beside} has 7, the tokenizer {tokenizer} has 9: using {beside}; "
+        f"{beside} has pad_token_id 500, which is ignored: the vocabulary has 500 tokens"
     )
     config = read_json(tmp_path / "out" / "config.json")
     assert [config[f"{kind}_token_id"] for kind in ("bos", "eos", "pad")] == [1, 7, None]

@@ -135,8 +135,8 @@ def test_references_to_code_are_one_warning(copy, boom, place, kind, name):
     place(directory, kind(boom))
     (document,) = inspect(root)
     assert document["warnings"] == [
-        f"the checkpoint's metadata refers to code that Megatron's checkpoints do not need: {name}; mptq never runs it, but "
-        "loading the checkpoint in Megatron may: make sure where it is from"
+        f"the checkpoint's metadata refers to code that Megatron checkpoints do not need: {name}; mptq never runs it, but "
+        "loading the checkpoint in Megatron may: make sure that you trust its origin"
     ]
     if place is hostile_metadata:  # the others have no arguments, so their architecture is unknown
         assert warnings(make_plan(root, "fp8-blockwise"))[:1] == document["warnings"]
@@ -164,7 +164,7 @@ def test_nothing_is_executed_by_a_whole_run(copy, boom, place, tmp_path):
     if place is hostile_tensor:
         last = done.stderr.strip().splitlines()[-1]
         assert last.startswith(f"mptq: {TENSOR} in ")
-        assert "holds no plain tensor (ValueError('it is a posix.mkdir')): the checkpoint is damaged" in last
+        assert "is not a plain tensor (ValueError('it is a posix.mkdir')): the checkpoint is damaged" in last
 
 
 def test_plain_torch_executes_what_mptq_does_not(copy, boom):

@@ -125,7 +125,7 @@ def test_conflicts():
     rungs = [SettingsSource("one", {"hidden_size": 8, "num_layers": 2}), SettingsSource("two", {"hidden_size": 16})]
     found = settings_document(merge(rungs))
     (conflict,) = found["conflicts"]
-    assert conflict["text"] == "hidden_size: one says 8, two says 16: one counts"
+    assert conflict["text"] == "hidden_size: one has 8, two has 16: using one"
     assert (conflict["kept"], conflict["other"], conflict["other_source"]) == (8, 16, "two")
     defaults = {row["key"] for row in found["settings"] if row["source"] == "megatron-core's default"}
     assert {"normalization", "activation_func", "rotary_base"} <= defaults
@@ -284,7 +284,7 @@ def test_the_reason_for_a_refusal_is_printed_first(aligned, tmp_path):
     first, second, *_ = mptq("inspect", root).stdout.splitlines()
     assert first == f"{root}/iter_0000100  Megatron checkpoint"
     assert second == (
-        "cannot be quantized: it is quantized already (modelopt_state, or *_quantizer.* tensors): give the checkpoint that "
+        "cannot be quantized: it is quantized already (modelopt_state, or *_quantizer.* tensors): pass the checkpoint that "
         "it was made from"
     )
 

@@ -178,7 +178,7 @@ def test_settings_that_shapes_do_not_determine_must_be_given(aligned, plain, tmp
     assert described(plan) == plain
     for said in ("num_attention_heads", "swiglu", "norm-epsilon", "position_embedding_type", "rotary_base"):
         left = tuple(option for option in SAID if not option.startswith(said))
-        with pytest.raises(CheckpointError, match="its tensors do not tell .*: pass --hf-config DIR, or each as --config"):
+        with pytest.raises(CheckpointError, match="its tensors do not determine .*: pass --hf-config DIR, or each as --config"):
             make_plan(root, "fp8-blockwise", BOTH, SourceOptions(config=left))
 
 
@@ -212,7 +212,7 @@ def test_a_hugging_face_config_replaces_missing_arguments(aligned, aligned_hf, p
 )
 def test_models_that_settings_do_not_fully_describe_are_refused(aligned, target, tmp_path):
     root = bridge(aligned, tmp_path / "copy", _target_=f"megatron.bridge.models.{target}")
-    with pytest.raises(UnsupportedModelError, match=f"may add .*provider={target.rpartition('.')[2]}"):
+    with pytest.raises(UnsupportedModelError, match=f"may do more .*provider={target.rpartition('.')[2]}"):
         make_plan(root, "fp8-blockwise")
     make_plan(root, "fp8-blockwise", options=SourceOptions(config=("provider=GPTModelProvider",)))
 

@@ -63,7 +63,7 @@ def document(shape: Shape = Shape()) -> dict[str, Any]:  # noqa: B008
 def recipe(shape: Shape) -> dict[str, Any]:
     fields = {"weights": {"scale": "block", "block_size": 128}, "hf": "deepseek-fp8"}
     if not shape.fidelity:
-        return {"name": "fp8-blockwise", "description": "E4M3 weights in 128x128 blocks, as DeepSeek does it", **fields}
+        return {"name": "fp8-blockwise", "description": "E4M3 weights in 128x128 blocks, as in DeepSeek-V3", **fields}
     words = "E4M3 weights and activations with one static scale a tensor, and an FP8 KV cache"
     return {"name": "fp8-static", "description": words, "weights": {"scale": "tensor"}, "kv_cache": "fp8"}
 

@@ -1,1 +1,1 @@
-"""The architectures of Hugging Face: a file for each, which registry.py lists."""
+"""Hugging Face architectures: one file per family, all listed in registry.py."""

@@ -1,6 +1,6 @@
-"""The fields of config.json that many families write, from the model's config. No torch.
+"""Builds the fields of config.json that many families share from the model's config. No torch.
 
-Source: the configuration files of transformers' families; `rope_parameters` as in its modeling_rope_utils.py.
+Source: the configuration files of the families in transformers; modeling_rope_utils.py for `rope_parameters`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh", "squared_relu": "relu2"}
 
 
 def config_fields(config: ModelConfig, family: Family) -> dict[str, Any]:
-    """The arguments of `family.config_class` that describe the model."""
+    """Returns the arguments of `family.config_class` that describe the model."""
     fields = {
         "architectures": [family.architecture],
         "vocab_size": config.vocab_size,
@@ -26,7 +26,7 @@ def config_fields(config: ModelConfig, family: Family) -> dict[str, Any]:
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tied_embeddings,
         "dtype": config.dtype,
-        # Of generation (generation.py): the classes have ids of their own as defaults.
+        # Set by generation.py; None here because the config classes have default ids.
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
@@ -35,13 +35,13 @@ def config_fields(config: ModelConfig, family: Family) -> dict[str, Any]:
 
 
 def activation(config: ModelConfig) -> str:
-    """The activation function, by transformers' name."""
+    """Returns the name of the activation function in transformers."""
     word = str(config.get("activation_func"))
     return _ACTIVATIONS.get(word, word)
 
 
 def rope(config: ModelConfig) -> dict[str, Any]:
-    """`rope_parameters`, and the older names that engines and transformers before 5 read."""
+    """Returns `rope_parameters`, and the older names that engines and transformers before 5 read."""
     theta = config.get("rotary_base")
     scaling = _SCALINGS[config.features["rope scaling"]](config)
     older = {"rope_theta": theta} | ({"rope_scaling": scaling | {"type": scaling["rope_type"]}} if scaling else {})
@@ -53,7 +53,7 @@ def rope(config: ModelConfig) -> dict[str, Any]:
 
 
 def _llama3(config: ModelConfig) -> dict[str, Any]:
-    # megatron-core has these as constants (rotary_pos_embedding.py: _apply_scaling).
+    # Constants in megatron-core (rotary_pos_embedding.py: _apply_scaling).
     return {
         "rope_type": "llama3",
         "factor": float(config.get("rope_scaling_factor")),
@@ -64,10 +64,10 @@ def _llama3(config: ModelConfig) -> dict[str, Any]:
 
 
 def _yarn(config: ModelConfig) -> dict[str, Any]:
-    """YaRN's parameters. Only classes of multi-latent attention read `mscale` and `mscale_all_dim` in every engine.
+    """Returns YaRN's parameters. Engines all read `mscale` and `mscale_all_dim` only with multi-latent attention.
 
-    The factor on cosine and sine ("concentration factor" in megatron-core) is written where it is not the default:
-    `attention_factor` is what transformers multiplies by, `attn_factor` what vLLM and SGLang multiply the default by.
+    The factor on cosine and sine ("concentration factor" in megatron-core) is written if it is not the default:
+    transformers multiplies by `attention_factor`; vLLM and SGLang multiply the default by `attn_factor`.
     """
     fields = config.yarn
     assert fields is not None
@@ -82,7 +82,7 @@ def _yarn(config: ModelConfig) -> dict[str, Any]:
     scale, default = concentration(factor, *scales), concentration(factor, 1.0, 0.0)
     if config.latent:
         found |= dict(zip(("mscale", "mscale_all_dim"), scales, strict=True))
-        # transformers computes the quotient of the two only where neither is 0.
+        # transformers computes the quotient of the two only if neither is 0.
         return found | ({"attention_factor": scale} if scale != default and not all(scales) else {})
     if fields["correction_range_round_to_int"] is False:
         found["truncate"] = False
@@ -92,7 +92,7 @@ def _yarn(config: ModelConfig) -> dict[str, Any]:
 
 
 def concentration(factor: float, mscale: float, mscale_all_dim: float) -> float:
-    """The factor on cosine and sine.
+    """Returns YaRN's factor on cosine and sine.
 
     Source: `_yarn_get_concentration_factor` in megatron/core/models/common/embeddings/yarn_rotary_pos_embedding.py.
     """
@@ -111,13 +111,13 @@ _SCALINGS: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
 
 
 def window(config: ModelConfig) -> int | None:
-    """Tokens that a token sees, itself among them: megatron-core's window counts those before it."""
+    """Returns the window in tokens including the current one, which megatron-core's excludes; None without one."""
     window = config.get("window_size")
     return None if not window else int(window[0]) + 1
 
 
 def decoder(config: ModelConfig) -> dict[str, Any]:
-    """What most families share."""
+    """Returns the fields that most families share."""
     return rope(config) | {
         "num_key_value_heads": config.num_query_groups,
         "head_dim": config.head_dim,
@@ -128,11 +128,11 @@ def decoder(config: ModelConfig) -> dict[str, Any]:
 
 
 def expert_groups(config: ModelConfig) -> dict[str, Any]:
-    """The groups of experts; one group limits nothing."""
+    """Returns the expert group fields; a single group means no group-limited routing."""
     found = config.expert_groups
     return {"n_group": found.groups if found else 1, "topk_group": found.chosen if found else 1}
 
 
 def routed_scaling(config: ModelConfig) -> float:
-    """The factor on the weights of a token's experts."""
+    """Returns the factor on the routing weights of a token's experts."""
     return float(config.get("moe_router_topk_scaling_factor") or 1)

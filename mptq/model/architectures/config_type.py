@@ -1,4 +1,4 @@
-"""What mptq knows of one `model_type` of config.json, as one record, and what many of them share. No torch."""
+"""Describes how mptq reads one `model_type` of config.json, and holds values that many of them share. No torch."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 type Fields = Mapping[str, Any]
-"""Fields of a config.json that say something, validated (settings/hf_config_fields.py)."""
+"""Validated fields of a config.json, without those that are null (settings/hf_config_fields.py)."""
 
 UNSAID = object()
-"""A setting that a field says nothing of after all."""
+"""Value of a setting that `refine` removes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,12 +18,12 @@ class ConfigType:
     """One `model_type`.
 
     Attributes:
-        fields: Fields that transformers' code of it reads.
-        settings: Settings (settings.py) where no field says otherwise.
-        fixed: Fields that no setting expresses -> the values at which the model is what the settings say.
-        ignored: Fields that its configs have and that change nothing.
-        derived: Fields that follow from others where they are absent; other types have constants there.
-        refine: Settings that follow from the fields, and from the settings that they say, in a way of its own.
+        fields: Fields that the code of this type in transformers reads.
+        settings: Settings (settings.py) that hold unless a field overrides them.
+        fixed: Fields that no setting can express -> the values for which the settings describe the model fully.
+        ignored: Fields that configs of this type can have and that change nothing.
+        derived: Fields that are derived from others if absent; in other types their default is a constant.
+        refine: Returns further settings for this type, given the fields and the settings from them.
 
     """
 

@@ -1,4 +1,4 @@
-"""DeepSeek-V2 and DeepSeek-V3 (Kimi-K2 too): multi-latent attention and experts in groups."""
+"""DeepSeek-V2 and DeepSeek-V3 (and Kimi-K2): multi-latent attention and experts in groups."""
 
 from __future__ import annotations
 
@@ -126,13 +126,13 @@ V2 = Family(
         "groups": ("none", by_the_best(1)),
         "topk": ("one", "several"),
     },
-    # The published DeepSeek-V2 chooses so, and megatron-core cannot: 6 experts of 3 groups are 2 of each.
+    # The published DeepSeek-V2 needs this: for 6 experts of 3 groups, megatron-core uses the best 2 of each group.
     approximates={
         "groups": (
             tuple(map(by_the_best, range(2, 65))),
-            "transformers and engines choose the groups of DeepSeek-V2's experts by the best expert of each, as the "
-            "published model does; megatron-core by the sum of the best topk / group_topk: some tokens go to other experts "
-            "than in training with it, and than in the fidelity figures",
+            "transformers and engines choose DeepSeek-V2's expert groups by the best expert of each group, as the published "
+            "model does, but megatron-core by the sum of the best topk / group_topk experts: some tokens are routed to other "
+            "experts than in training with Megatron and in the fidelity figures",
         )
     },
     names=_NAMES,

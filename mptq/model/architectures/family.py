@@ -1,6 +1,6 @@
-"""What mptq knows of an architecture of Hugging Face, as one record. No torch.
+"""Describes a Hugging Face architecture as one record. No torch.
 
-Source: transformers' modeling and configuration files of each, and the names that `save_pretrained` writes.
+Source: the modeling and configuration files of each in transformers, and the names that `save_pretrained` writes.
 """
 
 from __future__ import annotations
@@ -65,26 +65,26 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "hybrid": (False,),
     "not mapped": ("nothing",),
 }
-"""What the plainest architecture, Llama, can express: feature (features.py) -> values."""
+"""The feature values that the plainest architecture, Llama, can express: feature (features.py) -> values."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Family:
-    """One architecture of Hugging Face: what makes a Megatron model one of it, and what it calls everything.
+    """One Hugging Face architecture: which Megatron models it can express, and its names for their modules.
 
     Attributes:
-        name: What people call it.
-        config_class, architecture: transformers' classes of its config and of the model with its language head.
-        config_json: The fields of config.json that follow from the model's config, beside those of every family.
-        config_types: What its config.json says, by `model_type`: what `config_json` writes is read back to the same settings.
+        name: Display name.
+        config_class, architecture: The classes in transformers of its config and of the causal language model.
+        config_json: Returns the fields of config.json for a model's config, besides those that every family has.
+        config_types: How its config.json is read, by `model_type`; the output of `config_json` gives the same settings.
         accepts: Features (features.py) in which it differs from `PLAIN` -> the values that it can express.
-        approximates: Features that it computes otherwise than Megatron -> values that are written anyway, and what differs.
-        names: Megatron's module -> its own, several for a fused one, where they are not Llama's.
+        approximates: Features that it computes differently from Megatron -> values written anyway, and a warning.
+        names: Megatron's module -> its own modules (several for a fused one), if they differ from Llama's.
         layer: Prefix of a layer's modules.
-        fused: Fused module of an engine -> its members in the order of their rows; they are fused where all are there
-            (vLLM's `packed_modules_mapping`; tests/support/vllm_models.json has what vLLM says).
-        reserved_positions: Rows of its position embedding that come before the first position's.
-        latent_epsilon: Epsilon of the norms of latents, which its code has as a constant.
+        fused: Fused module of an engine -> its members in row order; they are fused if the model has all of them
+            (vLLM's `packed_modules_mapping`; tests/support/vllm_models.json records vLLM's behavior).
+        reserved_positions: Number of rows in its position embedding before the first position.
+        latent_epsilon: Epsilon of the norms of latents, if it is a constant in its code.
 
     """
 
@@ -102,11 +102,11 @@ class Family:
     latent_epsilon: float | None = None
 
     def modules(self, megatron: str) -> tuple[str, ...]:
-        """The Hugging Face modules of a module that Megatron calls so."""
+        """Returns the Hugging Face modules for a Megatron module."""
         return tuple((self.names.get(megatron) or _MODULES[megatron]).split())
 
     def missing(self, config: ModelConfig) -> list[str]:
-        """The features of a model that this architecture cannot express, for people."""
+        """Returns the features of a model that this architecture cannot express, in words for display."""
         nearly = {name: values for name, (values, _) in self.approximates.items()}
         return [
             _difference(name, value, self)
@@ -115,18 +115,18 @@ class Family:
         ]
 
     def expressed(self, feature: str) -> tuple[Any, ...]:
-        """The values of a feature that this architecture can express."""
+        """Returns the values of a feature that this architecture can express."""
         return (PLAIN | dict(self.accepts))[feature]
 
     def deviations(self, config: ModelConfig) -> list[str]:
-        """What transformers and engines compute otherwise than megatron-core, of a model that is written nevertheless."""
+        """Returns a warning for each feature that transformers and engines compute differently from megatron-core."""
         return [words for name, (values, words) in self.approximates.items() if config.features.get(name) in values]
 
 
 def _difference(feature: str, value: Any, family: Family) -> str:
-    """A feature that a model has and a family has not, and what that has instead, for people."""
-    said = WORDS[feature].format(_word(value))
-    return said if feature == "not mapped" else f"{said} ({family.name}: {' or '.join(map(_word, family.expressed(feature)))})"
+    """Describes a feature value that a family cannot express, and the values that it can."""
+    text = WORDS[feature].format(_word(value))
+    return text if feature == "not mapped" else f"{text} ({family.name}: {' or '.join(map(_word, family.expressed(feature)))})"
 
 
 def _word(value: Any) -> str:

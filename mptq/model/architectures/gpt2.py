@@ -1,4 +1,4 @@
-"""GPT-2, whose config.json is read; a model like it is written as OPT (opt.py)."""
+"""GPT-2. Only its config.json is read; models of this architecture are written as OPT (opt.py)."""
 
 from __future__ import annotations
 

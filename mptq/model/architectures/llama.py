@@ -1,4 +1,4 @@
-"""Llama, and models like it (SmolLM, Yi)."""
+"""Llama and models with its architecture (SmolLM, Yi)."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def _config_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def _expert_width(fields: Fields, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`intermediate_size` is an expert's: no layer has another MLP."""
+    """Reads `intermediate_size` as the width of an expert: no layer has any other MLP."""
     if "intermediate_size" not in fields:
         return {}
     return {"ffn_hidden_size": UNSAID, "moe_ffn_hidden_size": fields["intermediate_size"]}

@@ -1,4 +1,4 @@
-"""Nemotron and Minitron: zero-centred LayerNorm, squared ReLU, partial rotary embeddings."""
+"""Nemotron and Minitron: zero-centered LayerNorm, squared ReLU, partial rotary embeddings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mptq.model.config import ModelConfig
 
 def _config_json(config: ModelConfig) -> dict[str, Any]:
     fields = decoder(config) | {"norm_eps": config.norm_epsilon, "attention_bias": False, "mlp_bias": False}
-    # Its default is 0.5, so a whole rotary embedding is said too.
+    # The default is 0.5, so 1.0 must be written too.
     fields["rope_parameters"] |= {"partial_rotary_factor": config.get("rotary_percent")}
     return fields | {"partial_rotary_factor": config.get("rotary_percent")}
 

@@ -1,4 +1,4 @@
-"""Nemotron-H: layers of Mamba, attention, an MLP or experts, one of them each."""
+"""Nemotron-H: each layer is either Mamba, attention, an MLP or experts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _experts(config: ModelConfig) -> dict[str, Any]:
 
 
 def _layers(fields: Fields, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The letters of the layers; without experts among them, what the fields say of experts means nothing."""
+    """Returns the layer pattern. If no layer has experts, the expert fields are meaningless and are removed."""
     kinds = fields.get("layers_block_type")
     pattern = "".join(_LETTERS[kind] for kind in kinds) if kinds else fields.get("hybrid_override_pattern")
     if not pattern:

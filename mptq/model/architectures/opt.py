@@ -1,4 +1,4 @@
-"""OPT: learned positions, LayerNorm, biases. A GPT of Megatron's first years is written as one."""
+"""OPT: learned positions, LayerNorm, biases. Early Megatron GPT models are written as OPT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5, which have a QKV bias, and Qwen3, which has QK norms instead; both with experts too."""
+"""Qwen2 and Qwen2.5, which have a QKV bias, and Qwen3, which has QK norms instead; dense and with experts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every architecture that mptq knows: a row here is one more. No torch."""
+"""The registry of architectures; to add one, add a row here. No torch."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ FAMILIES = (
     deepseek.V2,
     nemotron_h.FAMILY,
 )
-"""The first that expresses a model is what it is written as."""
+"""In order of preference: a model is written as the first family that can express it."""
 
 CONFIG_TYPES = gpt2.CONFIG_TYPES | {kind: found for family in FAMILIES for kind, found in family.config_types.items()}
-"""`model_type` of config.json -> what is known of it."""
+"""`model_type` of config.json -> how it is read."""
 
 
 def family_of(config: ModelConfig) -> Family | None:
-    """The first architecture that expresses every feature of the model, or None."""
+    """Returns the first architecture that can express every feature of the model, or None."""
     return next((family for family in FAMILIES if not family.missing(config)), None)
 
 
 def nearest_family(config: ModelConfig) -> Family:
-    """The architecture that lacks fewest of the model's features; its names stand for the logical projections."""
+    """Returns the architecture that lacks the fewest of the model's features, for the names of logical projections."""
     return family_of(config) or min(_alike(config), key=lambda family: len(family.missing(config)))
 
 
 def _alike(config: ModelConfig) -> list[Family]:
-    """The architectures whose names cover the model's modules."""
+    """Returns the architectures that have names for the model's modules."""
     kinds = {name for name in ("attention", "hybrid", "position") if config.features[name] not in PLAIN[name]}
     found = [family for family in FAMILIES if all(config.features[name] in family.expressed(name) for name in kinds)]
     return found or list(FAMILIES)

@@ -1,1 +1,1 @@
-"""Where the architecture is known from, in megatron-core's words."""
+"""The sources of the architecture, each translated to megatron-core's settings."""

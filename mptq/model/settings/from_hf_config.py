@@ -1,6 +1,6 @@
-"""The settings in a Hugging Face `config.json`. No torch, no transformers: the file is read as JSON.
+"""Settings from a Hugging Face `config.json`. No torch, no transformers: the file is read as JSON.
 
-Source: transformers' configuration files of each family, and its modeling files for what no field says.
+Source: the configuration files of each family in transformers, and its modeling files for what no field specifies.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from mptq.model.settings.hf_config_fields import ACTIVATIONS, EPSILONS, SETTINGS
 from mptq.model.settings.settings import LARGEST
 from mptq.model.settings.values import activation
 
-_LARGEST = 16 << 20  # bytes of a file; configs have a few kB
+_LARGEST = 16 << 20  # size limit in bytes; configs have a few kB
 
 
 def from_hf_config(path: Path) -> tuple[dict[str, Any], str]:
-    """The settings in a Hugging Face directory's config.json, or in that file, and the file's path.
+    """Returns the settings in a config.json, given by its path or its directory, and the path of the file.
 
-    Raises CheckpointError where there is no such file, it is not a JSON object, or has a field that mptq does not understand.
+    Raises CheckpointError if the file is missing, is not a JSON object, or has a field that mptq does not understand.
     """
     file = path / "config.json" if path.is_dir() else path
     return from_fields(read_object(file), f"--hf-config: {file}"), str(file)
 
 
 def generation_sources(path: Path) -> list[GenerationSource]:
-    """What a Hugging Face directory says of generation in its generation_config.json, if it has one, and its config.json.
+    """Returns the generation settings in a directory's generation_config.json, if any, and in its config.json.
 
-    Raises CheckpointError as `from_hf_config` does.
+    Raises CheckpointError for the same reasons as `from_hf_config`.
     """
     file = path / "config.json" if path.is_dir() else path
     fields = read_object(file)
@@ -43,18 +43,18 @@ def generation_sources(path: Path) -> list[GenerationSource]:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file of Hugging Face; raises CheckpointError where there is none."""
+    """Returns the object in a JSON file of Hugging Face; raises CheckpointError if there is none."""
     try:
         text = file.read_text() if file.stat().st_size <= _LARGEST else ""
         content = json.loads(text)
     except OSError as error:
         raise CheckpointError(
-            f"--hf-config: {file} cannot be read ({error.strerror}): give a Hugging Face directory or its config.json"
+            f"--hf-config: {file} cannot be read ({error.strerror}): pass a Hugging Face directory or its config.json"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"--hf-config: {file} is not valid JSON ({error}): give a Hugging Face config.json") from error
+        raise CheckpointError(f"--hf-config: {file} is not valid JSON ({error}): pass a Hugging Face config.json") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"--hf-config: {file} is not a JSON object: give a Hugging Face config.json")
+        raise CheckpointError(f"--hf-config: {file} is not a JSON object: pass a Hugging Face config.json")
     return content
 
 
@@ -62,10 +62,10 @@ TOKENIZER = "tokenizer_config.json"
 
 
 def from_tokenizer(named: Any) -> dict[str, Any]:
-    """What the tokenizer in a directory, or of a file in it, says of the model: `model_max_length`, if it is a length.
+    """Returns `model_max_length` of the tokenizer in a directory (or a file's directory) if it is a valid length.
 
-    transformers writes 1e30 where nobody said one. A file that is not there or not readable says nothing here: it is named
-    where the tokenizer itself is loaded.
+    transformers writes 1e30 if none was set. A missing or unreadable file is ignored here: loading the tokenizer later
+    reports it.
     """
     if not isinstance(named, Path | str):
         return {}
@@ -79,9 +79,9 @@ def from_tokenizer(named: Any) -> dict[str, Any]:
 
 
 def from_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The settings in the fields of a Hugging Face config; of a model with images or speech, in those of its text.
+    """Returns the settings in the fields of a Hugging Face config; of a multimodal model, in its text config.
 
-    Raises CheckpointError, naming `where` they stand, for fields that are not understood (hf_config_fields.py).
+    Raises CheckpointError naming `where` for fields that are not understood (hf_config_fields.py).
     """
     kind, given = understood(_text(fields, where), where)
     settings = dict(kind.settings) | {SETTINGS[name]: value for name, value in given.items() if name in SETTINGS}
@@ -93,25 +93,25 @@ def from_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     if settings.get("add_bias_linear"):
         settings["add_qkv_bias"] = True
     if not settings.get("mtp_num_layers"):
-        settings.pop("mtp_num_layers", None)  # what Hugging Face leaves out, a training checkpoint can have
+        settings.pop("mtp_num_layers", None)  # Hugging Face models lack these layers, but the checkpoint can have them
     settings |= kind.refine(given, settings)
     settings |= _experts(given, settings)
     return {key: value for key, value in settings.items() if value is not UNSAID}
 
 
 def _text(fields: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """The fields that say what the text part of a model is: those in `text_config` where there is one."""
+    """Returns the fields of a model's text part, which are in `text_config` if there is one."""
     inner = fields.get("text_config")
     if inner is None:
         return fields
     if not isinstance(inner, Mapping):
         raise CheckpointError(f"{where}: text_config is not an object")
-    # Of the outer fields, those of the embeddings are the text's too.
+    # The outer fields of the embeddings also apply to the text part.
     return {name: fields[name] for name in ("tie_word_embeddings", "vocab_size") if name in fields} | dict(inner)
 
 
 def _heads(given: Mapping[str, Any], kind: ConfigType) -> dict[str, Any]:
-    """What follows from other fields where it is absent."""
+    """Returns the number of query groups and the head size if these are absent and derived from other fields."""
     heads = given.get("num_attention_heads") or given.get("n_head")
     hidden = given.get("hidden_size") or given.get("n_embd")
     found: dict[str, Any] = {}
@@ -123,7 +123,7 @@ def _heads(given: Mapping[str, Any], kind: ConfigType) -> dict[str, Any]:
 
 
 def _window(given: Mapping[str, Any], kind: ConfigType) -> dict[str, Any]:
-    """The sliding window, which Hugging Face counts with the token itself, and the layers that have it."""
+    """Returns the sliding window, which includes the current token in Hugging Face, and the layers that use it."""
     window = given.get("sliding_window")
     switched = "use_sliding_window" in kind.fields.split()
     if not window or (switched and not given.get("use_sliding_window")):
@@ -147,14 +147,14 @@ def _experts(given: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str,
     if shared and width and not settings.get("moe_shared_expert_intermediate_size"):
         found["moe_shared_expert_intermediate_size"] = shared * width
     if settings.get("moe_router_num_groups") == 1 or given.get("topk_method") == "greedy":
-        found |= {"moe_router_num_groups": None, "moe_router_group_topk": None}  # one group is no choice of groups
+        found |= {"moe_router_num_groups": None, "moe_router_group_topk": None}  # a single group does not limit the routing
     if "norm_topk_prob" in given and settings.get("moe_router_score_function") != "sigmoid":
         found["moe_router_pre_softmax"] = not given["norm_topk_prob"]
     return found | _sparse(given)
 
 
 def _sparse(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Which layers have experts, where not all do."""
+    """Returns which layers have experts, if not all do."""
     layers, first = given.get("num_hidden_layers", 0), given.get("first_k_dense_replace", 0)
     step, dense = given.get("decoder_sparse_step", 1), given.get("mlp_only_layers", ())
     flags = [int(layer >= first and (layer + 1) % step == 0 and layer not in dense) for layer in range(layers)]
@@ -162,7 +162,7 @@ def _sparse(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _positions(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary embedding: `rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of those before."""
+    """Returns the rotary embedding: `rope_parameters` in transformers 5, `rope_theta` and `rope_scaling` before."""
     rope: Rope | None = given.get("rope_parameters") or given.get("rope_scaling")
     if rope is None:
         return {}
@@ -188,7 +188,7 @@ def _positions(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _yarn(given: Mapping[str, Any], rope: Rope, latent: bool) -> dict[str, Any]:
-    """YaRN, whose fields multi-latent attention has under names of its own."""
+    """Returns the YaRN settings, which have different names for multi-latent attention."""
     fields = {
         "rotary_scaling_factor": rope.factor,
         "original_max_position_embeddings": rope.original_max_position_embeddings or given.get("max_position_embeddings"),

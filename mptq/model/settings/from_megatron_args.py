@@ -1,4 +1,4 @@
-"""The settings in the arguments of a Megatron-LM training run, of megatron-core 0.13 to 0.19. No torch.
+"""Settings from the arguments of a Megatron-LM training run, for megatron-core 0.13 to 0.19. No torch.
 
 Source: `core_transformer_config_from_args`, `_apply_yarn_config_from_args` and `gpt_config_from_args` in
 megatron/training/argument_utils.py (in megatron/training/arguments.py before 0.17), and megatron-core's TransformerConfig.
@@ -21,19 +21,19 @@ RENAMED = {
     "rotary_seq_len_interpolation_factor": "seq_len_interpolation_factor",
     "hybrid_override_pattern": "hybrid_layer_pattern",
 }
-"""Argument -> setting of another name; some are those of older versions only, and give way to the newer."""
+"""Argument -> setting with a different name. Some are from older versions, and the newer names take precedence."""
 
 NEGATED = {
     "untie_embeddings_and_output_weights": "share_embeddings_and_output_weights",
     "disable_bias_linear": "add_bias_linear",
 }
-"""Argument -> setting that says the opposite."""
+"""Argument -> setting with the opposite meaning."""
 
 _GATES = {"swiglu": ("silu", True), "squared_relu": ("squared_relu", False), "quick_geglu": ("quick_gelu", True)}
-"""Argument -> the activation function that it chooses, and whether the MLP is gated; the first that is set counts."""
+"""Argument -> the activation function that it selects, and whether the MLP is gated; the first that is set applies."""
 
 TRANSLATED = (*_GATES, "group_query_attention")
-"""Arguments that several settings come from."""
+"""Arguments that determine other settings."""
 
 _MLA = (
     *("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "rope_type"),
@@ -48,13 +48,13 @@ _YARN = {
     "mscale_all_dim": ("yarn_mscale_all_dim", 0.0),
     "yarn_correction_range_round_to_int": ("yarn_correction_range_round_to_int", True),
 }
-"""Argument -> the attribute of the config of a model with YaRN and without MLA, and its value where the argument is None."""
+"""Argument -> the config attribute of a model with YaRN but without MLA, and its value if the argument is None."""
 
 
 def from_args(args: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in a Megatron-LM training run's arguments: what its own translation makes of those that are there.
+    """Returns the settings for the arguments of a Megatron-LM training run, translated as Megatron-LM does.
 
-    One thing is not as there: `rope_scaling_factor` is the argument's, which Megatron-LM's GPT models ignore in favour of 8.
+    One exception: `rope_scaling_factor` is taken from the argument, which Megatron-LM's GPT models ignore and use 8.
     """
     settings = {key: args[key] for key in KINDS if key in args}
     settings |= {key: args[name] for name, key in RENAMED.items() if settings.get(key) is None and name in args}
@@ -74,12 +74,12 @@ def from_args(args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _vocabulary(args: Mapping[str, Any]) -> Any:
-    """The number of token ids that the run's tokenizer has, None where the arguments do not say it.
+    """Returns the number of token ids of the run's tokenizer, or None if the arguments do not determine it.
 
-    `--vocab-size` is for tokenizers without a vocabulary of their own. NullTokenizer puts its end of document behind these ids
-    up to megatron-core 0.17; from 0.18 on it is the last of them, or `--null-tokenizer-eod-id`, an argument that the same
-    change added. NullMultimodalTokenizer still puts it behind them. All others but TikTokenizer count their own tokens and
-    ignore the argument: it counts only if the rows of the embedding were padded from it.
+    `--vocab-size` is for tokenizers without a vocabulary of their own. NullTokenizer adds its end of document after
+    these ids up to megatron-core 0.17; from 0.18 on it is the last of them, or `--null-tokenizer-eod-id`, an argument
+    that the same change added. NullMultimodalTokenizer still adds it after them. All others but TikTokenizer count
+    their own tokens and ignore the argument, so it is used only if the embedding's padded rows follow from it.
     Source: megatron/core/tokenizers, {text,vision}/libraries/null*_tokenizer.py and utils/build_tokenizer.py.
     """
     size, kind = args["vocab_size"], args.get("tokenizer_type")
@@ -95,29 +95,29 @@ def _vocabulary(args: Mapping[str, Any]) -> Any:
 
 
 def _padding(args: Mapping[str, Any]) -> int:
-    """Megatron-LM pads the rows of the embedding to a multiple of this; 0 where the arguments do not say it."""
+    """Returns the number to whose multiple Megatron-LM pads the embedding's rows; 0 if the arguments do not have it."""
     return math.prod(count(args.get(name)) or 0 for name in ("make_vocab_size_divisible_by", "tensor_model_parallel_size"))
 
 
 def _mlp(args: Mapping[str, Any]) -> dict[str, Any]:
-    """The activation function and whether it is gated."""
+    """Returns the activation function and whether it is gated."""
     chosen = next((made for name, made in _GATES.items() if args.get(name)), None)
     if chosen is None and "swiglu" not in args:
         return {}
-    # The fused kernels of bias and GeLU compute the tanh approximation; without biases there is no fusion.
+    # The fused bias and GeLU kernels compute the tanh approximation; without biases there is no fusion.
     fused = args.get("bias_gelu_fusion") and args.get("add_bias_linear", True)
     word, gated = chosen or ("gelu_tanh" if fused else "gelu", False)
     return {"activation_func": word, "gated_linear_unit": gated}
 
 
 def _attention_variant(args: Mapping[str, Any]) -> dict[str, Any]:
-    """What the positions of MLA and of YaRN, and the pattern of hybrid models, imply."""
+    """Returns the settings implied by MLA, YaRN, and the layer pattern of hybrid models."""
     pattern = args.get("hybrid_layer_pattern") or args.get("hybrid_override_pattern")
     found: dict[str, Any] = {"is_hybrid_model": True} if pattern else {}
     if isinstance(pattern, str) and "D" in pattern:
         found["experimental_attention_variant"] = "dsa"
     if args.get("multi_latent_attention") and "kv_lora_rank" in args:
-        # megatron-core 0.13 took the length before YaRN from the model's own; from 0.14 on it is a field without argument.
+        # In megatron-core 0.13 the model's length is the one before YaRN; from 0.14 on it is a field without argument.
         length = 4096 if "cache_mla_latents" in args else args.get("max_position_embeddings")
         rope = {"rope_type": args.get("rope_type") or "yarn", "beta_fast": 32, "beta_slow": 1}
         return found | rope | {"original_max_position_embeddings": length}
@@ -129,13 +129,13 @@ def _attention_variant(args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _spec(value: Any) -> Any:
-    """The name of what makes the layers: `--spec` is "local", or a module and a name in it."""
+    """Returns the name of the layer spec: `--spec` is "local", or a module and a name in it."""
     words = plain(value)
     return words[-1] if isinstance(words, list) else words
 
 
 def _absent(args: Mapping[str, Any]) -> list[str]:
-    """Settings whose arguments have values without a meaning: defaults of features that this model does not have."""
+    """Returns the settings whose arguments are meaningless: defaults of features that this model does not have."""
     absent: list[str] = []
     if "multi_latent_attention" in args and not args["multi_latent_attention"]:
         absent += _MLA

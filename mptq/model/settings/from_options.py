@@ -1,4 +1,4 @@
-"""Settings that the user gives: `--config key=value`. No torch."""
+"""Settings from the user: `--config key=value`. No torch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from mptq.model.settings.settings import ACTIVATIONS, KINDS
 from mptq.model.settings.values import activation
 
 NAMES = (*KINDS, *RENAMED, *NEGATED, *TRANSLATED)
-"""Everything that can stand before the `=`, with underscores."""
+"""All valid keys, with underscores."""
 
 
 def from_options(options: Sequence[str]) -> dict[str, Any]:
-    """The settings in `options`, each `key=value` with a YAML value.
+    """Returns the settings in `options`, each `key=value` with a YAML value.
 
-    A key is a setting or an argument of Megatron-LM, with `-` or `_`. Raises OptionError for one that is neither, naming the
-    nearest, and for a value of the wrong kind.
+    A key is a setting or an argument of Megatron-LM, with `-` or `_`. Raises OptionError for an unknown key, suggesting
+    a similar one, and for a value of the wrong type.
     """
     given: dict[str, Any] = {}
     for option in options:
@@ -39,7 +39,7 @@ def _parsed(option: str) -> tuple[str, Any]:
         raise OptionError(f"--config {option}: write key=value, as in --config rotary_base=500000")
     if key not in NAMES:
         near = difflib.get_close_matches(key, NAMES, n=1)
-        raise OptionError(f"--config {option}: there is no setting {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
+        raise OptionError(f"--config {option}: unknown setting {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -48,15 +48,15 @@ def _parsed(option: str) -> tuple[str, Any]:
 
 
 def _checked(option: str, key: str, value: Any) -> Any:
-    """`value` as what `key` needs."""
+    """Returns `value` with the type that `key` needs; raises OptionError if it is of the wrong type."""
     kinds = KINDS.get(RENAMED.get(key, key), (bool,))
     if key == "activation_func":
         value = activation(value)
         if value not in ACTIVATIONS:
-            raise OptionError(f"--config {option}: there is no activation {value!r}: it is one of {', '.join(ACTIVATIONS)}")
+            raise OptionError(f"--config {option}: unknown activation {value!r}: use one of {', '.join(ACTIVATIONS)}")
     if float in kinds and isinstance(value, str):
-        value = _number(value)  # YAML 1.1 reads 1e-5 as a word
-    # A flag is an int to Python, but not to a user.
+        value = _number(value)  # YAML 1.1 reads 1e-5 as a string
+    # In Python a bool is an int, but not for a user.
     fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
     if value is not None and not fits:
         wanted = " or ".join(kind.__name__ for kind in kinds)

@@ -1,4 +1,4 @@
-"""The settings in the YAML configs that Megatron-Bridge and NeMo 2 save beside the weights. No torch.
+"""Settings from the YAML configs that Megatron-Bridge and NeMo 2 save with the weights. No torch.
 
 Bridge: `run_config.yaml`, whose `model` has the fields of a provider (a TransformerConfig with GPTModel's arguments), or
 those of a GPTModelConfig with a TransformerConfig under `transformer` (megatron/bridge/models/gpt_provider.py,
@@ -18,22 +18,22 @@ from mptq.model.settings.values import Unknown, activation, plain, short
 _NESTED = ("transformer", "config")
 _RENAMED = {"hybrid_override_pattern": "hybrid_layer_pattern"}
 _SPECS = ("transformer_layer_spec", "hybrid_stack_spec", "mamba_stack_spec")
-"""Fields whose function, partial function or object says what layers are made of."""
+"""Fields with a function, partial function or object that defines the layers."""
 _SAME = frozenset({"use_transformer_engine", "vp_stage"})
-"""Arguments of such functions that change no tensor and no number."""
+"""Arguments of such functions that change neither tensors nor results."""
 _OFF: tuple[Any, ...] = (None, False, 0, "", [], {})
-"""Values with which a field that nobody here knows does nothing."""
+"""Values with which an unknown field is assumed to have no effect."""
 _LLAMA31 = {
     "scale_factor": "rope_scaling_factor",
     "low_freq_factor": "rope_low_freq_factor",
     "high_freq_factor": "rope_high_freq_factor",
     "old_context_len": "rope_original_max_position_embeddings",
 }
-"""Fields of NeMo's Llama31Config, which scales rotary frequencies whenever it has them."""
+"""Fields of NeMo's Llama31Config, which scales rotary frequencies if it has them."""
 
 
 def from_document(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in a run config: its `model`, and what `tokenizer` says of the tokenizer."""
+    """Returns the settings in the `model` and `tokenizer` sections of a run config."""
     model = document.get("model")
     settings = _from_model(_flat(model)) if isinstance(model, Mapping) else {}
     tokenizer = document.get("tokenizer")
@@ -44,7 +44,7 @@ def from_document(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def generation_fields(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The generation config in a run config: the `config_dict` of Bridge's, or the fields of NeMo's; empty where there is none.
+    """Returns the generation config in a run config: Bridge's `config_dict` or NeMo's fields; empty if there is none.
 
     Source: `_generation_config_representer` in megatron/training/config/yaml_utils.py.
     """
@@ -57,7 +57,7 @@ def generation_fields(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unread(document: Mapping[str, Any]) -> list[str]:
-    """The fields of the model in a run config that mptq neither reads nor knows to change nothing, with their values."""
+    """Returns the model fields in a run config that mptq does not know, as key=value, if they may have an effect."""
     model = document.get("model")
     fields = _flat(model) if isinstance(model, Mapping) else {}
     known = {*KINDS, *NEUTRAL, *_RENAMED, *_LLAMA31}
@@ -66,7 +66,7 @@ def unread(document: Mapping[str, Any]) -> list[str]:
 
 
 def _flat(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of the model and of the config inside it, which has those of its own that the outer one has not."""
+    """Returns the fields of the model and of the config nested in it; those of the model take precedence."""
     flat: dict[str, Any] = {}
     for name in _NESTED:
         inner = model.get(name)
@@ -86,20 +86,20 @@ def _from_model(model: Mapping[str, Any]) -> dict[str, Any]:
     if "_target_" in model:
         settings["provider"] = _last(model["_target_"])
     if settings.get("multi_latent_attention") and "original_max_position_embeddings" not in settings:
-        # megatron-core 0.13: the length before YaRN, which later versions call so.
+        # In megatron-core 0.13 this field is the length before YaRN, which has its own name in later versions.
         _rename(settings, "max_position_embeddings", "original_max_position_embeddings")
     return completed({key: value for key, value in settings.items() if value is not Unknown})
 
 
 def _activation(model: Mapping[str, Any]) -> Any:
-    """The activation function; megatron-core's fused kernels and Transformer Engine's own approximate GeLU by tanh."""
+    """Returns the activation function; fused kernels and Transformer Engine's use the tanh approximation of GeLU."""
     word = activation(model["activation_func"])
     fused = model.get("bias_activation_fusion") and (model.get("gated_linear_unit") or model.get("add_bias_linear", True))
     return "gelu_tanh" if word == "gelu" and (fused or model.get("use_te_activation_func")) else word
 
 
 def _spec(value: Any) -> Any:
-    """The name of what makes the layers, with the arguments that a partial function has for it."""
+    """Returns the name of the layer spec, with the arguments of a partial function."""
     if not isinstance(value, Mapping):
         return plain(value)
     given = {key: argument for key, argument in value.items() if not key.startswith("_") and key not in _SAME}

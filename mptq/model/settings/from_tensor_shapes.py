@@ -1,7 +1,8 @@
-"""The settings that a checkpoint's tensors tell by their names and shapes. No torch.
+"""Settings derived from the names and shapes of a checkpoint's tensors. No torch.
 
-What shapes cannot tell (heads and groups, rotary base, epsilon, the activation function) stays absent. Names are those of
-megatron-core's `sharded_state_dict`: layers and experts are stacked in leading dimensions, or have a number in their key.
+Settings that shapes do not determine (heads and groups, rotary base, epsilon, activation function) stay absent. Names
+are those of megatron-core's `sharded_state_dict`: layers and experts are stacked in leading dimensions or numbered in
+the key.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _LAYER = re.compile(r"(?P<block>decoder|mtp)\.layers\.(?:(?P<index>\d{1,6})\.)?(
 _EXPERT = re.compile(r"\bexperts\.(?:experts|local_experts)\.\d+\.(.+)|\bexperts\.(linear_fc[12]\.weight)\d+")
 _PREFIX = re.compile(r"(?:(?:model|module)\d*\.)+")
 _FOREIGN = ("optimizer.", "_quantizer.", "_extra_state")
-_MOST_LAYERS = 10_000  # a stack of more is no model's, and would only take memory
+_MOST_LAYERS = 10_000  # larger stacks are not from a real model, and would only waste memory
 
 Shape = tuple[int, ...]
 Layer = dict[str, Shape]
@@ -25,7 +26,7 @@ Layer = dict[str, Shape]
 
 @dataclass
 class _Tensors:
-    """A model's tensors: those outside the layers, of each layer (a stack is as many), and of each MTP layer."""
+    """Tensor shapes outside the layers and of each layer (stacks are split), and the numbers of MTP layers."""
 
     outer: Layer = field(default_factory=dict)
     layers: dict[int, Layer] = field(default_factory=dict)
@@ -33,7 +34,7 @@ class _Tensors:
 
 
 def from_tensors(specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
-    """The settings that the model's tensors among `specs` tell; empty where there is no model with known names."""
+    """Returns the settings that the model tensors among `specs` determine; empty if no names are known."""
     tensors = _sorted_out(specs.values())
     if not tensors.layers:
         return _outer(tensors.outer)
@@ -67,7 +68,7 @@ def _sorted_out(specs: Iterable[TensorSpec]) -> _Tensors:
 
 
 def _add(layer: Layer, name: str, shape: Shape) -> None:
-    """Note a tensor of a layer; those of the experts under one name, whose shape is stacked."""
+    """Adds a tensor to a layer; tensors of experts are combined under one name with a stacked shape."""
     expert = _EXPERT.search(name)
     if expert is None:
         layer[name] = shape
@@ -100,7 +101,7 @@ def _has(layers: list[Layer], *ends: str) -> bool:
 
 
 def _first(layers: list[Layer], *names: str) -> Shape | None:
-    """Shape of the first matrix (or stack of them) of one of these names."""
+    """Returns the shape of the first matrix (or stack of matrices) with one of these names."""
     return next((layer[name] for layer in layers for name in names if len(layer.get(name, ())) > 1), None)
 
 
@@ -120,7 +121,7 @@ def _attention(layers: list[Layer]) -> dict[str, Any]:
 
 
 def _latent(layers: list[Layer]) -> dict[str, Any]:
-    """The ranks of multi-latent attention, and its share of rotary dimensions."""
+    """Returns the ranks of multi-latent attention and its number of rotary dimensions."""
     found: dict[str, Any] = {}
     q_up = _first(layers, "self_attention.linear_q_up_proj.weight")
     kv_up = _first(layers, "self_attention.linear_kv_up_proj.weight")
@@ -140,7 +141,7 @@ def _latent(layers: list[Layer]) -> dict[str, Any]:
 
 
 def _dense(layers: list[Layer]) -> dict[str, Any]:
-    """The width of the layers' own MLP, and whether an MLP of any kind is gated."""
+    """Returns the width of the dense MLPs, and whether MLPs (of any kind) are gated."""
     found: dict[str, Any] = {}
     fc2 = _first(layers, "mlp.linear_fc2.weight")
     if fc2:
@@ -172,14 +173,14 @@ def _experts(layers: list[Layer]) -> dict[str, Any]:
 
 
 def _letter(layer: Layer) -> str:
-    """The kind of a layer, as in `hybrid_layer_pattern`; of a whole transformer layer there are two letters."""
+    """Returns the kind of a layer, as in `hybrid_layer_pattern`; a full transformer layer has two letters."""
     kinds = {"M": "mixer.in_proj.weight", "G": "self_attention.in_proj.weight", "+": "kv_up_proj.weight"}
     kinds |= {"*": "linear_qkv.weight", "E": "mlp.router.weight", "-": "mlp.linear_fc2.weight"}
     return "".join(letter for letter, end in kinds.items() if any(name.endswith(end) for name in layer))
 
 
 def _pattern(layers: list[Layer]) -> dict[str, Any]:
-    """The letters of a hybrid model, which has layers of several kinds with one part each."""
+    """Returns the pattern of a hybrid model, whose layers have one part each and are of several kinds."""
     letters = [_letter(layer) for layer in layers]
     hybrid = all(len(letter) == 1 for letter in letters) and len(set(letters)) > 1
     if hybrid or all(letter == "M" for letter in letters):

@@ -1,8 +1,8 @@
-"""Which fields a Hugging Face `config.json` may have, by family: those that mptq understands, and no other. No torch.
+"""The fields that a Hugging Face `config.json` may have, by family; any other field is an error. No torch.
 
-A field that changes what the model computes and that nobody here reads would make another model without a word. So each field
-is read by the family, or is one that changes nothing, or has the one value with which the family is what mptq takes it for.
-Source: transformers' configuration and modeling files of each family; for fields of older versions, its releases 4.30 to 4.57.
+Silently ignoring a field that changes what the model computes would produce a different model. So each field must be
+one that the family reads, one that has no effect, or one with the only value that mptq supports for the family.
+Source: the configuration and modeling files of each family in transformers; for older fields, releases 4.30 to 4.57.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Block = Literal["mamba", "linear_attention", "attention", "full_attention", "mlp
 
 
 class Rope(BaseModel):
-    """`rope_parameters`, or `rope_scaling` of transformers before 5, where `rope_type` was first called `type`."""
+    """`rope_parameters`, or `rope_scaling` in transformers before 5, where `rope_type` was originally `type`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -66,7 +66,7 @@ class Rope(BaseModel):
 
     @property
     def kind(self) -> RopeKind:
-        """How frequencies are scaled."""
+        """The kind of frequency scaling."""
         return self.rope_type or self.type or "default"
 
     @model_validator(mode="after")
@@ -74,26 +74,29 @@ class Rope(BaseModel):
         if self.rope_type and self.type and self.rope_type != self.type:
             raise ValueError(f"rope_type and type contradict each other ({self.rope_type}, {self.type})")
         if self.factor is not None and not (self.rope_type or self.type):
-            raise ValueError("has a factor and no rope_type")
+            raise ValueError("has a factor but no rope_type")
         if self.factor is None and self.kind != "default":
-            raise ValueError(f"has no factor, which rope_type {self.kind} needs")
+            raise ValueError(f"has no factor, which rope_type {self.kind} requires")
         return self
 
     @model_validator(mode="after")
     def _concentrated(self) -> Self:
-        """The factor on cosine and sine is what the fields that have settings say: no setting is that factor itself."""
+        """Checks that an explicit factor on cosine and sine equals the one that follows from the other fields.
+
+        There is no setting for the factor itself.
+        """
         factor = self.factor or 1.0
         expected = concentration(factor, 1.0 if self.mscale is None else self.mscale, self.mscale_all_dim or 0.0)
         stated = {"attention_factor": expected, "attn_factor": expected / concentration(factor, 1.0, 0.0)}
         for name, value in stated.items():
             found = getattr(self, name)
             if found is not None and (self.kind != "yarn" or not math.isclose(found, value, rel_tol=1e-6)):
-                raise ValueError(f"has {name} {found:g}, which mptq reads only as yarn's mscale and mscale_all_dim")
+                raise ValueError(f"has {name} {found:g}, which mptq supports only if yarn's mscale and mscale_all_dim imply it")
         return self
 
 
 class Fields(BaseModel):
-    """The fields that mptq understands, with the values that a model can have; one that is None counts as absent."""
+    """The fields that mptq understands, with their valid values; None is treated as absent."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -169,11 +172,11 @@ class Fields(BaseModel):
             if entries is not None and layers is not None and len(entries) != layers:
                 raise ValueError(f"{name} has {len(entries)} entries for {layers} layers")
         if "sliding_attention" in (self.layer_types or ()) and not self.sliding_window:
-            raise ValueError("layer_types has sliding_attention, and there is no sliding_window that this family reads")
+            raise ValueError("layer_types has sliding_attention, but there is no sliding_window that this family reads")
         if self.word_embed_proj_dim not in (None, self.hidden_size):
-            raise ValueError(f"word_embed_proj_dim is {self.word_embed_proj_dim}, and must be hidden_size, {self.hidden_size}")
+            raise ValueError(f"word_embed_proj_dim is {self.word_embed_proj_dim}, but must be hidden_size ({self.hidden_size})")
         if layers is not None and (self.first_k_dense_replace or 0) > layers:
-            raise ValueError(f"first_k_dense_replace is {self.first_k_dense_replace}, of {layers} layers")
+            raise ValueError(f"first_k_dense_replace is {self.first_k_dense_replace}, but there are {layers} layers")
         return self
 
 
@@ -220,7 +223,7 @@ SETTINGS = {
     "mamba_head_dim": "mamba_head_dim",
     "n_groups": "mamba_num_groups",
 }
-"""Field -> the setting that it is, by megatron-core's name (settings.py)."""
+"""Field -> the setting that it gives, by megatron-core's name (settings.py)."""
 EPSILONS = ("rms_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 ACTIVATIONS = ("hidden_act", "mlp_hidden_act", "activation_function")
 
@@ -239,7 +242,7 @@ typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repe
 num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
 remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
 """
-"""Fields of any family that change nothing of what a model computes from its tensors: ids, dtypes, training, sampling."""
+"""Fields of any family that do not affect what a model computes from its tensors: ids, dtypes, training, sampling."""
 
 _OFF: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
@@ -257,14 +260,14 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "pruned_heads": ({},),
     "chunk_size_feed_forward": (0,),
 }
-"""Fields of features that a family has only where it reads them: the values, beside None, at which they are off."""
+"""Fields of optional features -> the values besides None that turn them off; others need a family that reads them."""
 
 
 def understood(fields: Mapping[str, Any], where: str) -> tuple[ConfigType, dict[str, Any]]:
-    """The type of a config and those of its fields that say something, as `Fields` validates them.
+    """Returns the type of a config, and its fields that are read and not None, validated by `Fields`.
 
-    Raises CheckpointError for a `model_type` that is not known, and for all fields together that are not understood or have
-    a value that no model can have.
+    Raises CheckpointError for an unknown `model_type`, or one that lists all fields that are not understood or have
+    invalid values.
     """
     model_type = fields.get("model_type")
     config_type = CONFIG_TYPES.get(model_type) if isinstance(model_type, str) else None
@@ -288,13 +291,13 @@ def _unknown_type(model_type: Any) -> str:
     if not isinstance(model_type, str):
         return f"it has no model_type: mptq understands the configs of {known}"
     return (
-        f"mptq does not understand the config of model_type {_short(model_type)}, only those of {known}: leave --hf-config "
-        "out, and give what the checkpoint does not say as --config key=value"
+        f"mptq does not understand the config of model_type {_short(model_type)}, only those of {known}: omit --hf-config "
+        "and pass settings that the checkpoint lacks as --config key=value"
     )
 
 
 def _foreign(given: Mapping[str, Any], config_type: ConfigType) -> Iterator[str]:
-    """What is wrong with the fields that `Fields` does not check."""
+    """Yields the problems with fields that `Fields` does not check."""
     fixed = _OFF | dict(config_type.fixed)
     read = set(config_type.fields.split()) - set(config_type.fixed)
     known = read.union(_NEUTRAL.split(), config_type.ignored.split())
@@ -305,11 +308,11 @@ def _foreign(given: Mapping[str, Any], config_type: ConfigType) -> Iterator[str]
             yield f"{_name(key)} is {_short(value)}: {_MAY_CHANGE}"
         elif value not in fixed[key]:
             accepted = " or ".join(map(_short, fixed[key])) or "absent"
-            yield f"{key} is {_short(value)}, and mptq can express this family only where it is {accepted}"
+            yield f"{key} is {_short(value)}, but mptq supports this family only if it is {accepted}"
 
 
 def _wrong(error: ValidationError) -> Iterator[str]:
-    """What is wrong with the values of fields; of rotary scaling of an unknown kind, the kind alone."""
+    """Yields the problems with values of fields; for rotary scaling of an unknown kind, only the kind."""
     items = error.errors()
     unknown = {item["loc"][:-1] for item in items if item["loc"][-1:] in (("rope_type",), ("type",))}
     for item in items:

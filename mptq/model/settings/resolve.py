@@ -1,6 +1,6 @@
-"""Where the architecture is found: a ladder of sources, of which the highest that knows a setting counts. No torch.
+"""Merges the sources of the architecture; each setting comes from the first source that has it. No torch.
 
-`--config`, `--hf-config`, the run config beside the weights, the training run's arguments, the tensors' shapes.
+In order: `--config`, `--hf-config`, the run config saved with the weights, the training arguments, the tensor shapes.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ from mptq.types import TensorSpec
 
 
 class Described(Protocol):
-    """What a checkpoint says of its model; `mptq.checkpoint.index.Checkpoint` is one."""
+    """A checkpoint's description of its model; `mptq.checkpoint.index.Checkpoint` implements it."""
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The run config beside the weights, as plain data; empty where there is none."""
+        """The run config saved with the weights, as plain data; empty if there is none."""
 
     @property
     def config_source(self) -> str:
-        """Where the run config was found."""
+        """The source of the run config."""
 
     @property
     def args(self) -> Mapping[str, Any]:
-        """The training run's arguments; empty where there are none."""
+        """The training arguments; empty if there are none."""
 
     @property
     def args_source(self) -> str:
-        """Where the arguments were found."""
+        """The source of the arguments."""
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
-        """The tensors."""
+        """The name, dtype and shape of each tensor, by name."""
 
 
 def resolve(
     checkpoint: Described, config: Sequence[str] = (), hf_config: Path | None = None, tokenizer: Path | None = None
 ) -> Settings:
-    """What is known of the architecture of a checkpoint's model, each setting with its source.
+    """Returns the known settings of a checkpoint's model, each with its source.
 
-    `config` are the user's `key=value`, `hf_config` is a Hugging Face directory or config.json, `tokenizer` a directory that
-    stands for the tokenizer which the checkpoint names. Raises OptionError for an unknown key or a value of the wrong kind,
-    CheckpointError for a config.json that cannot be read.
+    `config` has the user's `key=value` settings, `hf_config` is a Hugging Face directory or config.json, and
+    `tokenizer` a directory that replaces the tokenizer that the checkpoint names. Raises OptionError for an unknown key
+    or a value of the wrong type, CheckpointError for a config.json that is unreadable or not understood.
     """
     rungs = list(_rungs(checkpoint, config, hf_config))
     named = tokenizer or merge(rungs).get("tokenizer_model")

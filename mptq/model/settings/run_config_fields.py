@@ -1,8 +1,8 @@
-"""Fields of run configs that change neither the model's tensors nor what the model computes. No torch.
+"""Fields of run configs that affect neither the model's tensors nor what the model computes. No torch.
 
-They set up training: parallelism, recomputation, fused kernels, losses, initialization, precision of the arithmetic, logging.
-tests/unit/model/settings/test_from_megatron_args.py fails when megatron-core has a field that is neither here nor in
-`settings.KINDS`.
+They configure training: parallelism, recomputation, fused kernels, losses, initialization, arithmetic precision,
+logging. tests/unit/model/settings/test_from_megatron_args.py fails if megatron-core has a field that is neither here
+nor in `settings.KINDS`.
 
 Source: megatron-core's TransformerConfig and MLATransformerConfig, GPTModelConfig in megatron/training/models/gpt.py, the
 providers in megatron/bridge/models (0.2 to 0.6), and the configs in nemo/collections/llm/gpt/model (2.5).

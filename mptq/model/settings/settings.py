@@ -1,9 +1,8 @@
-"""The architecture in megatron-core's own words: one flat mapping, with the source of each entry. No torch.
+"""The architecture under megatron-core's names: one flat mapping, with the source of each entry. No torch.
 
-Keys are fields of megatron-core's TransformerConfig and MLATransformerConfig (transformer/transformer_config.py), and the
-arguments of GPTModel and what surrounds it; `KINDS` lists them all. Values are plain (numbers, words, lists, None);
-`activation_func` is one of the words of `ACTIVATIONS`, or, where nobody here knows the function, its full name. An absent
-key was not said.
+Keys are fields of megatron-core's TransformerConfig and MLATransformerConfig (transformer/transformer_config.py), and
+the arguments of GPTModel and related code; `KINDS` lists them all. Values are plain (numbers, strings, lists, None).
+`activation_func` is one of `ACTIVATIONS`, or the full name of an unknown function. An absent key is not specified.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from typing import Any
 
 from mptq.model.settings.values import short
 
-LARGEST = 1 << 24  # of a width, a vocabulary or a number of heads: more would only take memory
+LARGEST = 1 << 24  # limit of widths, vocabulary sizes and numbers of heads: larger values would only waste memory
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "squared_relu", "relu", "quick_gelu")
-"""What `activation_func` can be; `gelu_tanh` is the approximation that megatron-core's fused bias and GeLU computes."""
+"""Values of `activation_func`; `gelu_tanh` is the approximation that megatron-core's fused bias and GeLU computes."""
 
 _INTEGERS = """
 num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size padded_vocab_size
@@ -65,15 +64,15 @@ KINDS: dict[str, tuple[type, ...]] = {
 }
 """Every key that settings can have, with the types of its value, which can also be None.
 
-Six are not megatron-core's: `params_dtype` is the word of a dtype, `provider` the class of Megatron-Bridge or NeMo that
-builds the model, `model_max_length` the tokenizer's, and `rope_low_freq_factor`, `rope_high_freq_factor` and
-`rope_original_max_position_embeddings` are what megatron-core fixes to 1, 4 and 8192 where `rope_scaling` is on.
+Six are not megatron-core's: `params_dtype` is the name of a dtype, `provider` the class of Megatron-Bridge or NeMo that
+builds the model, `model_max_length` is the tokenizer's, and `rope_low_freq_factor`, `rope_high_freq_factor` and
+`rope_original_max_position_embeddings` are fixed to 1, 4 and 8192 in megatron-core if `rope_scaling` is on.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Conflict:
-    """Two sources that disagree on `key`: the first of the ladder is `kept`."""
+    """Two sources disagree on `key`: `kept` is the value of `source`, which takes precedence over `other_source`."""
 
     key: str
     kept: Any
@@ -83,12 +82,12 @@ class Conflict:
 
     def __str__(self) -> str:
         kept, other = short(repr(self.kept)), short(repr(self.other))
-        return f"{self.key}: {self.source} says {kept}, {self.other_source} says {other}: {self.source} counts"
+        return f"{self.key}: {self.source} has {kept}, {self.other_source} has {other}: using {self.source}"
 
 
 @dataclass(frozen=True, slots=True)
 class Settings(Mapping[str, Any]):
-    """What is known of a model's architecture; `sources` says for each key where it was found."""
+    """The known settings of a model's architecture; `sources` has the source of each key."""
 
     entries: Mapping[str, Any]
     sources: Mapping[str, str]
@@ -106,7 +105,7 @@ class Settings(Mapping[str, Any]):
 
 @dataclass(frozen=True, slots=True)
 class SettingsSource:
-    """One source of settings; with `overrides`, the user's own, which nothing below them is in conflict with."""
+    """One source of settings. With `overrides` (the user's own), other sources may differ without a conflict."""
 
     source: str
     entries: Mapping[str, Any]
@@ -114,7 +113,7 @@ class SettingsSource:
 
 
 def merge(rungs: Iterable[SettingsSource]) -> Settings:
-    """The settings of several sources, the first of which that knows a key counts; the others' disagreement is kept too."""
+    """Merges settings of several sources, each from the first source that has it; differing values become conflicts."""
     entries: dict[str, Any] = {}
     holders: dict[str, SettingsSource] = {}
     conflicts = []
@@ -129,23 +128,26 @@ def merge(rungs: Iterable[SettingsSource]) -> Settings:
 
 
 OPTIONS, SHAPES = "--config", "the tensors' shapes"
-_UNTOLD = ("num_attention_heads", "layernorm_epsilon", "activation_func", "position_embedding_type", "max_position_embeddings")
+_NEEDED = ("num_attention_heads", "layernorm_epsilon", "activation_func", "position_embedding_type", "max_position_embeddings")
 
 
 def unsaid(settings: Settings) -> list[str]:
-    """What decides the model's numbers and no shape tells, where there is no config at all whose defaults could count."""
+    """Returns missing settings that affect the results and cannot be derived from shapes.
+
+    Only if there is no config at all; otherwise megatron-core's defaults apply.
+    """
     if set(settings.sources.values()) - {OPTIONS, SHAPES}:
         return []
     rotary = ("rotary_base",) if settings.get("position_embedding_type") == "rope" else ()
-    return [key for key in _UNTOLD + rotary if settings.get(key) is None]
+    return [key for key in _NEEDED + rotary if settings.get(key) is None]
 
 
 _SINGLE = ("moe_router_num_groups", "moe_router_group_topk")
-"""Settings of which 1 says what None says: one group of experts limits no routing."""
+"""Settings for which 1 means the same as None: a single group of experts does not limit the routing."""
 
 
 def agree(key: str, one: Any, other: Any) -> bool:
-    """Whether two values of `key` mean the same: None, False and 0 all say that a feature is not there."""
+    """Whether two values of `key` are equivalent; None, False and 0 all mean that a feature is absent."""
     if key == "hybrid_layer_pattern":
         one, other = (str(value or "").partition("/")[0].replace("|", "") for value in (one, other))
     if key in _SINGLE:
@@ -157,17 +159,17 @@ def agree(key: str, one: Any, other: Any) -> bool:
 
 
 def _expanded(frequency: Any, length: int) -> Any:
-    """A frequency of layers as one number a layer: 1 for one of every `frequency`, beginning with the first."""
+    """Expands a layer frequency to one number per layer: 1 for the first of every `frequency` layers."""
     return [int(layer % frequency == 0) for layer in range(length)] if isinstance(frequency, int) and frequency else frequency
 
 
 def completed(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """`entries` with what TransformerConfig's `__post_init__` computes for fields that are None.
+    """Returns `entries` with the values that TransformerConfig's `__post_init__` computes for fields that are None.
 
     Source: megatron/core/transformer/transformer_config.py.
     """
     found = dict(entries)
-    # What is no number is none of this function's business: it is named where it is used (config.py).
+    # Values that are not numbers are ignored here and reported later (validate.py).
     hidden, heads, layers = (count(found.get(key)) for key in ("hidden_size", "num_attention_heads", "num_layers"))
     _fill(found, "ffn_hidden_size", hidden and 4 * hidden)
     _fill(found, "kv_channels", hidden and heads and hidden // heads)
@@ -177,7 +179,7 @@ def completed(entries: Mapping[str, Any]) -> dict[str, Any]:
     if count(found.get("num_moe_experts")):
         _fill(found, "moe_ffn_hidden_size", found.get("ffn_hidden_size"))
     factor = found.get("moe_expert_capacity_factor")
-    if isinstance(factor, int | float) and factor < 0:  # Megatron's way of saying that there is none
+    if isinstance(factor, int | float) and factor < 0:  # means no limit in Megatron
         found["moe_expert_capacity_factor"] = None
     pattern = count(found.get("no_rope_freq"))
     if pattern and layers:
@@ -186,7 +188,7 @@ def completed(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _has_experts(found: Mapping[str, Any]) -> bool:
-    """Whether any layer has experts; a number of them can stand beside layers that have none, as a default."""
+    """Whether any layer has experts; the number of experts can be set as a default even if no layer has any."""
     pattern, frequency = found.get("hybrid_layer_pattern"), found.get("moe_layer_freq")
     if isinstance(pattern, str) and pattern:
         return "E" in pattern.partition("/")[0]
@@ -194,7 +196,7 @@ def _has_experts(found: Mapping[str, Any]) -> bool:
 
 
 def _mup(found: Mapping[str, Any]) -> dict[str, Any]:
-    """What maximal update parametrization scales by, from the width of the model that was tuned."""
+    """Returns the scale factors of maximal update parametrization, from the width of the base model."""
     base = count(found.get("mup_base_hidden_size")) or found["hidden_size"]
     width = found["hidden_size"] / base
     head = _positive(found, "mup_base_head_dim") ** 0.5 / found["kv_channels"] ** _positive(found, "mup_attn_scale_power", 8)
@@ -208,7 +210,7 @@ def _mup(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def count(value: Any) -> int | None:
-    """A number of something that a model can have; what is no such number is left for its user to name."""
+    """Returns `value` if it is a positive integer within limits, else None; validate.py reports invalid values."""
     return value if isinstance(value, int) and 0 < value < LARGEST else None
 
 
@@ -218,6 +220,6 @@ def _positive(entries: Mapping[str, Any], key: str, largest: float = LARGEST) ->
 
 
 def _fill(entries: dict[str, Any], key: str, value: Any) -> None:
-    """Give `key` a value where it is known to have none; an absent key stays absent."""
+    """Sets `key` to `value` if it is present and None; an absent key stays absent."""
     if key in entries and entries[key] is None and value:
         entries[key] = value

@@ -1,6 +1,6 @@
-"""Which settings mptq quantizes and runs: defaults, what is refused, and what keeps a model from being run here. No torch.
+"""Which settings mptq supports: defaults, settings that it refuses, and settings that its forward pass lacks. No torch.
 
-Keys are settings (settings.py), as megatron-core names them; an absent setting has its default.
+Keys are settings (settings.py) under megatron-core's names; an absent setting has its default.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DEFAULTS: dict[str, Any] = {
     "mamba_head_dim": 64,
     "mamba_num_groups": 8,
 }
-"""What megatron-core takes for a setting that is not given, where that is not None or off.
+"""megatron-core's default of each setting, unless that is None or off.
 
 Source: megatron/core/transformer/transformer_config.py, models/gpt/gpt_model.py; `rope_type` and below are MLA's.
 """
@@ -51,10 +51,10 @@ _OFF: Container[Any] = (False, None, 0)
 
 
 class _Plain:
-    """The classes of Megatron-Bridge and NeMo 2 that build a model of megatron-core's from the settings, and no other thing.
+    """The classes of Megatron-Bridge and NeMo 2 that build a plain megatron-core model from the settings alone.
 
-    Gemma's scale the embedding, those of vision and speech add encoders, and some put modules of their own in the layers; their
-    settings do not say so. A name may end in a size, as Llama3ModelProvider8B does.
+    Others do more without a setting for it: Gemma's scale the embedding, vision and speech models add encoders, and
+    some use their own modules in the layers. A name may end in a size, as in Llama3ModelProvider8B.
     Source: megatron/bridge/models, nemo/collections/llm/gpt/model.
     """
 
@@ -74,16 +74,16 @@ default_layer_spec transformer_engine_layer_spec local_layer_spec modelopt_trans
 get_gpt_decoder_block_spec get_gpt_layer_with_transformer_engine_spec get_gpt_layer_local_spec get_gpt_layer_with_inference_spec
 get_gpt_modelopt_spec get_transformer_block_with_experimental_attention_variant_spec local
 """
-"""Functions that make megatron-core's own layers from the settings alone: its own (megatron/core/models/gpt,
-megatron/core/post_training/modelopt), those of Megatron-Bridge's and NeMo 2's default (gpt_provider.py, gpt/model/base.py), and
-Megatron-LM's `--spec local`."""
+"""Functions that build megatron-core's own layers from the settings alone: megatron-core's (megatron/core/models/gpt,
+megatron/core/post_training/modelopt), the defaults of Megatron-Bridge and NeMo 2 (gpt_provider.py, gpt/model/base.py),
+and Megatron-LM's `--spec local`."""
 STACK_SPECS = """
 get_default_hybrid_stack_spec transformer_engine_hybrid_stack_spec modelopt_hybrid_stack_spec get_hybrid_stack_modelopt_spec
 get_default_mamba_stack_spec transformer_engine_mamba_stack_spec modelopt_mamba_stack_spec get_mamba_stack_modelopt_spec
 hybrid_stack_spec hybrid_inference_stack_spec mamba_stack_spec mamba_inference_stack_spec default_mamba_stack_spec
 <lambda> ModuleSpec
 """
-"""The same for hybrid models; Megatron-Bridge to 0.3 has a lambda as its default, and NeMo 2 the spec itself."""
+"""The same for hybrid models; the default is a lambda in Megatron-Bridge up to 0.3, and the spec itself in NeMo 2."""
 _LAYERS = (None, *LAYER_SPECS.split()), "a layer spec that mptq does not know"
 _STACK = (None, *STACK_SPECS.split()), "a layer spec that mptq does not know"
 DECLARED = {
@@ -92,10 +92,10 @@ DECLARED = {
     "hybrid_stack_spec": "hybrid_stack_spec",
     "mamba_stack_spec": "mamba_stack_spec",
 }
-"""Setting of a class or function -> what a user can say that it is the same as."""
+"""Setting of a class or function -> the known one that a user can declare it equivalent to."""
 
 REFUSED: dict[str, tuple[Container[Any], str]] = {
-    "provider": (_Plain(), "a model class that may add what its settings do not tell"),
+    "provider": (_Plain(), "a model class that may do more than its settings specify"),
     "transformer_layer_spec": _LAYERS,
     "hybrid_stack_spec": _STACK,
     "mamba_stack_spec": _STACK,
@@ -115,12 +115,12 @@ REFUSED: dict[str, tuple[Container[Any], str]] = {
     "moe_mlp_glu_interleave_size": (_OFF, "interleaved gate and up projections"),
     "moe_shared_expert_glu_interleave_size": (_OFF, "interleaved gate and up projections"),
 }
-"""Setting -> (values with which mptq knows what the tensors are, what any other value is)."""
+"""Setting -> (values for which mptq knows the tensors, description of any other value)."""
 
 NOT_RUN: dict[str, tuple[Container[Any], str]] = {
-    "activation_func": ((*ACTIVATIONS, None), "an activation function that is not known here"),
-    "hybrid_layer_pattern": ((None,), "Mamba layers, which run on a GPU with mamba-ssm only"),
-    "position_embedding_type": (("rope", "learned_absolute", "none", "yarn", None), "a position embedding that is not of text"),
+    "activation_func": ((*ACTIVATIONS, None), "an unknown activation function"),
+    "hybrid_layer_pattern": ((None,), "Mamba layers, which need a GPU and mamba-ssm"),
+    "position_embedding_type": (("rope", "learned_absolute", "none", "yarn", None), "a position embedding not for text"),
     "attention_chunk_size": (_OFF, "chunked attention"),
     "interleaved_attn_pattern": ((None,), "local and global attention by turns"),
     "query_pre_attn_scalar": ((None,), "a scale of the attention scores that is not by the heads' size"),
@@ -142,14 +142,14 @@ NOT_RUN: dict[str, tuple[Container[Any], str]] = {
     "moe_token_dropping": (_OFF, "token dropping"),
     "moe_apply_probs_on_input": (_OFF, "router weights applied to the experts' input"),
 }
-"""The same for what mptq's forward pass computes: of megatron-core's config, what changes the outcome of a layer.
+"""The same for mptq's forward pass: the settings of megatron-core that affect the output of a layer.
 
-Losses, dispatchers, fused kernels and the input jitter of training change nothing that is stored or computed.
+Losses, dispatchers, fused kernels and the input jitter of training do not affect what is stored or computed.
 """
 
 
 def obstacles(table: Mapping[str, tuple[Container[Any], str]], settings: Mapping[str, Any]) -> list[str]:
-    """What `settings` have that `table` does not accept, for people: the feature, and the setting with its value."""
+    """Describes the `settings` that `table` does not accept: the feature, and the setting with its value."""
     return [
         f"{meaning} ({name}={short(settings.get(name))})"
         for name, (accepted, meaning) in table.items()
@@ -158,12 +158,12 @@ def obstacles(table: Mapping[str, tuple[Container[Any], str]], settings: Mapping
 
 
 def remedy(settings: Mapping[str, Any]) -> str:
-    """What a user can do where a class or function that nobody here knows is all that is in the way; empty otherwise."""
+    """Returns what to do if unknown classes or functions are the only obstacle; empty otherwise."""
     found = [key for key, (accepted, _) in REFUSED.items() if not _accepts(accepted, settings.get(key))]
     if not set(found) <= set(DECLARED):
         return ""
-    said = " ".join(f"--config {key}={DECLARED[key]}" for key in found)
-    return f": if that is code of your own that makes megatron-core's model from these settings, pass {said}"
+    options = " ".join(f"--config {key}={DECLARED[key]}" for key in found)
+    return f": if that is your own code and builds megatron-core's model from these settings, pass {options}"
 
 
 def _accepts(accepted: Container[Any], value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The values that settings can have: what is outside of them is no model, and is named before anything is made of it. No torch.
+"""Checks that settings have valid values, before anything is derived from them. No torch.
 
 Source: the checks of megatron/core/transformer/transformer_config.py and the modules that read the fields.
 """
@@ -29,14 +29,14 @@ layernorm_epsilon softmax_scale rotary_base rope_scaling_factor seq_len_interpol
 beta_slow yarn_rotary_scaling_factor yarn_beta_fast yarn_beta_slow activation_func_clamp_value
 """
 _MOST = 1 << 14
-"""Layers or experts: of each there are objects, so that more would only take memory."""
+"""Limit of layers and experts: there are objects for each, so more would only waste memory."""
 WORDS = {
     "normalization": ("LayerNorm", "RMSNorm"),
     "softmax_type": ("vanilla", "off-by-one", "learnable"),
     "rope_type": ("rope", "yarn"),
     "moe_router_score_function": ("softmax", "sigmoid", "sqrtsoftplus"),
 }
-"""Setting -> the words that megatron-core knows for it."""
+"""Setting -> the values that megatron-core knows."""
 
 
 def _whole(value: Any, least: int, most: int = LARGEST) -> bool:
@@ -48,7 +48,7 @@ def _above_zero(value: Any) -> bool:
 
 
 def _frequency(value: Any) -> bool:
-    """One of every so many layers, or a flag for each layer."""
+    """Whether the value is a valid layer frequency: one of every N layers, or a flag for each layer."""
     flags = isinstance(value, list | tuple) and all(flag in (0, 1) for flag in value)
     return flags or _whole(value, 1)
 
@@ -82,23 +82,23 @@ def _plain(value: Any, kinds: tuple[type, ...]) -> bool:
 
 _OF_KIND: dict[tuple[type, ...], Test] = {
     kinds: (partial(_plain, kinds=kinds), wanted)
-    for kinds, wanted in {(int,): "a whole number", (float, int): "a number", (str,): "a word"}.items()
+    for kinds, wanted in {(int,): "a whole number", (float, int): "a number", (str,): "a string"}.items()
 }
-"""Types of `KINDS` -> the test of the settings that have no other. Of a flag, only its truth counts."""
+"""Types of `KINDS` -> the test for settings without their own. Flags are not checked: their truth value is used."""
 _MULTIPLES = (
     ("num_attention_heads", "num_query_groups"),
     ("num_moe_experts", "moe_router_num_groups"),
     ("moe_router_topk", "moe_router_group_topk"),
 )
-"""Of each pair, the first is a multiple of the second."""
+"""Pairs where the first must be a multiple of the second."""
 _AT_MOST = (("moe_router_topk", "num_moe_experts"), ("moe_router_group_topk", "moe_router_num_groups"))
-"""Of each pair, the first is no larger than the second."""
+"""Pairs where the first must not exceed the second."""
 _BY_LAYER = tuple((key, "num_layers") for key in ("window_attn_skip_freq", "moe_layer_freq", "no_rope_freq"))
-"""Where the first has an entry for each of the second, it has as many."""
+"""Pairs where the first, if it is a list, must have as many entries as the second says."""
 
 
 def check(settings: Settings) -> None:
-    """Raise CheckpointError for the first setting whose value no model can have, with its source."""
+    """Raises CheckpointError for the first setting with an invalid value, naming its source."""
     for problem in chain(_alone(settings), _together(settings)):
         raise CheckpointError(f"{problem}: correct it with --config key=value")
 
@@ -107,26 +107,26 @@ def _alone(settings: Settings) -> Iterator[str]:
     for key, value in settings.items():
         fits, wanted = _TESTS.get(key) or _OF_KIND.get(KINDS.get(key, ()), _ANYTHING)
         if value is not None and not fits(value):
-            yield f"{_told(settings, key)}, and must be {wanted}"
+            yield f"{_stated(settings, key)}, but must be {wanted}"
 
 
 def _together(settings: Settings) -> Iterator[str]:
-    """What is wrong with settings that may each be right; those that are not counts are named before."""
+    """Yields problems with combinations of settings; `_alone` has already reported those that are not numbers."""
     for many, few in _both(settings, _MULTIPLES):
         if settings[many] % settings[few]:
-            yield f"{_told(settings, many)}, which is no multiple of {few}, {settings[few]}"
+            yield f"{_stated(settings, many)}, but must be a multiple of {few} ({settings[few]})"
     for part, whole in _both(settings, _AT_MOST):
         if settings[part] > settings[whole]:
-            yield f"{_told(settings, part)}, which is more than {whole}, {settings[whole]}"
+            yield f"{_stated(settings, part)}, but must be at most {whole} ({settings[whole]})"
     for flags, _ in _both(settings, _BY_LAYER):
         entries = settings[flags]
         if isinstance(entries, list | tuple) and len(entries) != settings["num_layers"]:
-            yield f"{_told(settings, flags)}: {len(entries)} entries for {settings['num_layers']} layers"
+            yield f"{_stated(settings, flags)}, but has {len(entries)} entries for {settings['num_layers']} layers"
 
 
 def _both(settings: Mapping[str, Any], pairs: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
     return [pair for pair in pairs if all(settings.get(key) for key in pair)]
 
 
-def _told(settings: Settings, key: str) -> str:
+def _stated(settings: Settings, key: str) -> str:
     return f"{key} is {short(repr(settings[key]))} (from {settings.sources.get(key)})"

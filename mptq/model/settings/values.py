@@ -1,4 +1,4 @@
-"""Values of configs as plain data: whatever stands for a Python object becomes a word, and nothing is imported. No torch."""
+"""Converts config values to plain data: Python objects become strings, and nothing is imported. No torch."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _FUNCTIONS = {
     "relu": "relu",
     "quick_gelu": "quick_gelu",
 }
-"""Last word of a function's name -> activation. Those of the tanh approximation differ in how they write it."""
+"""Last component of a function's name -> activation. Variants of the tanh approximation differ only in form."""
 
 
 class Unknown:
-    """What an object of a class that says nothing here becomes: no value."""
+    """Stands for an object that cannot be converted: no value."""
 
 
 def plain(value: Any) -> Any:
-    """`value` as a number, a word or a flat list of them.
+    """Converts `value` to a number, a string or a flat list of them.
 
-    A pickled class or function (anything with a `global_name`) and a `_target_` of a YAML config become the last word of
-    their name, a member of an enumeration becomes its name; an object of which no more is known becomes `Unknown`.
+    A pickled class or function (a class with a `global_name`) and a `_target_` of a YAML config become the last
+    component of their name, and a member of an enumeration becomes its name. Any other object becomes `Unknown`.
     """
     if isinstance(value, list | tuple):
         nested = any(isinstance(item, list | tuple | dict) for item in value)
@@ -44,7 +44,7 @@ def plain(value: Any) -> Any:
 
 
 def _target(value: dict[str, Any]) -> Any:
-    """What a mapping of a run config stands for: Bridge and NeMo write functions, dtypes and enumerations as `_target_`."""
+    """Converts a mapping of a run config: Bridge and NeMo write functions, dtypes and enumerations as `_target_`."""
     if "_name_" in value:
         return str(value["_name_"])
     if value.get("_call_") is True or "_target_" not in value:
@@ -53,17 +53,17 @@ def _target(value: dict[str, Any]) -> Any:
 
 
 LONGEST = 60
-"""Characters of a value in a message: a whole document, or an entry for each layer, says no more than its beginning."""
+"""Maximum length of a value in a message; values can be whole documents or have an entry for each layer."""
 
 
 def short(value: Any) -> str:
-    """`value` in a message, cut after `LONGEST` characters."""
+    """Returns `value` on one line for a message, truncated to `LONGEST` characters."""
     text = " ".join(str(value).split())
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
 def activation(value: Any) -> Any:
-    """The word of an activation function: a name, a pickled function or a `_target_`, with its arguments."""
+    """Returns the name of an activation function given as a name, a pickled function or a `_target_` with arguments."""
     if isinstance(value, dict):
         name, tanh = str(value.get("_target_", "")), value.get("approximate") == "tanh"
     else:

@@ -1,4 +1,4 @@
-"""The cover against a count of every element."""
+"""Compares `covers` with a count of every element."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from mptq.checkpoint.chunk_cover import covers
 
 
 def counted(shape, offsets, sizes):
-    """How often each element is covered, by going through all of them."""
+    """Counts how often each element is covered, by brute force."""
     count = dict.fromkeys(itertools.product(*map(range, shape)), 0)
     for offset, size in zip(offsets, sizes, strict=True):
         for place in itertools.product(*(range(start, start + length) for start, length in zip(offset, size, strict=True))):
@@ -20,7 +20,7 @@ def counted(shape, offsets, sizes):
 
 @st.composite
 def cuttings(draw):
-    """A box cut into boxes by random cuts of random parts, some of them then moved, dropped, repeated or resized."""
+    """Cuts a box at random into smaller boxes, some of which are then moved, dropped, repeated or resized."""
     shape = tuple(draw(st.lists(st.integers(0, 4), min_size=0, max_size=3)))
     boxes = [(tuple(0 for _ in shape), shape)]
     for _ in range(draw(st.integers(0, 5))) if shape else ():
@@ -41,7 +41,7 @@ def cuttings(draw):
 
 @given(cuttings())
 @settings(max_examples=400)
-def test_covers_is_what_counting_says(cutting):
+def test_covers_agrees_with_counting(cutting):
     assert covers(*cutting) == counted(*cutting)
 
 
@@ -49,9 +49,9 @@ def test_covers_is_what_counting_says(cutting):
     ("offsets", "sizes", "whole"),
     [
         ([(0, 0), (2, 0)], [(2, 4), (2, 4)], True),
-        ([(0, 0), (1, 0)], [(2, 4), (2, 4)], False),  # as many elements, but rows 1 twice and 3 never
+        ([(0, 0), (1, 0)], [(2, 4), (2, 4)], False),  # the right number of elements, but row 1 twice and row 3 never
         ([(0, 0), (0, 0)], [(2, 4), (2, 4)], False),
-        ([(0, 0), (0, 2), (2, 0), (2, 3)], [(2, 2), (2, 2), (2, 3), (2, 1)], True),  # no grid
+        ([(0, 0), (0, 2), (2, 0), (2, 3)], [(2, 2), (2, 2), (2, 3), (2, 1)], True),  # not a grid
         ([(0, 0), (0, 1), (1, 3), (3, 0), (1, 1)], [(3, 1), (1, 3), (3, 1), (1, 3), (2, 2)], True),  # a pinwheel
         ([(0, 0), (0, 1), (1, 3), (3, 0)], [(3, 1), (1, 3), (3, 1), (1, 3)], False),  # without its middle
     ],
@@ -60,8 +60,8 @@ def test_four_by_four(offsets, sizes, whole):
     assert covers((4, 4), offsets, sizes) == whole
 
 
-def test_many_boxes_that_are_no_grid():
-    """100,000 rows cut in two at a place of each one's own: near-linear, so done in seconds."""
+def test_many_boxes_that_are_not_a_grid():
+    """100,000 rows, each cut in two at a different place, are checked in near-linear time, so in seconds."""
     rows = range(100_000)
     offsets = [(row, start) for row in rows for start in (0, 1 + row % 7)]
     sizes = [(1, length) for row in rows for length in (1 + row % 7, 9 - row % 7)]

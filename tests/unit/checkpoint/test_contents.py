@@ -1,4 +1,4 @@
-"""Checkpoints that hold something else than a language model to quantize: `quantize` and `inspect` give the same reason."""
+"""Checkpoints that mptq cannot quantize: `quantize` and `inspect` give the same reason."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def made(root, shapes):
 
 
 def reason(directory):
-    """Why nothing can be done, from `quantize`; `inspect` says the same."""
+    """Returns the reason that `quantize` gives, after checking that `inspect` gives the same."""
     with pytest.raises(CheckpointError) as failure:
         make_plan(directory, "fp8-blockwise")
     text = str(failure.value)
@@ -65,7 +65,7 @@ def test_other_heads_are_named(name, rows, tmp_path):
     )
 
 
-def test_the_command_line_says_it_in_one_line(tmp_path):
+def test_the_command_line_prints_one_line(tmp_path):
     directory = made(tmp_path, BASE | ADAPTER)
     done = mptq("quantize", directory, "--recipe", "fp8-blockwise")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)

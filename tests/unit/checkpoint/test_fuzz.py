@@ -1,4 +1,4 @@
-"""Checkpoints with anything changed in them: an MptqError or the right answer, and never more memory than the files justify."""
+"""Corrupted checkpoints give an MptqError or the right values, and never use more memory than their size justifies."""
 
 import contextlib
 import functools
@@ -26,7 +26,7 @@ fuzzing = settings(max_examples=150)
 
 @functools.cache
 def expected():
-    """The names and values of `small()`, and the bytes of its two files."""
+    """Returns the tensors of `small()` by name, and the bytes of its two files."""
     import tempfile
     from pathlib import Path
 
@@ -36,7 +36,7 @@ def expected():
 
 
 def contents(directory):
-    """Every tensor of a checkpoint, read."""
+    """Reads every tensor of a checkpoint."""
     checkpoint = open_checkpoint(directory)
     reader = Reader(checkpoint)
     found = {}
@@ -56,7 +56,7 @@ def write(tmp_path, metadata, shard):
 
 
 def survives(directory):
-    """What is read of it, or None where a CheckpointError says why it is not; within the memory that its files justify."""
+    """Returns the contents, or None on a CheckpointError; checks that the file sizes justify the memory used."""
     size = sum(file.stat().st_size for file in directory.iterdir())
     tracemalloc.start()
     try:
@@ -72,7 +72,7 @@ def survives(directory):
 
 
 def mutated(data, original):
-    """`original` with one to three bytes set to anything."""
+    """Returns `original` with one to three bytes set to random values."""
     changed = bytearray(original)
     for _ in range(data.draw(st.integers(1, 3))):
         changed[data.draw(st.integers(0, len(original) - 1))] = data.draw(st.integers(0, 255))
@@ -82,7 +82,7 @@ def mutated(data, original):
 @given(st.data())
 @fuzzing
 def test_changed_bytes_of_the_shard(tmp_path, data):
-    """What is read is what was written: its own CRC-32 or the metadata betrays every other."""
+    """Only the original values are ever read: the CRC-32 or the metadata reveals all others."""
     found, metadata, shard = expected()
     changed = mutated(data, shard)
     if data.draw(st.booleans()):
@@ -96,7 +96,7 @@ def test_changed_bytes_of_the_shard(tmp_path, data):
 def test_changed_bytes_of_the_metadata(tmp_path, data):
     found, metadata, shard = expected()
     again = survives(write(tmp_path, mutated(data, metadata), shard))
-    # Another name is another checkpoint; a value under its name is still the one that was written.
+    # A changed name makes a different checkpoint, but a value under an original name must be the original one.
     assert again is None or all(torch.equal(value, found[name]) for name, value in again.items() if name in found)
 
 
@@ -134,7 +134,7 @@ def test_odd_shapes(tmp_path, dims, field, which):
 
 
 class OddSize:
-    """Pickles as a torch.Size of anything."""
+    """Pickles as a torch.Size of arbitrary values."""
 
     def __init__(self, dims):
         self.dims = tuple(dims)
@@ -158,9 +158,9 @@ CHANGES = {
     ),
     "overlapping records": (lambda m: move(m, 1, -1), "that overlap: the checkpoint is damaged"),
     "a record twice": (lambda m: same(m, 0, 1), "that overlap: the checkpoint is damaged"),
-    "a record beyond the file": (lambda m: move(m, 0, 10**9), "is cut short"),
-    "a name with an escape": (lambda m: rename(m, "a\x1b[2Jb"), "the name 'a"),
-    "a name of half a character": (lambda m: rename(m, "a\ud800"), "the name 'a"),
+    "a record beyond the file": (lambda m: move(m, 0, 10**9), "is truncated"),
+    "a name with an escape": (lambda m: rename(m, "a\x1b[2Jb"), "invalid entry name 'a"),
+    "a name with a lone surrogate": (lambda m: rename(m, "a\ud800"), "invalid entry name 'a"),
     "a shard above": (lambda m: path(m, "../" + SHARD), "which is outside the checkpoint"),
     "a shard at the root": (lambda m: path(m, "/etc/passwd"), "which is outside the checkpoint"),
     "a shard below and above": (lambda m: path(m, "a/../../x"), "which is outside the checkpoint"),
@@ -213,8 +213,8 @@ def rename(metadata, name):
             metadata.storage_data[replace(index, fqn=name)] = metadata.storage_data.pop(index)
 
 
-@pytest.mark.parametrize(("change", "said"), CHANGES.values(), ids=CHANGES)
-def test_what_is_wrong_is_said(tmp_path, change, said):
+@pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
+def test_errors_name_the_problem(tmp_path, change, message):
     made = small()
     directory = made.write(tmp_path)
     (directory / "folder").mkdir()
@@ -222,7 +222,7 @@ def test_what_is_wrong_is_said(tmp_path, change, said):
     (directory / "link").symlink_to("/dev/zero")
     change(made.metadata)
     (directory / ".metadata").write_bytes(pickle.dumps(made.metadata))
-    with pytest.raises(CheckpointError, match=said) as failure:
+    with pytest.raises(CheckpointError, match=message) as failure:
         contents(directory)
     assert "\n" not in str(failure.value)
     assert len(str(failure.value)) < 700

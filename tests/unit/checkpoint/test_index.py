@@ -28,7 +28,7 @@ def test_index_of_megatrons_own_checkpoint(aligned):
 
 
 def test_arguments_in_common_pt(copy):
-    """megatron-core 0.16 and earlier keep them in a file of their own."""
+    """megatron-core 0.16 and earlier store them in a separate file."""
     checkpoint = open_checkpoint(copy)
     record = checkpoint.blobs["common_state/shard_0_1"]
     raw = read_blob(checkpoint.directory, record)
@@ -55,7 +55,7 @@ def test_missing_shard(copy):
 def test_truncated_shard(copy):
     shard = next((copy / DIRECTORY).glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-1000])
-    with pytest.raises(CheckpointError, match=r"__0_0\.distcp is cut short"):
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp is truncated"):
         open_checkpoint(copy)
 
 
@@ -73,7 +73,7 @@ def test_pickle_of_something_else(copy):
 
 
 def edit_metadata(copy, change):
-    """Change the metadata as torch itself would read and write it (it is our own file)."""
+    """Changes the metadata by unpickling and pickling it with torch (the file is our own)."""
     path = copy / DIRECTORY / ".metadata"
     metadata = pickle.loads(path.read_bytes())
     change(metadata)

@@ -11,7 +11,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def make(root, *iterations, word=None):
-    """A root with whole checkpoints of these iterations (numbers, or "release"), as far as finding them goes."""
+    """Creates a root with checkpoints of these iterations (numbers or "release"), with only what `locate` needs."""
     for iteration in iterations:
         directory = root / (iteration if isinstance(iteration, str) else f"iter_{iteration:07d}")
         directory.mkdir(parents=True)
@@ -69,7 +69,7 @@ def test_one_iteration_of_several(tmp_path):
     assert locate(tmp_path, 8).directory == locate(directory, 8).directory == directory
     with pytest.raises(CheckpointError, match=r"has no iteration 9: there are 8, 900, 10000$"):
         locate(tmp_path, 9)
-    with pytest.raises(CheckpointError, match="leave --iteration out, or give the root"):
+    with pytest.raises(CheckpointError, match="omit --iteration, or pass the root"):
         locate(directory, 900)
 
 
@@ -90,7 +90,7 @@ def test_megatron_bridge(tmp_path):
     assert (found.framework, found.config) == ("Megatron-Bridge", directory / "run_config.yaml")
     assert locate(directory) == found
     torch.save({"step": 4}, tmp_path / "latest_train_state.pt")
-    with pytest.raises(CheckpointError, match="is not Megatron-Bridge's train state"):
+    with pytest.raises(CheckpointError, match="is not a Megatron-Bridge train state"):
         locate(tmp_path)
 
 
@@ -100,7 +100,7 @@ def test_nemo_2(tmp_path):
     assert (found.directory, found.root, found.iteration) == (root / "weights", root, 99)
     assert (found.framework, found.config) == ("NeMo 2", root / "context" / "model.yaml")
     assert locate(root / "weights") == locate(root, 99) == found
-    with pytest.raises(CheckpointError, match="is one NeMo 2 checkpoint"):
+    with pytest.raises(CheckpointError, match="is a single NeMo 2 checkpoint"):
         locate(root, 100)
     (root / "context" / "model.yaml").unlink()
     assert locate(root).config is None
@@ -122,7 +122,7 @@ def json_of(fields):
 
 
 def emptied(*names):
-    """A directory with nothing but files (or, with a slash, directories) of these names."""
+    """Replaces the contents of a directory with empty files (or directories, with a slash) of these names."""
 
     def spoil(directory):
         for path in directory.iterdir():
@@ -140,24 +140,24 @@ def emptied(*names):
             lambda directory: (directory.parent / TRACKER).write_text("8"),
             r"iter_0000008, .* another with --iteration \(there are 7",
         ),
-        (lambda directory: (directory.parent / TRACKER).write_text("latest"), "must hold an iteration number"),
-        (lambda directory: (directory.parent / TRACKER).write_bytes(b"\xff\n\x00"), "must hold an iteration number"),
+        (lambda directory: (directory.parent / TRACKER).write_text("latest"), "must be an iteration number"),
+        (lambda directory: (directory.parent / TRACKER).write_bytes(b"\xff\n\x00"), "must be an iteration number"),
         (lambda directory: (directory / "mp_rank_00").mkdir(), "is a legacy checkpoint .*--ckpt-convert-format torch_dist"),
         (json_of('{"sharded_backend": "zarr"}'), "is a zarr checkpoint: load it with megatron-core 0.12"),
         (json_of('{"sharded_backend": "other"}'), "backend 'other'"),
         (json_of("{"), "is not Megatron's metadata.json"),
         (json_of("[]"), "is not Megatron's metadata.json"),
         (lambda directory: (directory / "metadata.json").unlink(), "torch_dcp or fsdp_dtensor"),
-        (lambda directory: (directory / ".metadata").unlink(), "saving was cut short"),
-        (emptied("__0_0.distcp", "__1_0.distcp"), "saving was cut short"),
-        (emptied("__0_0.distcp", ".metadata.tmp"), "saving was cut short"),
+        (lambda directory: (directory / ".metadata").unlink(), "saving was interrupted"),
+        (emptied("__0_0.distcp", "__1_0.distcp"), "saving was interrupted"),
+        (emptied("__0_0.distcp", ".metadata.tmp"), "saving was interrupted"),
         (emptied(), "is empty"),
         (emptied("config.json", "model-00001-of-00002.safetensors"), "is a Hugging Face model: .*AutoBridge.import_ckpt"),
         (emptied("model_config.yaml", "model_weights/"), "is an unpacked NeMo 1 archive"),
         (emptied("README.md"), "has no .metadata: it is not a torch_dist checkpoint"),
     ],
 )
-def test_what_is_wrong_is_said_in_a_line(tmp_path, spoil, message):
+def test_errors_are_one_line(tmp_path, spoil, message):
     spoil(make(tmp_path, 7, word="7"))
     with pytest.raises(CheckpointError, match=message) as found:
         locate(tmp_path)
@@ -172,18 +172,18 @@ def test_zarr_arrays(tmp_path):
         locate(directory)
 
 
-def test_nothing_that_is_a_directory(tmp_path):
+def test_paths_that_are_not_directories(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         locate(tmp_path / "nowhere")
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="is a file: give the checkpoint's directory"):
+    with pytest.raises(CheckpointError, match="is a file: pass the checkpoint's directory"):
         locate(tmp_path / "file")
     (tmp_path / "model.nemo").touch()
     with pytest.raises(CheckpointError, match="is a NeMo 1 archive: convert it with .*convert_nemo1_to_nemo2.py"):
         locate(tmp_path / "model.nemo")
 
 
-def test_a_directory_above_names_the_checkpoints_in_it(tmp_path):
+def test_the_error_for_a_parent_directory_names_the_checkpoints_in_it(tmp_path):
     make(tmp_path / "run", 7)
     with pytest.raises(CheckpointError, match="such as run/iter_0000007 in it"):
         locate(tmp_path)

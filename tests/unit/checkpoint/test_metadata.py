@@ -1,4 +1,4 @@
-"""The plans that megatron-core adds to `.metadata` are skipped where they come last, and anything is read right otherwise."""
+"""The plans that megatron-core adds to `.metadata` are skipped if they come last; other orders are read too."""
 
 import itertools
 import pickle
@@ -13,18 +13,18 @@ from tests.support.synthetic_checkpoints import small
 
 PLANS = "all_local_plans"
 KEY = b"\x8c\x0f" + PLANS.encode()
-"""The key as a pickle spells it."""
+"""The key as encoded in a pickle."""
 
 
 def fields(**more):
-    """The state of a Metadata as megatron-core writes it, in its order, with and before the plans."""
+    """Returns the state of a Metadata as megatron-core writes it: its fields in order, then the plans in `more`."""
     made = small()
     state = {"state_dict_metadata": made.metadata.state_dict_metadata, "planner_data": {"a": ("a",)}}
     return state | {"storage_data": made.metadata.storage_data, "storage_meta": StorageMeta(), "version": "1"} | more
 
 
 def entries(folder, state, protocol=pickle.DEFAULT_PROTOCOL):
-    """What is read of a Metadata with this state, which is pickled in its order."""
+    """Pickles a Metadata with this state, in its order, and returns what mptq reads from it."""
     metadata = Metadata.__new__(Metadata)
     metadata.__dict__.update(state)
     (folder / ".metadata").write_bytes(pickle.dumps(metadata, protocol))
@@ -90,7 +90,7 @@ def test_a_tensor_may_have_the_name_of_the_plans(tmp_path, plans):
     assert sorted(blobs) == [f"{PLANS}/shard_0_1", "common_state/shard_0_1"]
 
 
-def test_what_is_missing_is_one_line(tmp_path):
+def test_a_missing_field_is_a_one_line_error(tmp_path):
     for missing in ("state_dict_metadata", "storage_data"):
         state = fields(all_local_plans=[])
         del state[missing]

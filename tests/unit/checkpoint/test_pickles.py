@@ -41,7 +41,7 @@ def test_nothing_named_in_a_pickle_is_imported():
     assert "antigravity_is_not_here" not in sys.modules
 
 
-def test_namespaces_enums_and_dtypes_keep_what_they_say():
+def test_namespaces_enums_and_dtypes_keep_their_values():
     loaded = load_pickle(pickle.dumps(Namespace(a=1, dtype=torch.bfloat16, size=torch.Size([2, 3]))), "file")
     assert loaded.state["a"] == 1
     assert loaded.state["size"].args == ((2, 3),)
@@ -84,20 +84,20 @@ REFUSED = {
     "text of 4 exabytes": HEAD + b"\x8d" + (1 << 62).to_bytes(8, "little") + b".",
     "a frame of 4 exabytes": HEAD + b"\x95" + (1 << 62).to_bytes(8, "little") + b"N.",
     "an integer of a megabyte": HEAD + b"\x8b" + (1 << 20).to_bytes(4, "little") + b"\1" * (1 << 20) + b".",
-    "a buffer from outside": HEAD + b"\x97.",
+    "an out-of-band buffer": HEAD + b"\x97.",
     "100,000 empty sets": HEAD + b"(" + b"\x8f" * 100_000 + b"t.",
     "a list copied into 1000 sets": HEAD + b"](" + b"N" * 1000 + b"e\x94cbuiltins\nset\n\x94" + b"h\1h\0\x85R0" * 1000 + b"N.",
     "a state for a function": b"ccollections\nOrderedDict\n}X\1\0\0\0aNsb.",
     "defaults for a function": b"cbuiltins\nset\nN}X\x0c\0\0\0__defaults__)s\x86b.",
     "a state for a class": b"ca\nb\n}X\1\0\0\0aNsb.",
-    "a call of what is no function": HEAD + b"N)R.",
+    "a call of a value that is not a function": HEAD + b"N)R.",
     "a dict as a key": HEAD + b"}}Ns.",
     "5000 globals": b"(" + b"".join(b"ca\nb%d\n" % number for number in range(5000)) + b"t.",
 }
 
 
 @pytest.mark.parametrize("data", REFUSED.values(), ids=REFUSED)
-def test_what_would_cost_more_than_its_bytes_is_refused(data):
+def test_pickles_that_cost_more_than_their_bytes_are_refused(data):
     tracemalloc.start()
     try:
         with pytest.raises(CheckpointError, match=r"^file is not a readable pickle \(.*\): the checkpoint is damaged$"):
@@ -119,14 +119,14 @@ def test_constructors_are_not_changed_by_a_pickle():
 @pytest.mark.parametrize(
     "data",
     [
-        HEAD + b"})" + b"\x85" * 1_000_000 + b"Ns.",  # a dict's key, hashed by unguarded recursion in CPython
+        HEAD + b"})" + b"\x85" * 1_000_000 + b"Ns.",  # a dict key, hashed by unguarded recursion in CPython
         HEAD + b"\x8f()" + b"\x85" * 1_000_000 + b"\x90.",  # the same in a set
         HEAD + b"]" * 1_000_000 + b"a" * 999_999 + b".",
         HEAD + b"ca\nb\n\x94" + b"h\0" * 300_000 + b")" + b"\x85R" * 300_000 + b".",
     ],
     ids=["key", "set", "lists", "objects"],
 )
-def test_depth_does_not_end_the_process(data):
+def test_deep_nesting_does_not_crash_the_process(data):
     script = (
         "import sys; from mptq.checkpoint.pickles import load_pickle; load_pickle(sys.stdin.buffer.read(), 'x'); print('done')"
     )
@@ -144,7 +144,7 @@ plain = st.recursive(
 
 
 @given(plain, st.sampled_from([2, 3, 4, 5]))
-def test_plain_data_is_itself(value, protocol):
+def test_plain_data_round_trips(value, protocol):
     raw = pickle.dumps(value, protocol)
     loaded = load_pickle(raw, "file")
     assert loaded == value or b"_codecs" in raw or b"bytes" in raw  # protocol 2 writes bytes as calls
@@ -160,7 +160,7 @@ def test_any_changed_byte_is_data_or_damage(value, data):
 
 
 @pytest.mark.parametrize("data", [b"", b"garbage", pickle.dumps({"a": [1, 2, 3]})[:-4], b"\x80\x05\x95\xff"])
-def test_damage_is_one_line(data, tmp_path):
+def test_damage_is_a_one_line_error(data, tmp_path):
     with pytest.raises(CheckpointError, match="somewhere/.metadata is not a readable pickle"):
         load_pickle(data, "somewhere/.metadata")
     (tmp_path / "x").write_bytes(data)
@@ -182,7 +182,7 @@ def named(value):
     return foreign(names)
 
 
-def test_what_settings_and_states_hold_is_no_foreign_code():
+def test_globals_of_settings_and_states_are_not_foreign():
     import datetime
     import functools
     import signal
@@ -237,11 +237,11 @@ def test_names_of_foreign_code_can_be_printed():
     assert foreign({"torch.Size", "a.b\x1b[2J", "os.\ud800", "\u202ex.y"}) == ["\\u202ex.y", "a.b\\x1b[2J", "os.\\ud800"]
 
 
-def test_what_is_frozen_stays_so():
-    """A run freezes what its imports made; every tensor that is read is a pickle."""
+def test_frozen_objects_stay_frozen():
+    """A run freezes the objects created by its imports, and loads a pickle for every tensor that it reads."""
     import gc
 
-    kept = [[] for _ in range(1000)]  # others that are frozen may be freed meanwhile, by another thread or a weak reference
+    kept = [[] for _ in range(1000)]  # other frozen objects may be freed meanwhile by another thread or a weak reference
     gc.freeze()
     try:
         load_pickle(pickle.dumps({"a": [1, 2]}), "here")

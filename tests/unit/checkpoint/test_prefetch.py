@@ -1,4 +1,4 @@
-"""Reading ahead: in order, by two at most, and what goes wrong is raised where it is taken."""
+"""Tensors are read ahead in order, at most two, and errors are raised when the tensor is taken."""
 
 import threading
 
@@ -32,7 +32,7 @@ def test_two_are_read_before_they_are_taken():
         ahead.take(ITEMS[0])
 
 
-def test_an_error_is_of_the_tensor_that_is_taken():
+def test_an_error_is_raised_for_its_own_tensor():
     def reading(item):
         if item.name == "1":
             raise OSError("no such disk")

@@ -12,7 +12,7 @@ from mptq.errors import CheckpointError
 
 
 def whole(checkpoint, name):
-    """The tensor as torch's own loader reads it."""
+    """Reads the tensor with torch's own loader."""
     spec = checkpoint.tensors[name].spec
     state = {name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))}
     load(state, storage_reader=FileSystemReader(checkpoint.directory), no_dist=True)

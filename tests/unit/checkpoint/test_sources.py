@@ -6,7 +6,7 @@ from mptq.checkpoint.locate import Location
 from mptq.checkpoint.sources import load_yaml, run_config
 from mptq.errors import CheckpointError
 
-# Every tag of PyYAML that makes or calls something.
+# Every PyYAML tag that creates or calls Python objects.
 HOSTILE = """
 _target_: os.system
 model:
@@ -65,21 +65,21 @@ def test_nothing_is_imported_or_run(tmp_path):
         f"a: {'9' * 10_000}",
     ],
 )
-def test_what_is_no_run_config_is_one_line(tmp_path, text):
+def test_an_invalid_run_config_is_a_one_line_error(tmp_path, text):
     (tmp_path / "run_config.yaml").write_text(text)
     with pytest.raises(CheckpointError, match=r"run_config\.yaml") as found:
         load_yaml(tmp_path / "run_config.yaml")
     assert "\n" not in str(found.value)
 
 
-def test_bytes_that_are_no_text_or_too_many(tmp_path):
+def test_binary_and_oversized_run_configs(tmp_path):
     file = tmp_path / "run_config.yaml"
     file.write_bytes(b"a: \xff\xfe")
     with pytest.raises(CheckpointError, match="is not a readable YAML file"):
         load_yaml(file)
     with file.open("wb") as opened:
         opened.truncate((16 << 20) + 1)
-    with pytest.raises(CheckpointError, match="that is no run config"):
+    with pytest.raises(CheckpointError, match="too large for a run config"):
         load_yaml(file)
 
 
@@ -87,7 +87,7 @@ def located(file, framework):
     return Location(file.parent, file.parent, 1, file, framework)
 
 
-def test_bridge_saves_its_tokenizer_beside_the_weights(tmp_path):
+def test_bridge_saves_its_tokenizer_with_the_weights(tmp_path):
     file = tmp_path / "run_config.yaml"
     file.write_text("model: {num_layers: 2}\ntokenizer: {tokenizer_model: org/name, tokenizer_type: HuggingFaceTokenizer}\n")
     document, source = run_config(located(file, "Megatron-Bridge"))

@@ -1,4 +1,4 @@
-"""The reader on records of every kind: right ones, odd ones, and damaged ones."""
+"""Reads records of every kind: valid, unusual and damaged."""
 
 import contextlib
 import gc
@@ -23,7 +23,7 @@ VALUES = torch.arange(24.0).reshape(4, 6)
 
 
 def one(tmp_path, raw, like=VALUES):
-    """A reader of a checkpoint with one tensor, whose record is `raw`."""
+    """Returns a reader of a checkpoint with one tensor, whose record is `raw`."""
     made = Maker()
     made.raw_tensor("weight", like, raw)
     return Reader(open_checkpoint(made.write(tmp_path)))
@@ -63,8 +63,8 @@ def test_tensors_that_are_not_their_storage(tmp_path, value):
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(1, 2), st.integers(1, 5), st.booleans(), st.booleans())
 @settings(max_examples=40)
-def test_some_rows_after_the_others(tmp_path_factory, heights, halves, height, transposed, stacked):
-    """Of a tensor in chunks of these heights and in halves by columns, `height` rows at a time; each record is checked once."""
+def test_reading_some_rows_at_a_time(tmp_path_factory, heights, halves, height, transposed, stacked):
+    """Reads `height` rows at a time of a tensor in chunks of `heights` rows and, if `halves` is 2, half the columns."""
     value = torch.randn(2 if stacked else 1, sum(heights), 4).bfloat16()
     value = value.transpose(1, 2).contiguous().transpose(1, 2) if transposed else value
     starts = [sum(heights[:place]) for place in range(len(heights))]
@@ -82,7 +82,7 @@ def test_some_rows_after_the_others(tmp_path_factory, heights, halves, height, t
             assert torch.equal(reader.read("weight", torch.empty_like(expected), (layer,), first), expected)
 
 
-def test_rows_of_parts_one_above_the_other(tmp_path):
+def test_rows_of_concatenated_parts(tmp_path):
     made = Maker()
     for name in "ab":
         made.tensor(name, VALUES + ord(name), [((0, 0), (4, 6))])
@@ -146,7 +146,7 @@ def test_every_flipped_bit_of_a_tensor_is_found(tmp_path):
             assert torch.equal(read(Reader(checkpoint), "decoder.layers.weight"), expected)
 
 
-def test_a_flipped_bit_says_what_and_where(tmp_path):
+def test_the_error_for_a_flipped_bit_names_the_tensor_and_file(tmp_path):
     raw = bytearray(saved(VALUES))
     raw[raw.find(VALUES.numpy().tobytes()) + 7] ^= 1
     with pytest.raises(CheckpointError) as failure:
@@ -171,7 +171,7 @@ def test_a_flipped_bit_of_a_byte_item_is_found(tmp_path):
 
 
 def test_a_chunk_of_many_layers_is_checked_once(tmp_path, monkeypatch):
-    """Reading every layer of it takes twice its bytes, not its bytes times the layers."""
+    """Reading every layer of a chunk takes twice its bytes, not its bytes times the number of layers."""
     layers = 16
     value = torch.randn(layers, 32, 32)
     made = Maker()
@@ -190,7 +190,7 @@ def test_a_chunk_of_many_layers_is_checked_once(tmp_path, monkeypatch):
 
 
 def test_reading_leaves_nothing_to_the_garbage_collector(tmp_path):
-    """What lies between large tensors until it is collected keeps their memory from being one again: 2.5 GB instead of 1."""
+    """Uncollected garbage between large tensors fragments memory: 2.5 GB instead of 1 GB."""
     value = torch.randn(4, 8)
     made = Maker()
     made.tensor("weight", value)
@@ -217,7 +217,7 @@ def test_writers_may_leave_the_crc_out(tmp_path):
 
 
 def rezipped(raw, compression=zipfile.ZIP_STORED, **changed):
-    """The record with some members replaced, or left out where None."""
+    """Returns the record with some members replaced, or omitted if None."""
     source, target = zipfile.ZipFile(io.BytesIO(raw)), io.BytesIO()
     with zipfile.ZipFile(target, "w", compression) as archive:
         for info in source.infolist():
@@ -230,15 +230,15 @@ def rezipped(raw, compression=zipfile.ZIP_STORED, **changed):
 
 RAW = saved(VALUES)
 BAD = {
-    "compressed": (rezipped(RAW, zipfile.ZIP_DEFLATED), "compressed, which torch's never are"),
+    "compressed": (rezipped(RAW, zipfile.ZIP_DEFLATED), "compressed or encrypted, which torch never does"),
     "big-endian": (rezipped(RAW, byteorder=b"big"), "is not little-endian"),
     "no pickle": (rezipped(RAW, data_pkl=None), "has no data.pkl"),
-    "no data": (rezipped(RAW, data_0=None), "holds no plain tensor"),
-    "little data": (rezipped(RAW, data_0=b"1234"), "has less bytes than its tensor needs"),
+    "no data": (rezipped(RAW, data_0=None), "is not a plain tensor"),
+    "too little data": (rezipped(RAW, data_0=b"1234"), "has fewer bytes than its tensor needs"),
     "other dtype": (saved(VALUES.double()), r"is float64 \[4, 6\], but the metadata says float32 \[4, 6\]"),
     "other shape": (saved(VALUES.t().contiguous()), r"is float32 \[6, 4\], but the metadata says"),
-    "no tensor": (saved({"a": 1, "padding": "x" * 200}), "holds no plain tensor"),
-    "two tensors": (saved([VALUES, VALUES]), "holds no plain tensor"),
+    "no tensor": (saved({"a": 1, "padding": "x" * 200}), "is not a plain tensor"),
+    "two tensors": (saved([VALUES, VALUES]), "is not a plain tensor"),
     "no zip": (b"x" * 2000, "was not written by torch.save"),
     "zeros": (b"\0" * 2000, "was not written by torch.save"),
 }
@@ -252,13 +252,13 @@ def test_records_that_are_not_a_tensor_of_the_metadata(tmp_path, raw, said):
     assert "\n" not in str(failure.value)
 
 
-def test_a_shard_that_went_away_or_shrank(tmp_path):
+def test_a_shard_that_was_deleted_or_truncated(tmp_path):
     directory = small().write(tmp_path)
     checkpoint = open_checkpoint(directory)
     shard = directory / SHARD
     raw = shard.read_bytes()
     shard.write_bytes(raw[:100])
-    with pytest.raises(CheckpointError, match="is cut short"):
+    with pytest.raises(CheckpointError, match="is truncated"):
         read(Reader(checkpoint), "decoder.final_layernorm.weight")
     shard.unlink()
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp cannot be read: No such file"):

@@ -112,7 +112,7 @@ HALVES = {"linear_fc1.weight_w": (48, 64), "linear_fc1.weight_v": (48, 64), "lin
 
 
 def mixture(layers_stacked, experts_stacked, expert=EXPERT):
-    """The tensors of a mixture of 8 experts, saved in one of the ways that megatron-core has."""
+    """Returns the tensors of a mixture of 8 experts in one of megatron-core's layouts."""
     shared = {name: shape for name, shape in LAYER.items() if not name.startswith("mlp.linear")}
     shared |= {"pre_mlp_layernorm.weight": (64,), "mlp.router.weight": (8, 64)}
     if experts_stacked:
@@ -128,7 +128,7 @@ def mixture(layers_stacked, experts_stacked, expert=EXPERT):
 @pytest.mark.parametrize("expert", [EXPERT, HALVES], ids=["whole", "halves"])
 @pytest.mark.parametrize("layers_stacked", [True, False])
 @pytest.mark.parametrize("experts_stacked", [True, False])
-def test_experts_in_stacks_and_in_keys_of_their_own(layers_stacked, experts_stacked, expert):
+def test_stacked_and_unstacked_experts(layers_stacked, experts_stacked, expert):
     places = locate(mixture(layers_stacked, experts_stacked, expert), MOE)
     assert len(places) == 3 + 2 * (2 + 3 + 2 * 8)
     parts = places["decoder.layers.1.mlp.experts.experts.5.linear_fc1.weight"]
@@ -172,9 +172,9 @@ PREFIXES = st.sampled_from(["", "model.", "module.", "language_model."])
 
 
 def layouts(config):
-    """Layouts that a checkpoint of the model can have: what only some layers have is in keys of their own.
+    """Draws a layout that a checkpoint of the model can have; tensors that only some layers have are not stacked.
 
-    Names of parameters (`local_experts.0`, `weight0`) are those of models; stacks and halves are those of torch_dist.
+    Parameter names (`local_experts.0`, `weight0`) come from models; stacked and split tensors come from torch_dist.
     """
     alike = len(set(config.kinds)) == 1
     return st.builds(
@@ -192,7 +192,7 @@ def layouts(config):
 @settings(max_examples=12)
 @given(st.data())
 def test_every_layout_is_the_same_model(name, data):
-    """Whatever the layout: the inner tensors, and with them what both outputs hold, are the same."""
+    """In every layout the inner tensors, and therefore the contents of both outputs, are the same."""
     config = model(KINDS[name])
     layout = data.draw(layouts(config))
     inner = inner_tensors(config)
@@ -204,14 +204,14 @@ def test_every_layout_is_the_same_model(name, data):
 
 
 def source(config, tensors):
-    """A checkpoint that exists as metadata only."""
+    """Returns a checkpoint that consists of metadata only."""
     found = specs({key: tensor.shape for key, tensor in tensors.items()})
     items = {key: SimpleNamespace(spec=spec) for key, spec in found.items()}
     return Source(SimpleNamespace(blobs={}, tensors=items), config, locate(found, config))
 
 
 def hf_output(plan, tensors):
-    """What the `none` recipe writes for Hugging Face, by hand."""
+    """Builds by hand the Hugging Face output of the `none` recipe."""
     places, found = plan.source.places, {}
     for inner, written in plan.layouts["hf"].by_canonical_name():
         tensor = read(tensors, places[inner])
@@ -230,7 +230,7 @@ def hf_output(plan, tensors):
 @pytest.mark.parametrize("name", FAMILY_ARGS)
 @settings(max_examples=5)
 @given(st.data())
-def test_hugging_faces_tensors_are_the_same_whatever_the_layout(name, data):
+def test_hugging_face_tensors_do_not_depend_on_the_layout(name, data):
     config = model(FAMILY_ARGS[name])
     inner = inner_tensors(config)
     plain = stored(config, inner, Layout())
@@ -260,7 +260,7 @@ sizes = st.fixed_dictionaries(
 @settings(max_examples=60)
 @given(sizes, st.data())
 def test_sizes_do_not_matter(fields, data):
-    """Heads, groups, widths, experts and the padding of the vocabulary, in every layout: parts are where they belong."""
+    """Parts are found in every layout, for any heads, groups, widths, experts and vocabulary padding."""
     config = model(ARGS | {"moe_router_topk": 2} | fields)
     inner = inner_tensors(config)
     tensors = stored(config, inner, data.draw(layouts(config)))
@@ -281,7 +281,7 @@ def test_sizes_do_not_matter(fields, data):
 
 
 def test_mixer_norm_is_not_the_norm_before_it():
-    """A hybrid layer has `norm`, which Transformer Engine fuses into `in_proj`, and `mixer.norm`, which stays."""
+    """A hybrid layer has `norm`, which Transformer Engine fuses into `in_proj`, and `mixer.norm`, which it does not."""
     config = model(HYBRID)
     tensors = stored(config, inner_tensors(config), Layout(transformer_engine=True))
     places = locate(specs({key: tensor.shape for key, tensor in tensors.items()}), config)
@@ -311,7 +311,7 @@ PREDICTION = {
 
 
 @pytest.mark.parametrize("prefix", ["", "model."])
-def test_prediction_layers_are_carried_for_megatron_only(prefix):
+def test_prediction_layers_are_kept_for_megatron_only(prefix):
     tensors = stored(CONFIG, inner_tensors(CONFIG), Layout(prefix))
     extra = {prefix + name: torch.zeros(shape) for name, shape in PREDICTION.items()}
     extra[f"{prefix}mtp.layers.0.transformer_layer.mlp.linear_fc2._extra_state"] = torch.zeros(1)
@@ -327,7 +327,7 @@ def test_prediction_layers_are_carried_for_megatron_only(prefix):
     assert len(plan.units) == len(without.units) + len(PREDICTION)
 
 
-def test_prediction_layers_are_listed_as_dropped_where_no_output_has_them():
+def test_prediction_layers_are_listed_as_dropped_if_no_output_has_them():
     tensors = stored(CONFIG, inner_tensors(CONFIG), Layout(""))
     made = source(CONFIG, tensors | {name: torch.zeros(shape) for name, shape in PREDICTION.items()})
     alone = plan_source(made, load_recipe("fp8-per-tensor"), ("hf",))
@@ -338,7 +338,7 @@ def test_prediction_layers_are_listed_as_dropped_where_no_output_has_them():
     assert bytes_in(alone) == sum(tensor.nbytes for tensor in tensors.values())
 
 
-def test_what_is_dropped_has_a_reason():
+def test_every_dropped_item_has_a_reason():
     keys = [
         "decoder.layers.0.mlp.linear_fc1._extra_state",
         "optimizer.state.exp_avg.x",

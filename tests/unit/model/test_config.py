@@ -27,13 +27,13 @@ def test_reads_a_llama():
     assert config.kinds == (ATTENTION_MLP,) * 2
 
 
-def test_a_setting_that_nobody_says_is_megatron_cores_default():
+def test_a_missing_setting_has_megatron_cores_default():
     config = model(without(ARGS, "rotary_base"))
     assert (config.get("rotary_base"), config.source("rotary_base")) == (10000, "megatron-core's default")
     assert config.get("window_size") is None
 
 
-def test_without_grouped_query_attention_the_group_count_means_nothing():
+def test_without_grouped_query_attention_the_group_count_is_ignored():
     args = ARGS | {"group_query_attention": False, "num_query_groups": 1}
     assert model(args).num_query_groups == 4
 
@@ -48,7 +48,7 @@ def test_unknown_vocabulary_keeps_the_padding():
     assert model(ARGS | {"vocab_size": None}).vocab_size == 128
 
 
-def test_the_optimizers_copy_of_the_embedding_says_nothing():
+def test_the_optimizers_copy_of_the_embedding_is_ignored():
     name = "optimizer.state.exp_avg.embedding.word_embeddings.weight"
     config = model(ARGS, {name: TensorSpec(name, "float32", (128 * 64,))} | TENSORS)
     assert (config.dtype, config.padded_vocab_size) == ("bfloat16", 128)
@@ -63,7 +63,7 @@ def test_reads_a_mixture_of_experts():
     assert (config.moe_ffn_hidden_size, config.get("moe_router_dtype"), config.moe_topk) == (96, None, 2)
 
 
-def test_a_dense_model_has_no_experts_whatever_their_arguments():
+def test_a_dense_model_has_no_experts_whatever_the_arguments():
     config = model(MOE_ARGS | {"num_experts": None, "moe_router_pre_softmax": True, "moe_layer_freq": [0, 1]})
     assert (config.num_experts, config.moe_topk, config.moe_ffn_hidden_size) == (0, 0, 0)
     assert config.kinds == (ATTENTION_MLP,) * 2
@@ -75,7 +75,7 @@ def test_a_dense_model_has_no_experts_whatever_their_arguments():
     [(1, [1, 1, 1, 1, 1]), (2, [1, 0, 1, 0, 1]), (3, [1, 0, 0, 1, 0]), ([0, 1, 1, 0, 1], [0, 1, 1, 0, 1]), (None, [1] * 5)],
 )
 def test_which_layers_have_experts(frequency, sparse):
-    """A number means the first of every so many layers, as megatron-core's gpt_layer_specs.py counts."""
+    """A number N means the first of every N layers, as in megatron-core's gpt_layer_specs.py."""
     config = model(MOE_ARGS | {"num_layers": 5, "moe_layer_freq": frequency})
     assert [kind.ffn == "moe" for kind in config.kinds] == list(map(bool, sparse))
     assert {kind.mixer for kind in config.kinds} == {"attention"}
@@ -89,7 +89,7 @@ def test_reads_multi_latent_attention():
 
 @pytest.mark.parametrize("pattern", ["M*-ME", "M|*-|ME", "M*-ME/*E"])
 def test_reads_the_layers_of_a_hybrid_model(pattern):
-    """Bars separate pipeline stages, and what follows the slash are prediction layers."""
+    """Bars separate pipeline stages, and prediction layers follow the slash."""
     kinds = model(HYBRID | {"hybrid_layer_pattern": pattern}).kinds
     assert kinds == (
         LayerKind("mamba", ""),
@@ -110,13 +110,13 @@ def test_reads_the_layers_of_a_hybrid_model(pattern):
         {"moe_grouped_gemm": True, "moe_router_fusion": True, "moe_permute_fusion": True},
     ],
 )
-def test_what_changes_nothing_of_the_forward_pass_is_accepted(fields):
+def test_settings_that_do_not_affect_the_forward_pass_are_accepted(fields):
     config = model(MOE_ARGS | fields)
     assert (config.num_experts, config.not_run) == (8, [])
     assert dict(config.features) == dict(model(MOE_ARGS).features)
 
 
-def test_all_features_in_the_way_are_named_together():
+def test_all_unsupported_features_are_named_together():
     with pytest.raises(UnsupportedModelError, match=r"an attention output gate .*; latent projections around the experts"):
         model(MOE_ARGS | {"moe_latent_size": 96, "attention_output_gate": True})
 
@@ -127,7 +127,7 @@ MLA = LATENT | {"seq_length": 4096, "original_max_position_embeddings": 4096}
 
 
 @pytest.mark.parametrize(
-    ("args", "told", "context"),
+    ("args", "more", "context"),
     [
         (ARGS, {}, (512, "settings")),
         (ARGS | {"seq_length": 256}, {"model_max_length": 131072}, (512, "settings")),
@@ -142,13 +142,13 @@ MLA = LATENT | {"seq_length": 4096, "original_max_position_embeddings": 4096}
         (MLA | {"rope_type": "rope"}, {}, (512, "settings")),
     ],
 )
-def test_how_many_positions_there_are_and_what_says_so(args, told, context):
-    config = model(args, **told)
+def test_the_number_of_positions_and_its_source(args, more, context):
+    config = model(args, **more)
     assert (config.context.length, config.context.known_from) == context
     assert config.max_position_embeddings == context[0]
 
 
-def test_what_the_user_says_of_positions_counts_more_than_yarn():
+def test_the_users_number_of_positions_takes_precedence_over_yarn():
     rungs = [
         SettingsSource(OPTIONS, {"max_position_embeddings": 8192}, overrides=True),
         SettingsSource("args", from_args(ARGS | LONG)),
@@ -157,7 +157,7 @@ def test_what_the_user_says_of_positions_counts_more_than_yarn():
 
 
 def test_missing_arguments():
-    with pytest.raises(CheckpointError, match="does not say its architecture"):
+    with pytest.raises(CheckpointError, match="does not specify its architecture"):
         model({})
     with pytest.raises(CheckpointError, match="no usable value for 'num_attention_heads'"):
         model(without(ARGS, "num_attention_heads"))
@@ -174,12 +174,12 @@ def test_missing_arguments():
         ({"hybrid_layer_pattern": "M*-"}, r"hybrid_layer_pattern \('M\*-' for 2 layers"),
         ({"hybrid_layer_pattern": "MX"}, r"hybrid_layer_pattern \('MX' for 2 layers of M, \*, \+, -, E\)"),
         ({"hybrid_layer_pattern": "M" * 9000}, r"hybrid_layer_pattern \('M{50,60}\.\.\. for 2 layers"),
-        ({"window_size": [9] * 9000}, r"window_size is \[9, [9, ]{40,60}\.\.\. \(from args\), and must be"),
+        ({"window_size": [9] * 9000}, r"window_size is \[9, [9, ]{40,60}\.\.\. \(from args\), but must be"),
         ({"num_attention_heads": 0, "kv_channels": None}, "num_attention_heads is 0 .* correct it with --config"),
         ({"hidden_size": "wide"}, "'wide'"),
     ],
 )
-def test_values_of_no_use_are_named(fields, message):
+def test_unusable_values_are_named(fields, message):
     with pytest.raises(CheckpointError, match=message):
         model(MOE_ARGS | fields)
 
@@ -188,8 +188,8 @@ ODD_VALUES = (7, -1, 1.5, "x", "", [], {}, [1, "a"], [None], True, None, 0, floa
 
 
 @pytest.mark.parametrize("args", FAMILY_ARGS.values(), ids=FAMILY_ARGS)
-def test_whatever_a_setting_holds_the_message_is_of_that_setting(args):
-    """Of the value's type too, never of the Python that stumbles over it."""
+def test_any_invalid_value_gives_a_message_about_its_setting(args):
+    """Also for values of the wrong type: no message is that of a Python exception."""
     messages = []
     for key, value in itertools.product(KINDS, ODD_VALUES):
         try:

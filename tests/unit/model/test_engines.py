@@ -1,4 +1,4 @@
-"""What engines fuse and split, against what vLLM's own classes say of the same models (tests/support/vllm_models.json)."""
+"""Compares what engines fuse and split with vLLM's own classes for the same models (tests/support/vllm_models.json)."""
 
 import json
 
@@ -15,11 +15,11 @@ RECORDED = json.loads(RECORD.read_text())["cases"]
 CASES = cases()
 OF_FAMILIES = [name for name in CASES if name not in MODELS]
 REFUSED = {"Nemotron-H fp8-per-channel even": "All MoE projections need to have same quantization scheme"}
-"""vLLM asks for the scheme of a gate, by an empty name, of experts that have none: see formats/hf/warnings.py, `_gateless`."""
+"""For experts without a gate, vLLM looks up a gate with an empty name: see `_gateless` in formats/hf/warnings.py."""
 
 
 def made_of(module, case, found):
-    """The Hugging Face modules that are in a module of vLLM's, without the prefix that vLLM changes."""
+    """Returns the Hugging Face modules that form a vLLM module, without the prefix, which vLLM changes."""
     owner, _, last = module.rpartition(".")
     for old, new in found["renamed"].items():
         owner = owner.replace(f"{new}.", f"{old}.", 1) if owner.startswith(f"{new}.layers.") else owner
@@ -29,22 +29,22 @@ def made_of(module, case, found):
 
 
 def modules(plan):
-    """The Hugging Face modules of a plan's linears."""
+    """Returns the Hugging Face modules of a plan's linears."""
     return [tensors.hf_layer(plan.model, layer) + name for layer, linear in plan.assignment.linears() for name in linear.hf]
 
 
 def in_layers(found):
-    """vLLM's linears and routed experts; a convolution of Mamba's is a linear to it, and never quantized."""
+    """Returns vLLM's linears and routed experts, without Mamba's convolution, which is never quantized."""
     return [name for name in (*found["fp8"], *found["other"]) if name != "lm_head" and not name.endswith(".conv1d")]
 
 
-def test_the_record_is_of_these_cases():
+def test_the_record_has_these_cases():
     digests = {name: case.digest for name, case in CASES.items()}
     assert {name: entry["digest"] for name, entry in RECORDED.items()} == digests, "record again: scripts/record_vllm.py"
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in REFUSED])
-def test_groups_are_the_modules_of_vllm(name):
+def test_groups_match_vllms_modules(name):
     plan, found = CASES[name].plan, RECORDED[name]["ranks"]["1"]
     groups = {}
     for layer in plan.layers:
@@ -69,7 +69,7 @@ def test_fused_linears_of_a_family_are_those_that_vllm_packs(family):
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in REFUSED])
-def test_vllm_takes_for_quantized_what_is(name):
+def test_vllm_treats_the_same_linears_as_quantized(name):
     case, found = CASES[name], RECORDED[name]["ranks"]["1"]
     quantized = {module for members in case.plan.layouts["hf"].contents.groups.values() for module in members}
     assert {module for part in found["fp8"] for module in made_of(part, case, found)} == quantized
@@ -85,18 +85,18 @@ def test_what_vllm_refuses_is_a_warning(name):
 
 
 @pytest.mark.parametrize("name", [name for name in OF_FAMILIES if name not in REFUSED])
-def test_only_what_vllm_refuses_is(name):
+def test_only_models_that_vllm_refuses_have_a_warning(name):
     assert not any("experts without a gate" in warning for warning in estimates.warnings(CASES[name].plan))
 
 
-# By hand: each of TP ranks has heads / TP query heads, one K and V head at least, ffn / TP rows of gate and up and columns of
-# down, and the whole of MLA's q_a and kv_a. What is then no multiple of 128 is in the way. Qwen2's 28 and 12 heads are not for
-# 8 ranks, whatever the precision.
-LIMITS = {  # name -> TP with whole blocks, and TP at all
+# Computed by hand: each of TP ranks has heads / TP query heads, at least one K and V head, ffn / TP rows of gate and up
+# and columns of down, and all of MLA's q_a and kv_a. Sizes that are then not multiples of 128 are unsupported. The 28
+# and 12 heads of Qwen2 cannot be split over 8 ranks in any precision.
+LIMITS = {  # name -> maximum TP with whole blocks, maximum TP at all
     "Llama-2-7B": (2, 8),  # 11008 / 4 = 21.5 * 128
     "Llama-3-8B": (8, 8),  # 14336 / 8 = 14 * 128, 8 heads of 128 for K and V
     "Llama-3-70B": (8, 8),  # 28672 / 8 = 28 * 128
-    "Llama-3.2-1B": (4, 8),  # heads of 64: a rank of 8 has half a block of K; vLLM builds that, and loads scales of other rows
+    "Llama-3.2-1B": (4, 8),  # heads of 64: with TP=8 a rank has half a block of K; vLLM accepts that but loads the wrong scales
     "Qwen2-1.5B": (2, 4),  # 8960 / 4 = 17.5 * 128
     "Qwen2-7B": (4, 4),  # 18944 / 4 = 37 * 128, 4 heads of 128
     "Qwen3-30B-A3B": (8, 8),  # 4 heads of K and V, which 8 ranks share
@@ -104,11 +104,11 @@ LIMITS = {  # name -> TP with whole blocks, and TP at all
     "DeepSeek-V2-Lite": (2, 8),  # shared experts: 2816 / 4 = 5.5 * 128; the dense MLP (10944) is not quantized
     "DeepSeek-V3": (8, 8),  # 18432 / 8 = 18 * 128, 2048 / 8 = 2 * 128
 }
-OF_EXPERTS = {"Qwen3-30B-A3B": 2, "DeepSeek-V2-Lite": 1}  # 768 / 4 and 1408 / 2 are no multiples of 128
+OF_EXPERTS = {"Qwen3-30B-A3B": 2, "DeepSeek-V2-Lite": 1}  # 768 / 4 and 1408 / 2 are not multiples of 128
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_tensor_parallelism_goes_as_far_as_in_vllm(name):
+def test_the_limits_of_tensor_parallelism_match_vllm(name):
     limit, served = LIMITS[name]
     notes = [note for note in estimates.warnings(CASES[name].plan) if "tensor-parallel" in note]
     found = {"experts'" in note: int(note.partition("TP=")[2][0]) for note in notes}
@@ -118,13 +118,13 @@ def test_tensor_parallelism_goes_as_far_as_in_vllm(name):
         assert note.endswith("expert parallelism") == ("experts'" in note)
     for ranks, made in ((int(ranks), made) for ranks, made in RECORDED[name]["ranks"].items()):
         blocks = "divisible by weight quantization" in made.get("error", "")
-        assert ("error" in made and not blocks) == (ranks > served)  # not a matter of blocks
+        assert ("error" in made and not blocks) == (ranks > served)  # unrelated to blocks
         if ranks <= served:
             assert (blocks or bool(made["cut"])) == (ranks > limit)
             assert blocks or bool(made["refined"]) == (ranks > OF_EXPERTS.get(name, served))
 
 
-def test_a_rank_of_more_ranks_than_heads_has_one():
+def test_with_more_ranks_than_heads_each_rank_has_one_head():
     (qkv, *_), config = tensors.layer_linears(model(MODELS["Qwen3-30B-A3B"]), 0), model(MODELS["Qwen3-30B-A3B"])
     assert [tp for tp in (1, 2, 4, 8, 16, 32) if engines.splits(config, qkv, tp, 128)] == [1, 2, 4, 8, 16, 32]
     narrow = model(ARGS | {"hidden_size": 256, "kv_channels": 64, "num_attention_heads": 8, "num_query_groups": 4})
@@ -132,12 +132,12 @@ def test_a_rank_of_more_ranks_than_heads_has_one():
     assert [tp for tp in (1, 2, 4, 8) if engines.splits(narrow, qkv, tp, 128)] == [1, 2]
 
 
-def test_a_compressed_query_is_one_group_with_the_latent():
+def test_a_compressed_query_is_in_one_group_with_the_latent():
     plan = planned(whole("DeepSeek-V3"), "fp8-blockwise")
     group = engines.groups(plan.model, 0)["self_attention.linear_kv_down_proj"]
     assert [linear.hf for linear in group.linears] == [("self_attn.q_a_proj",), ("self_attn.kv_a_proj_with_mqa",)]
     assert group is engines.groups(plan.model, 0)["self_attention.linear_q_down_proj"]
-    # 576 rows: the edge is the last of the fused matrix.
+    # 576 rows: the partial block is at the end of the fused matrix.
     assert group.ragged
     assert group.fits((128, 128))
     assert not group.linears[1].fits((128, 128))
@@ -159,7 +159,7 @@ def test_routed_experts_are_a_group_and_shared_ones_are_not_in_it():
     assert len(experts.linears) == 2 * 8
     assert not experts.fused
     assert len(found["mlp.shared_experts.linear_fc1"].linears) == 1
-    # fc1 alone would fit MX blocks, of 32 columns: hidden is 256, and an expert has 48.
+    # Only fc1 fits MX blocks of 32 columns: the hidden size is 256, and experts have width 48.
     narrow = model(whole("Qwen3-MoE") | {"moe_ffn_hidden_size": 48})
     group = engines.groups(narrow, 0)["mlp.experts.experts.3.linear_fc1"]
     assert group.linears[0].fits((1, 32))
@@ -170,7 +170,7 @@ def test_parts_of_a_mamba_projection_are_whole_blocks():
     args = whole("Nemotron-H")
     (first, _) = tensors.layer_linears(model(args), 0)
     assert first.fits((128, 128))
-    # B and C of 64 rows each: together they are a block, and engines split it.
+    # B and C have 64 rows each: together they are one block, which engines split.
     (first, _) = tensors.layer_linears(model(args | {"mamba_state_dim": 8}), 0)
     assert first.shape[0] % 128 == 0
     assert not first.fits((128, 128))

@@ -1,4 +1,4 @@
-"""What distinguishes architectures: every row of the tables is found by name, and every feature has its words."""
+"""Features of architectures: every row of the tables is detected by name, and every feature has a text."""
 
 import json
 
@@ -15,23 +15,23 @@ LLAMA = dict(model(ARGS).features)
 
 
 def changed(args):
-    """The features in which a model differs from a Llama."""
+    """Returns the features in which a model differs from Llama."""
     return {name: value for name, value in model(args).features.items() if LLAMA.get(name) != value}
 
 
-def test_tables_are_of_settings_that_exist():
+def test_all_settings_in_the_tables_exist():
     assert set(REFUSED) | set(NOT_RUN) | set(DEFAULTS) <= set(KINDS)
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_every_feature_that_is_not_quantized_is_named(name):
+def test_every_unsupported_feature_is_named(name):
     meaning = REFUSED[name][1]
     with pytest.raises(UnsupportedModelError, match=rf"has {meaning} \({name}=surprise\), which mptq does not quantize"):
         model(MOE_ARGS | {name: "surprise"})
 
 
 @pytest.mark.parametrize("name", [*REFUSED, *NOT_RUN])
-def test_a_value_that_is_a_whole_document_is_cut_in_the_message(name):
+def test_a_value_that_is_a_whole_document_is_truncated_in_the_message(name):
     """Llama-Nemotron has its Hugging Face config as JSON among its settings."""
     value = json.dumps({"block_configs": [{"n_heads_in_group": 8}] * 80}, indent=1)
     (text,) = obstacles({name: (REFUSED | NOT_RUN)[name]}, {name: value})
@@ -61,7 +61,7 @@ def test_every_feature_that_is_not_run_is_named(name):
 
 
 @pytest.mark.parametrize("args", FAMILY_ARGS.values(), ids=FAMILY_ARGS)
-def test_all_but_hybrid_models_are_run(args):
+def test_all_models_but_hybrid_ones_can_be_run(args):
     assert len(model(args).not_run) == ("hybrid_layer_pattern" in args)
 
 
@@ -137,7 +137,7 @@ MIXTURE = {
         ({"moe_router_topk": 1}, {"topk": "one"}),
         ({"moe_router_num_groups": 4, "moe_router_group_topk": 2}, {"groups": "by the best 1 of a group"}),
         ({"moe_router_num_groups": 4, "moe_router_group_topk": 1}, {"groups": "by the best 2 of a group"}),
-        # As Megatron-Bridge writes it for models without groups; and where every group is chosen.
+        # As Megatron-Bridge writes models without groups, and with all groups chosen.
         ({"moe_router_num_groups": 1, "moe_router_group_topk": 1}, {}),
         ({"moe_router_num_groups": 2, "moe_router_group_topk": 2}, {}),
         ({"moe_router_num_groups": 4}, {}),
@@ -163,9 +163,9 @@ def test_features_of_mixtures(fields, expected):
         ({}, "nothing"),
     ],
 )
-def test_what_no_architecture_has(fields, words):
+def test_features_that_no_architecture_has(fields, words):
     assert model(LATENT | fields).features["not mapped"] == words
 
 
-def test_arguments_of_other_names_lead_to_settings():
+def test_arguments_with_different_names_become_settings():
     assert set(RENAMED.values()) | set(NEGATED.values()) <= set(KINDS)

@@ -12,7 +12,7 @@ fusions = st.builds(
 
 
 @given(fusions, st.integers(1, 4))
-def test_merge_undoes_split_and_split_undoes_merge(fusion, columns):
+def test_split_and_merge_are_inverses(fusion, columns):
     fused = torch.arange(sum(fusion.rows) * columns).reshape(-1, columns)
     members = fusion.split(fused)
     assert [len(member) for member in members] == list(fusion.rows)
@@ -29,7 +29,7 @@ def test_runs_are_views_of_the_members(fusion):
         assert all(run.untyped_storage().data_ptr() == fused.untyped_storage().data_ptr() for run in runs)
 
 
-def test_split_of_grouped_query_attention_is_megatrons():
+def test_split_of_grouped_query_attention_matches_megatron():
     # Two groups, each of two query heads, a key and a value head, of head_dim 3: rows named group.kind.
     fused = torch.tensor([10 * group + kind for group in (1, 2) for kind in (0, 0, 1, 2) for _ in range(3)])
     query, key, value = Fusion(2, (6, 3, 3)).split(fused[:, None])
@@ -39,7 +39,7 @@ def test_split_of_grouped_query_attention_is_megatrons():
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 2))
-def test_scales_of_members_are_members_of_the_scales(groups, heads, blocks):
+def test_splitting_commutes_with_computing_block_scales(groups, heads, blocks):
     width = 128 * blocks
     fusion = Fusion(groups, (heads * width, width, width))
     fused = torch.randn(sum(fusion.rows), 1)
@@ -50,7 +50,7 @@ def test_scales_of_members_are_members_of_the_scales(groups, heads, blocks):
 
 
 def test_alignment():
-    assert Fusion(1, (100,)).aligned(128)  # nothing to cross
+    assert Fusion(1, (100,)).aligned(128)  # a single member
     assert Fusion(1, (256, 128)).aligned(128)
     assert not Fusion(1, (320, 320)).aligned(128)
     assert not Fusion(3, (192, 64, 64)).aligned(128)
@@ -59,7 +59,7 @@ def test_alignment():
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 8), st.integers(1, 5), st.booleans())
 def test_attention_and_gated_mlps_of_any_shape(groups, shared, dim, columns, vector):
-    """Weights and their biases are split alike, and back; every row goes to one member."""
+    """Weights and biases are split and merged in the same way, and every row belongs to one member."""
     for fusion in (Fusion(groups, (shared * dim, dim, dim)), Fusion(1, (dim, dim)), Fusion(1, (dim,))):
         rows = torch.arange(sum(fusion.rows))
         fused = rows if vector else rows[:, None] * 100 + torch.arange(columns)

@@ -1,4 +1,4 @@
-"""The ids of generation: which source counts, and what is said of the others."""
+"""Token ids for generation: which source is used, and warnings about the others."""
 
 import json
 
@@ -9,18 +9,18 @@ from mptq.model.generation import GenerationSource, resolve
 from mptq.model.settings.from_hf_config import generation_sources
 from mptq.model.settings.from_run_config import generation_fields
 
-NO_END = "no eos_token_id is known, so engines generate up to the limit: pass a --tokenizer or an --hf-config that says it"
+NO_END = "no eos_token_id is known, so engines generate up to the limit: pass a --tokenizer or --hf-config that has it"
 
 
 def resolved(*sources, vocabulary=100):
     return resolve([GenerationSource(name, fields, whole) for name, fields, whole in sources], vocabulary)
 
 
-def said(*sources):
-    """The one warning's text."""
-    (warning,) = resolved(*sources).warnings
-    assert warning.startswith("token ids: ")
-    return warning.removeprefix("token ids: ")
+def warning(*sources):
+    """Returns the text of the only warning."""
+    (text,) = resolved(*sources).warnings
+    assert text.startswith("token ids: ")
+    return text.removeprefix("token ids: ")
 
 
 def test_each_id_comes_from_the_first_source_that_has_it():
@@ -40,40 +40,40 @@ def test_a_list_of_one_is_an_id():
 
 def test_sources_that_disagree_are_one_warning():
     first = ("a", {"eos_token_id": 2, "bos_token_id": 1}, True)
-    assert said(first, ("b", {"eos_token_id": 3}, False)) == "eos_token_id: a says 2, b says 3: a counts"
-    assert said(first, ("b", {"eos_token_id": [2, 3], "bos_token_id": 4}, False)) == (
-        "bos_token_id: a says 1, b says 4: a counts; eos_token_id: a says 2, b says [2, 3]: a counts"
+    assert warning(first, ("b", {"eos_token_id": 3}, False)) == "eos_token_id: a has 2, b has 3: using a"
+    assert warning(first, ("b", {"eos_token_id": [2, 3], "bos_token_id": 4}, False)) == (
+        "bos_token_id: a has 1, b has 4: using a; eos_token_id: a has 2, b has [2, 3]: using a"
     )
 
 
-def test_no_end_is_a_warning():
-    assert said() == NO_END
-    assert said(("a", {"eos_token_id": None, "bos_token_id": 1}, True)) == NO_END
-    assert said(("a", {"eos_token_id": []}, True)) == NO_END
+def test_no_eos_token_is_a_warning():
+    assert warning() == NO_END
+    assert warning(("a", {"eos_token_id": None, "bos_token_id": 1}, True)) == NO_END
+    assert warning(("a", {"eos_token_id": []}, True)) == NO_END
     assert resolved().fields == {}
 
 
 def test_ids_that_the_model_does_not_have_are_ignored_with_a_warning():
     other, own = ("a", {"eos_token_id": 100}, True), ("b", {"eos_token_id": 99}, False)
-    assert said(other, own) == "a has eos_token_id 100, which is ignored: the model's vocabulary is of 100"
+    assert warning(other, own) == "a has eos_token_id 100, which is ignored: the vocabulary has 100 tokens"
     assert resolved(other, own).ids == {"eos_token_id": 99}
     assert resolved(other, own).fields == {"eos_token_id": 99}
-    assert said(("a", {"eos_token_id": [1, 100]}, True)) == (
-        f"a has eos_token_id [1, 100], which is ignored: the model's vocabulary is of 100; {NO_END}"
+    assert warning(("a", {"eos_token_id": [1, 100]}, True)) == (
+        f"a has eos_token_id [1, 100], which is ignored: the vocabulary has 100 tokens; {NO_END}"
     )
 
 
 @pytest.mark.parametrize("value", ["2", True, 2.0, -5, {"id": 2}, [2, "3"], [[2]], [-1]])
-def test_what_is_not_an_id_is_ignored_with_a_warning(value):
-    assert said(("a", {"eos_token_id": value}, True)) == (
+def test_values_that_are_not_ids_are_ignored_with_a_warning(value):
+    assert warning(("a", {"eos_token_id": value}, True)) == (
         f"a has eos_token_id {value!r}, which is not a token id and is ignored; {NO_END}"
     )
-    assert said(("a", {"eos_token_id": 2, "pad_token_id": [2]}, True)) == (
+    assert warning(("a", {"eos_token_id": 2, "pad_token_id": [2]}, True)) == (
         "a has pad_token_id [2], which is not a token id and is ignored"
     )
 
 
-def test_minus_one_is_no_padding():
+def test_minus_one_means_no_padding_token():
     found = resolved(("a", {"eos_token_id": 2, "pad_token_id": -1}, True), ("b", {"pad_token_id": 0}, False))
     assert (found.ids, found.warnings) == ({"eos_token_id": 2, "pad_token_id": 0}, ())
 
@@ -86,14 +86,14 @@ BRIDGE = {
 NEMO = {"_target_": "transformers.generation.configuration_utils.GenerationConfig", "eos_token_id": 7}
 
 
-def test_the_run_config_may_hold_a_generation_config():
+def test_a_run_config_can_have_a_generation_config():
     told = {"eos_token_id": [7, 8], "bos_token_id": 1, "do_sample": True}
     assert generation_fields({"model": {"num_layers": 2, "generation_config": BRIDGE}}) == told
     assert generation_fields({"model": {"config": {"generation_config": NEMO}}}) == {"eos_token_id": 7}
 
 
 @pytest.mark.parametrize("model", [None, [], {}, {"generation_config": None}, {"generation_config": {"config_dict": [1]}}])
-def test_a_run_config_without_one_says_nothing(model):
+def test_a_run_config_without_a_generation_config(model):
     assert generation_fields({"model": model}) == {}
 
 

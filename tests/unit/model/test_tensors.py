@@ -1,4 +1,4 @@
-"""The names of a model's parts, and how rows belong to them."""
+"""The names of a model's tensors, and how rows are divided among them."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ CONFIG, MOE = model(ARGS), model(MOE_ARGS)
 
 
 def hf_names(config, layer=0):
-    """Every Hugging Face tensor of a layer, without its prefix, with its shape."""
+    """Returns the shape of every Hugging Face tensor of a layer, by name without the prefix."""
     found = {f"{name}.weight": shape for linear in layer_linears(config, layer) for name, shape in linear.members}
     for copy in layer_copies(config, layer):
         found |= dict(zip(copy.hf, copy.hf_shapes, strict=True))

@@ -22,9 +22,9 @@ def test_the_recipe_that_only_converts():
     none = load_recipe("none")
     assert (none.weights, none.scheme, none.hf, none.needs_data) == (None, None, "plain", False)
     assert recipe_from(none.model_dump(mode="json"), "again") == none
-    with pytest.raises(RecipeError, match="without weights to quantize there is no kv_cache to choose"):
+    with pytest.raises(RecipeError, match="without weights to quantize, kv_cache cannot be set"):
         none.changed(kv_cache="fp8")
-    with pytest.raises(RecipeError, match="there is no overrides to choose"):
+    with pytest.raises(RecipeError, match="without weights to quantize, overrides cannot be set"):
         none.changed(["decoder.layers.0.*"])
 
 
@@ -40,13 +40,14 @@ def test_recipe_file(tmp_path):
     ("name", "near"),
     [("fp8-blokwise", "fp8-blockwise"), ("fp8_blockwise", "fp8-blockwise"), ("per-tensor", "fp8-per-tensor")],
 )
-def test_unknown_name_gives_the_nearest(name, near):
+def test_unknown_name_suggests_a_similar_one(name, near):
     with pytest.raises(RecipeError, match=f"unknown recipe '{name}': did you mean '{near}'"):
         load_recipe(name)
 
 
 def test_unknown_name_lists_all():
-    with pytest.raises(RecipeError, match=r"'zzz': there are fp8, fp8-blockwise, fp8-per-channel, fp8-per-tensor, mxfp8, none"):
+    known = "fp8, fp8-blockwise, fp8-per-channel, fp8-per-tensor, mxfp8, none"
+    with pytest.raises(RecipeError, match=f"'zzz': the built-in recipes are {known}"):
         load_recipe("zzz")
 
 
@@ -54,23 +55,23 @@ def test_unknown_name_lists_all():
     ("text", "message"),
     [
         ("description: x\nweights: {scale: column}\nhf: nothing\nextra: 1\n", r"weights\.scale.*hf.*extra"),
-        ("description: x\nweights: {scale: block}\nhf: deepseek-fp8\n", "block_size is 128 with `scale: block`"),
-        (GOOD.replace("deepseek-fp8", "modelopt"), "`hf: modelopt` carries tensor-static or mx weights, not block"),
+        ("description: x\nweights: {scale: block}\nhf: deepseek-fp8\n", "block_size must be 128 with `scale: block`"),
+        (GOOD.replace("deepseek-fp8", "modelopt"), "`hf: modelopt` supports tensor-static or mx weights, not block"),
         (GOOD + "misalinged: keep\n", "misalinged: unknown key, did you mean 'misaligned'"),
-        (GOOD + "calibration: {method: mse}\n", "calibration.method: ModelOpt's mse calibrator is for integers"),
-        (GOOD + "calibration: {method: percentile}\n", "percentile goes with"),
+        (GOOD + "calibration: {method: mse}\n", "calibration.method: ModelOpt's mse calibrator is for integer formats"),
+        (GOOD + "calibration: {method: percentile}\n", "percentile must be set with"),
         (GOOD + "overrides: [{pattern: x, recipe: fp8-blokwise}]\n", r"overrides\.0\.recipe: .*did you mean 'fp8-blockwise'"),
-        (GOOD + "activations: static\nkv_cahce: fp8\n", r"kv_cahce: unknown key.*`activations: static` goes with"),
-        (GOOD.replace("deepseek-fp8", "plain"), "`hf: plain` carries no quantized weights, not block"),
-        ("description: x\nweights: null\nhf: modelopt\n", r"there is no hf to choose \(and `hf` is plain\)"),
+        (GOOD + "activations: static\nkv_cahce: fp8\n", r"kv_cahce: unknown key.*`activations: static` requires"),
+        (GOOD.replace("deepseek-fp8", "plain"), "`hf: plain` supports no quantized weights, not block"),
+        ("description: x\nweights: null\nhf: modelopt\n", r"quantize, hf cannot be set \(and `hf` must be plain\)"),
         ("description: x\nhf: plain\n", "weights: Field required"),
-        (GOOD.replace("128", "64"), "block_size is 128 with `scale: block`"),
-        ("- a\n", "does not hold a recipe"),
-        ("a: [", "is not YAML"),
+        (GOOD.replace("128", "64"), "block_size must be 128 with `scale: block`"),
+        ("- a\n", "is not a recipe: it must be a mapping"),
+        ("a: [", "is not valid YAML"),
         ("1: 2\n", "Keys should be strings"),
     ],
 )
-def test_every_mistake_in_a_file_is_said(tmp_path, text, message):
+def test_every_mistake_in_a_file_is_reported(tmp_path, text, message):
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(RecipeError, match=message):
         load_recipe(str(tmp_path / "bad.yaml"))
@@ -81,7 +82,7 @@ def test_missing_file(tmp_path):
         load_recipe(str(tmp_path / "none.yaml"))
 
 
-def test_changes_of_the_command_line():
+def test_changes_by_command_line_options():
     changed = load_recipe("fp8-blockwise").changed(["decoder.layers.0.*"], "fp8")
     assert [(override.pattern, override.scheme) for override in changed.overrides] == [("decoder.layers.0.*", None)]
     assert changed.needs_data
@@ -116,7 +117,7 @@ def test_modelopts_recipes(name, scheme, kv_cache):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("NVFP4_DEFAULT_CFG", r"is not FP8 as mptq does it: \*weight_quantizer has num_bits \(2, 1\)"),
+        ("NVFP4_DEFAULT_CFG", r"mptq does not support ModelOpt's NVFP4_DEFAULT_CFG: \*weight_quantizer has num_bits \(2, 1\)"),
         ("INT8_DEFAULT_CFG", "num_bits 8"),
         ("FP8_KV_CFG", "it quantizes no weights"),
         ("FP8_DEFUALT_CFG", "did you mean FP8_DEFAULT_CFG"),
@@ -137,10 +138,13 @@ def test_modelopts_other_recipes_are_refused_with_the_reason(name, message):
             "abc/def",
             "ModelOpt has no recipe abc/def: see `mptq recipes` for mptq's own (a recipe file's name ends in .yaml)",
         ),
-        ("nvfp4", "unknown recipe 'nvfp4': there are fp8, fp8-blockwise, fp8-per-channel, fp8-per-tensor, mxfp8, none"),
+        (
+            "nvfp4",
+            "unknown recipe 'nvfp4': the built-in recipes are fp8, fp8-blockwise, fp8-per-channel, fp8-per-tensor, mxfp8, none",
+        ),
     ],
 )
-def test_nothing_is_suggested_where_nothing_is_near(name, message):
+def test_nothing_is_suggested_if_no_name_is_similar(name, message):
     with pytest.raises(RecipeError) as failure:
         load_recipe(name)
     assert str(failure.value) == message
@@ -152,7 +156,7 @@ def test_modelopts_exclusions_are_overrides():
     assert all(override.optional and override.scheme is None for override in recipe.overrides)
 
 
-def test_modelopts_exclusions_reach_the_linears_that_they_name(monkeypatch):
+def test_modelopts_exclusions_match_the_linears_that_they_name(monkeypatch):
     kept = ("*gate_proj*", "*.down_proj.*", "*o_proj.weight_quantizer")
     rules = [{"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": (4, 3), "axis": 0}}]
     rules += [{"quantizer_name": name, "enable": False} for name in kept]

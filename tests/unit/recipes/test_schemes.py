@@ -9,8 +9,8 @@ def made(cell, **more):
 
 
 @pytest.mark.parametrize("rows", [3, 96, 256])
-def test_cells_that_strips_would_cut_are_refused(rows):
-    with pytest.raises(ValueError, match=f"x: the rows of a cell must divide {STRIP_ROWS}, and {rows} do not"):
+def test_cells_that_do_not_fit_strips_are_refused(rows):
+    with pytest.raises(ValueError, match=f"x: the rows of a cell must divide {STRIP_ROWS}, but {rows} do not"):
         made((rows, rows))
 
 
@@ -31,7 +31,7 @@ def test_what_follows_from_a_cell(cell, grid, block, unit, shared):
 
 def test_schemes_by_name_and_by_dialect():
     assert [scheme_named(name) for name in SCHEMES] == list(SCHEMES.values())
-    with pytest.raises(RecipeError, match="there is no scheme 'rows': there are tensor, row, block, tensor-static, mx"):
+    with pytest.raises(RecipeError, match="unknown scheme 'rows': use one of tensor, row, block, tensor-static, mx"):
         scheme_named("rows")
     assert carried("deepseek-fp8") == ["block"]
     assert carried("modelopt") == ["tensor-static", "mx"]

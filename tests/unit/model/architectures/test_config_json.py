@@ -1,4 +1,4 @@
-"""The config.json of every family, as transformers' own classes read it."""
+"""The config.json of every family, as read by the classes in transformers."""
 
 import copy
 import math
@@ -13,7 +13,7 @@ from tests.support.models import ARGS, FAMILY_ARGS, MOE_ARGS, SHARED, model
 
 
 def parsed(args):
-    """The config of the model as its family's class takes it, and the fields it was given."""
+    """Returns the model's config as an object of its family's class, and the fields passed to it."""
     config = model(args)
     family = family_of(config)
     fields = config_fields(config, family)
@@ -22,11 +22,11 @@ def parsed(args):
 
 @pytest.mark.parametrize("name", FAMILY_ARGS)
 def test_transformers_knows_the_fields(name):
-    """What is written is what the class says afterwards: no field is ignored, renamed or overruled."""
+    """The class keeps all values that are written: no field is ignored, renamed or overridden."""
     found, fields = parsed(FAMILY_ARGS[name])
     assert found.architectures == fields["architectures"]
     assert hasattr(transformers, found.architectures[0])
-    # Older names of what `rope_parameters` holds, a dtype that becomes torch's, kinds of layers that have newer names.
+    # Except older names for fields of `rope_parameters`, the dtype (converted to torch's), and renamed kinds of layers.
     others = {"rope_scaling", "rope_theta", "partial_rotary_factor", "rope_parameters", "dtype", "layers_block_type"}
     for key in set(fields) - others:
         assert (getattr(found, key) or None) == (fields[key] or None), key
@@ -37,8 +37,8 @@ def test_transformers_knows_the_fields(name):
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILY_ARGS if name != "Nemotron-H"])
-def test_the_models_tensors_are_those_that_are_written(name):
-    """transformers' model of the config has the parameters, by number, that the names and shapes of the output add up to."""
+def test_tensors_match_those_of_transformers(name):
+    """The model that transformers builds has the shapes of the output, and as many parameters in all."""
     import torch
 
     config = model(FAMILY_ARGS[name])
@@ -54,7 +54,7 @@ def test_the_models_tensors_are_those_that_are_written(name):
         for part in layer_copies(config, layer):
             ours |= {prefix + name: shape for name, shape in zip(part.hf, part.hf_shapes, strict=True)}
     theirs = {name: tuple(weight.shape) for name, weight in built.state_dict().items()}
-    # transformers 5 holds experts in stacks, and converts the names of files when it loads them.
+    # transformers 5 stacks experts, and converts the names in files when it loads them.
     assert {name: shape for name, shape in theirs.items() if "experts." not in name and ".mlp.gate." not in name} == {
         name: shape for name, shape in ours.items() if not any(word in name for word in ("experts.", ".gate.", "moe.gate"))
     }
@@ -90,13 +90,13 @@ def test_the_models_tensors_are_those_that_are_written(name):
         ("Nemotron-H", {}, {"layers_block_type": ["mamba", "attention", "mlp", "mamba", "moe"], "n_routed_experts": 4}),
     ],
 )
-def test_fields_by_hand(name, fields, expected):
+def test_fields_against_hand_written_ones(name, fields, expected):
     _, found = parsed(FAMILY_ARGS[name] | fields)
     assert found["architectures"] == [family_of(model(FAMILY_ARGS[name])).architecture]
     assert {key: found[key] for key in expected} == expected
 
 
-def test_rotary_scaling_under_the_new_and_the_old_name():
+def test_rotary_scaling_under_the_new_and_the_old_names():
     _, fields = parsed(ARGS | {"use_rope_scaling": True, "rope_scaling_factor": 32.0})
     scaling = {
         "rope_type": "llama3",
@@ -117,8 +117,8 @@ def test_rotary_scaling_under_the_new_and_the_old_name():
 YARN = {"position_embedding_type": "yarn", "rotary_scaling_factor": 4.0, "yarn_original_max_position_embeddings": 32768}
 
 
-def test_yarn_of_other_attention_than_latent():
-    """As published: the length before YaRN and the factor; the factor on cosine and sine is every engine's default."""
+def test_yarn_without_latent_attention():
+    """As in published configs: the original length and the factor, with the default factor on cosine and sine."""
     _, fields = parsed(ARGS | YARN)
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "beta_fast": 32, "beta_slow": 1}
     assert fields["rope_parameters"] == scaling | {"rope_theta": 5000}
@@ -142,7 +142,7 @@ def test_yarn_by_a_factor_of_1_is_plain(name):
 @pytest.mark.parametrize("factor", [1.5, 4.0, 40.0])
 @pytest.mark.parametrize("scales", [(1.0, 0.0), (1.0, 1.0), (0.707, 0.707), (0.707, 0.0), (0.0, 0.707), (1.0, 0.707)])
 def test_the_factor_on_cosine_and_sine_is_megatron_cores(name, factor, scales):
-    """Bit for bit: by what transformers computes from the config, and by what vLLM does, its default times `attn_factor`."""
+    """Bit for bit, both as computed by transformers from the config and by vLLM (its default times `attn_factor`)."""
     from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
         _yarn_get_concentration_factor,
         _yarn_get_mscale,
@@ -153,11 +153,11 @@ def test_the_factor_on_cosine_and_sine_is_megatron_cores(name, factor, scales):
     config, fields = parsed(args)
     expected = _yarn_get_concentration_factor(factor, *scales)
     assert ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")[1] == expected
-    if name != "DeepSeek-V3":  # whose class in vLLM reads mscale and mscale_all_dim
+    if name != "DeepSeek-V3":  # its class in vLLM reads mscale and mscale_all_dim
         assert _yarn_get_mscale(factor) * fields["rope_parameters"].get("attn_factor", 1.0) == pytest.approx(
             expected, rel=1e-15
         )
 
 
-def test_a_mixture_with_shared_experts_and_no_gate_is_nobodys():
+def test_no_family_has_shared_experts_without_a_gate():
     assert family_of(model(MOE_ARGS | SHARED)) is None

@@ -1,4 +1,4 @@
-"""Which architecture of Hugging Face a model becomes, and what is said where there is none."""
+"""Which Hugging Face architecture a model becomes, and the messages if there is none."""
 
 import re
 
@@ -18,7 +18,7 @@ def test_each_family_is_chosen_for_its_features(name):
     assert nearest_family(config).missing(config) == []
 
 
-def test_every_family_has_an_example_and_words_of_its_own():
+def test_every_family_has_an_example_and_every_feature_has_words():
     assert {family.name for family in FAMILIES} == set(FAMILY_ARGS)
     assert set(PLAIN) == set(WORDS)
     for family in FAMILIES:
@@ -26,18 +26,18 @@ def test_every_family_has_an_example_and_words_of_its_own():
 
 
 @pytest.mark.parametrize(
-    ("name", "fields", "said", "expressed"),
+    ("name", "fields", "words", "expressed"),
     [
         ("Llama", {"rotary_percent": 0.5}, "partial rotary embeddings: yes", "no"),
         ("Llama", {"rotary_interleaved": True}, "interleaved rotary embeddings: yes", "no"),
-        ("Llama", {"apply_layernorm_1p": True}, "zero-centred norm weights: yes", "no"),
+        ("Llama", {"apply_layernorm_1p": True}, "zero-centered norm weights: yes", "no"),
         ("Llama", {"swiglu": False}, "an MLP of gelu", "gated silu"),
         ("Llama", {"no_rope_freq": 2}, "layers without rotary embeddings: yes", "no"),
         ("Llama", {"fp32_residual_connection": True}, "residuals in float32 (fp32_residual_connection=True)", None),
         ("Mistral", {"window_attn_skip_freq": 2}, "sliding window attention in some layers", "every layer"),
         ("Mistral", {"softmax_type": "learnable"}, "attention sinks: yes", "no"),
         ("Qwen2", {"kv_channels": 32}, "a head size other than hidden size / heads: yes", "no"),
-        ("Qwen2", {"add_bias_linear": True}, "biases of all linears: yes", "no"),
+        ("Qwen2", {"add_bias_linear": True}, "biases in all linears: yes", "no"),
         (
             "Nemotron",
             {"position_embedding_type": "yarn", "rotary_scaling_factor": 4.0},
@@ -46,10 +46,10 @@ def test_every_family_has_an_example_and_words_of_its_own():
         ),
         ("Qwen3", {"qk_l2_norm": True}, "QK normalization: L2", "yes"),
         ("Nemotron", {"use_rope_scaling": True}, "rotary scaling: llama3", "none or linear"),
-        ("Nemotron", {"apply_layernorm_1p": False}, "zero-centred norm weights: no", "yes"),
+        ("Nemotron", {"apply_layernorm_1p": False}, "zero-centered norm weights: no", "yes"),
         ("OPT", {"kv_channels": 32}, "a head size other than hidden size / heads: yes", "no"),
         ("OPT", {"num_query_groups": 2}, "attention: grouped-query", "multi-head"),
-        ("Mixtral", {"moe_router_topk": 1}, "experts a token: one", "several"),
+        ("Mixtral", {"moe_router_topk": 1}, "experts per token: one", "several"),
         ("Mixtral", {"moe_token_dropping": True}, "token dropping (moe_token_dropping=True)", None),
         ("Qwen2-MoE", {"moe_shared_expert_gate": False}, "shared experts: yes", "gated"),
         (
@@ -58,7 +58,7 @@ def test_every_family_has_an_example_and_words_of_its_own():
             "router scores: sigmoid",
             "softmax of all or softmax of the chosen",
         ),
-        ("DeepSeek-V3", {"moe_router_enable_expert_bias": False}, "a bias of each expert in the router: no", "yes"),
+        ("DeepSeek-V3", {"moe_router_enable_expert_bias": False}, "a router bias per expert: no", "yes"),
         (
             "DeepSeek-V3",
             {"moe_router_group_topk": 1},
@@ -69,15 +69,15 @@ def test_every_family_has_an_example_and_words_of_its_own():
         ("Nemotron-H", {"position_embedding_type": "rope"}, "positions: rope", "none"),
     ],
 )
-def test_what_is_in_the_way_is_said(name, fields, said, expressed):
-    """One feature more than a family has: that family lacks precisely it, in these words, with what it has instead."""
+def test_missing_features_are_named(name, fields, words, expressed):
+    """With one unsupported feature, a family lacks exactly that one, and the text names the supported values."""
     config = model(FAMILY_ARGS[name] | fields)
     (family,) = (family for family in FAMILIES if family.name == name)
-    assert family.missing(config) == [said if expressed is None else f"{said} ({name}: {expressed})"]
+    assert family.missing(config) == [words if expressed is None else f"{words} ({name}: {expressed})"]
 
 
-def test_deepseek_v2_is_written_though_megatron_core_chooses_its_groups_otherwise():
-    """As the published one, whose 6 experts are of 3 groups: chosen by their best 2 in megatron-core, elsewhere by the best."""
+def test_deepseek_v2_is_written_although_megatron_core_chooses_its_groups_differently():
+    """The published model uses 6 experts of 3 groups, chosen by their best 2 in megatron-core, else by the best."""
     published = FAMILY_ARGS["DeepSeek-V2"] | {"moe_router_num_groups": 4, "moe_router_group_topk": 2}
     found, exact = (
         model(published),
@@ -92,7 +92,7 @@ def test_deepseek_v2_is_written_though_megatron_core_chooses_its_groups_otherwis
 @pytest.mark.parametrize(
     "args", [OSS_ARGS, MOE_ARGS | SHARED, LATENT, FAMILY_ARGS["Nemotron-H"] | {"normalization": "LayerNorm"}]
 )
-def test_the_nearest_stands_in_where_there_is_none(args):
+def test_the_nearest_family_is_used_if_none_fits(args):
     config = model(args)
     assert family_of(config) is None
     assert nearest_family(config).missing(config) != []
@@ -102,13 +102,13 @@ def test_the_nearest_stands_in_where_there_is_none(args):
 
 
 def _with_the_names_of(config):
-    """The families that have names for the mixers of the model."""
+    """Returns the families that have names for the mixers of the model."""
     special = "self_attention.linear_kv_up_proj" if config.latent else "mixer.in_proj"
     hybrid = any(kind.mixer == "mamba" for kind in config.kinds)
     return [family for family in FAMILIES if (special in family.names) == bool(config.latent or hybrid)]
 
 
-def test_words_have_their_features():
+def test_the_message_if_no_family_fits():
     class Layout:
         model = model(ARGS | {"rotary_percent": 0.5, "rotary_interleaved": True})
 

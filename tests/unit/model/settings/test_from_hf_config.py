@@ -1,4 +1,4 @@
-"""A Hugging Face config says the same as the arguments of the training run that made its model."""
+"""A Hugging Face config gives the same settings as the training arguments of its model."""
 
 import functools
 import json
@@ -26,7 +26,7 @@ from mptq.plan.plan import open_source
 from tests.support.models import ARGS, FAMILY_ARGS, TENSORS, model
 from tests.support.zoo import ZOO
 
-# The config of Gemma has what no argument of Megatron-LM says; those of the others have families to be written as.
+# Gemma's config has what no Megatron-LM argument expresses; the other models have families to be written as.
 WRITTEN = sorted(set(ZOO) - {"gemma", "gpt-oss", "partial-rotary"})
 SIZES = {"num_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings", "activation_func"}
 
@@ -50,12 +50,12 @@ def test_transformers_config_of_every_family_agrees_with_the_arguments(zoo, name
     model = open_source(zoo(name) / "ckpt").model
     family = family_of(model)
     fields = getattr(transformers, family.config_class)(**config_fields(model, family)).to_dict()
-    if name == "qwen3-yarn":  # its factor on cosine and sine is stated, and no field that has a setting says it
+    if name == "qwen3-yarn":  # has an explicit factor on cosine and sine that does not follow from the other fields
         with pytest.raises(CheckpointError, match="attention_factor"):
             from_fields(fields, "config.json")
         return
     told = from_fields(fields, "config.json")
-    # What YaRN makes of the positions is more than the training's arguments say.
+    # The number of positions with YaRN is larger than in the training arguments.
     positions = {"max_position_embeddings": model.max_position_embeddings}
     assert conflicts(("hf", told), ("args", dict(model.settings) | positions)) == []
     assert set(told) >= SIZES
@@ -68,24 +68,24 @@ LLAMA = {
 
 
 def told(**fields):
-    """The settings of a plain Llama with other fields."""
+    """Returns the settings of a plain Llama with these fields changed."""
     return from_fields(LLAMA | fields, "config.json")
 
 
 def refused(**fields):
-    """What is said of a plain Llama with other fields, which is not read."""
+    """Returns the error for a plain Llama with these fields changed."""
     with pytest.raises(CheckpointError) as error:
         told(**fields)
     assert str(error.value).startswith("config.json: ")
     return str(error.value).removeprefix("config.json: ")
 
 
-def test_fields_that_are_absent_are_those_of_other_fields():
+def test_absent_fields_are_derived_from_others():
     settings = told()
     assert (settings["num_query_groups"], settings["kv_channels"]) == (4, 16)
     assert (settings["normalization"], settings["layernorm_epsilon"]) == ("RMSNorm", 1e-6)
     assert (settings["activation_func"], settings["gated_linear_unit"], settings["add_bias_linear"]) == ("silu", True, False)
-    assert "kv_channels" not in told(model_type="qwen3")  # 128 there, whatever the width
+    assert "kv_channels" not in told(model_type="qwen3")  # always 128 there
     assert "num_query_groups" not in told(model_type="mistral")
 
 
@@ -101,7 +101,7 @@ def test_rotary_scaling_of_old_and_new_transformers(where):
     assert "rope_scaling" not in told()
 
 
-def test_llama3_scaling_with_other_frequencies_than_megatrons_is_refused():
+def test_llama3_scaling_with_frequencies_other_than_megatrons_is_refused():
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     right = told(rope_scaling=scaling | {"original_max_position_embeddings": 8192})
     wrong = told(rope_scaling=scaling | {"original_max_position_embeddings": 4096})
@@ -109,7 +109,7 @@ def test_llama3_scaling_with_other_frequencies_than_megatrons_is_refused():
     assert obstacles(REFUSED, wrong) == ["rotary scaling that is not Llama 3's (rope_original_max_position_embeddings=4096)"]
 
 
-def test_a_factor_on_cosine_and_sine_is_read_where_it_says_nothing_new():
+def test_a_factor_on_cosine_and_sine_is_accepted_if_it_is_redundant():
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     default = 0.1 * math.log(4) + 1
     assert told(rope_scaling=yarn | {"attention_factor": default, "attn_factor": 1.0}) == told(rope_scaling=yarn)
@@ -133,7 +133,7 @@ def test_yarn_has_other_names_in_latent_attention():
     assert told(rope_scaling={"type": "default"}, model_type="deepseek_v3", kv_lora_rank=16)["rope_type"] == "rope"
 
 
-def test_a_window_is_counted_without_the_token_itself_and_only_where_it_is_used():
+def test_a_window_excludes_the_current_token_and_is_read_only_if_used():
     assert told(model_type="mistral", sliding_window=4096)["window_size"] == [4095, 0]
     window = {"model_type": "qwen2", "sliding_window": 4096, "max_window_layers": 0}
     assert told(**window)["window_size"] is None
@@ -171,7 +171,7 @@ def test_partial_rotary_embeddings_of_nemotron():
     assert from_fields(nemotron | {"rope_parameters": parameters}, "config.json")["rotary_percent"] == 0.75
 
 
-def test_the_text_part_of_a_model_with_images_is_read():
+def test_the_text_part_of_a_multimodal_model_is_read():
     outer = {"model_type": "x_vl", "hidden_size": 1, "vision_config": {"depth": 3}, "tie_word_embeddings": True}
     settings = from_fields(outer | {"text_config": LLAMA}, "config.json")
     assert (settings["hidden_size"], settings["num_layers"]) == (64, 2)
@@ -187,10 +187,10 @@ MAY_CHANGE = "mptq does not understand it, and it may change what the model comp
 
 
 @pytest.mark.parametrize("family", ["granite", "smollm3", "phi3", "olmo2", "gemma", "llama4", "\ud800"])
-def test_an_unknown_family_is_refused_with_those_that_are_known(family):
+def test_an_unknown_family_is_refused_with_a_list_of_known_ones(family):
     assert refused(model_type=family, embedding_multiplier=12.0) == (
-        f"mptq does not understand the config of model_type {family!r}, only those of {KNOWN}: leave --hf-config out, and give "
-        "what the checkpoint does not say as --config key=value"
+        f"mptq does not understand the config of model_type {family!r}, only those of {KNOWN}: omit --hf-config and pass "
+        "settings that the checkpoint lacks as --config key=value"
     )
 
 
@@ -203,7 +203,7 @@ SCALINGS = "it must be 'default', 'linear', 'llama3' or 'yarn'"
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, f"rope_scaling.rope_type is 'dynamic': {SCALINGS}"),
         (
@@ -217,37 +217,37 @@ SCALINGS = "it must be 'default', 'linear', 'llama3' or 'yarn'"
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.2}},
             "rope_scaling is {'attention_factor': 1.2, 'factor': 4.0, 'rope_type': 'yarn'}: has attention_factor 1.2, which "
-            "mptq reads only as yarn's mscale and mscale_all_dim",
+            "mptq supports only if yarn's mscale and mscale_all_dim imply it",
         ),
-        ({"rope_scaling": {"factor": 4.0}}, "rope_scaling is {'factor': 4.0}: has a factor and no rope_type"),
+        ({"rope_scaling": {"factor": 4.0}}, "rope_scaling is {'factor': 4.0}: has a factor but no rope_type"),
         ({"embedding_multiplier": 12.0}, f"embedding_multiplier is 12.0: {MAY_CHANGE}"),
         ({"no_rope_layers": [1, 0]}, f"no_rope_layers is [1, 0]: {MAY_CHANGE}"),
         ({"use_rope": False}, f"use_rope is False: {MAY_CHANGE}"),
         ({"kv_lora_rank": 16}, f"kv_lora_rank is 16: {MAY_CHANGE}"),
-        ({"attention_bias": True}, "attention_bias is True, and mptq can express this family only where it is False"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, and mptq can express this family only where it is 1"),
-        ({"sliding_window": 4096}, "sliding_window is 4096, and mptq can express this family only where it is 0"),
+        ({"attention_bias": True}, "attention_bias is True, but mptq supports this family only if it is False"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, but mptq supports this family only if it is 1"),
+        ({"sliding_window": 4096}, "sliding_window is 4096, but mptq supports this family only if it is 0"),
         (
             {"model_type": "deepseek_v3", "rope_interleave": False},
-            "rope_interleave is False, and mptq can express this family only where it is True",
+            "rope_interleave is False, but mptq supports this family only if it is True",
         ),
         (
             {"model_type": "deepseek_v3", "scoring_func": "softmax"},
-            "scoring_func is 'softmax', and mptq can express this family only where it is 'sigmoid'",
+            "scoring_func is 'softmax', but mptq supports this family only if it is 'sigmoid'",
         ),
         (
             {"model_type": "opt", "do_layer_norm_before": False, "rms_norm_eps": None, "hidden_act": None}
             | {"intermediate_size": None},
-            "do_layer_norm_before is False, and mptq can express this family only where it is True",
+            "do_layer_norm_before is False, but mptq supports this family only if it is True",
         ),
     ],
 )
-def test_what_changes_the_function_and_is_not_understood_is_refused_by_name(fields, said):
-    assert refused(**fields) == said
+def test_fields_that_may_change_the_model_are_refused_by_name(fields, message):
+    assert refused(**fields) == message
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"num_attention_heads": 0}, "num_attention_heads is 0: it must be greater than or equal to 1"),
         ({"hidden_size": "64"}, "hidden_size is '64': it must be a valid integer"),
@@ -271,14 +271,14 @@ def test_what_changes_the_function_and_is_not_understood_is_refused_by_name(fiel
         ),
     ],
 )
-def test_every_value_that_no_model_can_have_is_named(fields, said):
-    assert refused(**fields) == said
+def test_every_invalid_value_is_named(fields, message):
+    assert refused(**fields) == message
 
 
-def test_problems_are_not_listed_without_end():
-    said = refused(**{f"key{index}": 1 for index in range(1000)})
-    assert said.endswith("; and 988 more")
-    assert said.count("mptq does not understand") == 12
+def test_the_list_of_problems_is_limited():
+    message = refused(**{f"key{index}": 1 for index in range(1000)})
+    assert message.endswith("; and 988 more")
+    assert message.count("mptq does not understand") == 12
 
 
 def test_every_field_that_a_family_reads_is_typed_and_every_typed_one_is_read():
@@ -286,7 +286,7 @@ def test_every_field_that_a_family_reads_is_typed_and_every_typed_one_is_read():
 
 
 def small(family):
-    """A small config of the family by transformers' own class, and its file's content."""
+    """Returns a small config of the family, built by its class in transformers, and the content of its file."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 100}
@@ -309,18 +309,18 @@ def test_what_transformers_saves_of_every_family_is_understood(family, tmp_path)
 
 @pytest.mark.parametrize("name", FAMILY_ARGS)
 def test_what_mptq_writes_of_every_family_is_understood(name):
-    """And says what the model's own settings say."""
+    """The settings read back are those of the model."""
     config = model(FAMILY_ARGS[name])
     family = family_of(config)
     fields = config_fields(config, family)
     class_ = getattr(transformers, family.config_class)
     read = from_fields(json.loads(json.dumps({"model_type": class_.model_type} | fields)), "config.json")
-    # What YaRN makes of the positions is more than the training's arguments say.
+    # The number of positions with YaRN is larger than in the training arguments.
     positions = {"max_position_embeddings": config.max_position_embeddings}
     assert conflicts(("hf", read), ("args", dict(config.settings) | positions)) == []
 
 
-# As published, with fields of remote code and of older versions of transformers.
+# As published, including fields of remote code and of older versions of transformers.
 PUBLISHED = {
     "DeepSeek-V3": """{"architectures": ["DeepseekV3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
         "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}, "bos_token_id": 0, "eos_token_id": 1,
@@ -389,7 +389,7 @@ KEYS = sorted({key for family in CONFIG_TYPES.values() for key in (*family.field
     changes=st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=20), JSON | st.integers(-1, 300), max_size=4),
     rope=st.none() | st.dictionaries(st.sampled_from(sorted(Rope.model_fields)), JSON | st.integers(0, 9), max_size=4),
 )
-def test_no_malformed_document_gives_anything_but_a_line(family, changes, rope):
+def test_any_malformed_document_gives_a_one_line_error(family, changes, rope):
     args = from_args(ARGS)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
@@ -400,12 +400,12 @@ def test_no_malformed_document_gives_anything_but_a_line(family, changes, rope):
 
 
 def _read(file):
-    """The settings, if the document is understood; the message must be one line whatever is in the document."""
+    """Returns the settings if the document is understood; otherwise checks that the error is one line."""
     try:
         return from_hf_config(file)[0]
     except CheckpointError as error:
-        said = str(error)
-    assert said.isprintable()
+        message = str(error)
+    assert message.isprintable()
     return {}
 
 
@@ -415,7 +415,7 @@ def _saved(family):
 
 
 @given(JSON | st.binary(max_size=40))
-def test_no_file_gives_anything_but_a_line(content):
+def test_any_malformed_file_gives_a_one_line_error(content):
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
         file.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode("utf-8", "surrogatepass"))
@@ -434,7 +434,7 @@ def test_no_file_gives_anything_but_a_line(content):
         (b"\x80\x02", "is not valid JSON"),
     ],
 )
-def test_what_is_no_config_is_one_line(tmp_path, content, words):
+def test_an_invalid_config_is_a_one_line_error(tmp_path, content, words):
     if content is not None:
         (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(CheckpointError, match=words) as error:
@@ -442,7 +442,7 @@ def test_what_is_no_config_is_one_line(tmp_path, content, words):
     assert "\n" not in str(error.value)
 
 
-def test_a_file_can_be_given_instead_of_its_directory(tmp_path):
+def test_a_file_can_be_passed_instead_of_its_directory(tmp_path):
     file = tmp_path / "other.json"
     file.write_text(json.dumps(LLAMA))
     assert from_hf_config(file) == (told(), str(file))

@@ -1,4 +1,4 @@
-"""Arguments become what megatron-core's own translation makes of them."""
+"""Arguments are translated to the same settings as by megatron-core itself."""
 
 import json
 from pathlib import Path
@@ -77,7 +77,7 @@ CASES = {
     "null-eod-within": ({"null-tokenizer-eod-id": 7, "null-tokenizer-pad-id": 8}, []),
     "null-multimodal": ({"tokenizer-type": "NullMultimodalTokenizer"}, []),
 }
-# A setting's name in GPTModelConfig, where that is another; what has no field there is from the arguments alone.
+# Names in GPTModelConfig that differ from the setting's; settings without a field there come only from the arguments.
 GPT = {"max_position_embeddings": "seq_length", "seq_length": None, "vocab_size": None, "padded_vocab_size": "vocab_size"}
 GPT |= {"tokenizer_model": None, "tokenizer_type": None, "params_dtype": None, "hybrid_layer_pattern": None}
 GPT |= {"heterogeneous_layers_config_path": None, "heterogeneous_layers_config_encoded_json": None}
@@ -88,7 +88,7 @@ SAID_BY_BOTH = {"activation_func", "gated_linear_unit", "layernorm_epsilon", "nu
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """The arguments and configs of all cases, by megatron-core."""
+    """Returns the arguments and configs of all cases, built by megatron-core."""
     out = tmp_path_factory.mktemp("configs")
     cases = {
         name: [part for key, value in (BASE | options).items() for part in (f"--{key}", str(value))]
@@ -101,7 +101,7 @@ def built(tmp_path_factory) -> Path:
 
 
 def expected(name, config):
-    """A setting's value in megatron-core's configs, as a setting says it."""
+    """Returns the value of a setting in megatron-core's configs, in the form of a setting."""
     if name in GPT:
         return config["gpt"].get(GPT[name])
     if name not in config["transformer"]:
@@ -147,20 +147,20 @@ def test_the_shapes_of_megatrons_own_tensors_agree_with_its_arguments(built, cas
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_config_of_the_same_config_says_the_same(built, case):
+def test_a_run_config_gives_the_same_settings_as_the_arguments(built, case):
     args = from_args(load_torch_file(built / f"{case}.pt", case)["args"].state)
     told = from_document(load_yaml(built / f"{case}.yaml"))
-    # A provider's vocabulary has its padding, and its sequence is as long as its positions.
+    # A provider's vocabulary includes the padding, and its sequence length is its number of positions.
     args |= {"vocab_size": args["padded_vocab_size"], "seq_length": args["max_position_embeddings"]}
     if args.get("multi_latent_attention"):
-        del args["rotary_base"]  # GPTModelConfig hides that of MLATransformerConfig behind its own default
+        del args["rotary_base"]  # the default of GPTModelConfig hides that of MLATransformerConfig
     assert {key: told[key] for key in told if key in args and not agree(key, told[key], args[key])} == {}
     assert told.keys() >= SAID_BY_BOTH
 
 
 @pytest.mark.slow
 def test_every_field_of_megatrons_configs_is_read_or_known_to_change_nothing(built):
-    """A new version's new fields are to be sorted: into settings.py, and features.py where they change the model."""
+    """New fields must be added to run_config_fields.py or settings.py (and supported.py if they change the model)."""
     config = json.loads((built / "model-deepseek.json").read_text())
     assert {*config["transformer"], *config["gpt"]} - {*KINDS, *NEUTRAL, "_cpu_offloading_context"} == set()
     assert NEUTRAL.isdisjoint(KINDS)
@@ -205,7 +205,7 @@ PADDED = {"make_vocab_size_divisible_by": 128, "tensor_model_parallel_size": 2}
     ],
 )
 def test_the_vocabulary_is_that_of_the_tokenizer(args, size):
-    """NullTokenizers add their end of document; others ignore --vocab-size, whose padding then need not fit."""
+    """NullTokenizers add their end of document; others ignore --vocab-size, so the padding need not match it."""
     assert from_args({"vocab_size": 500} | args)["vocab_size"] == size
 
 
@@ -214,7 +214,7 @@ def test_a_vocabulary_that_is_not_a_size_is_left_to_the_checks():
     assert from_args({"vocab_size": None, "tokenizer_type": "HuggingFaceTokenizer"})["vocab_size"] is None
 
 
-def test_a_pattern_that_is_no_text_is_left_for_the_checks_of_settings():
+def test_a_pattern_that_is_not_a_string_is_left_to_the_checks():
     assert from_args({"hybrid_layer_pattern": True})["hybrid_layer_pattern"] is True
 
 
@@ -227,18 +227,18 @@ def test_names_of_older_versions():
     assert settings["share_embeddings_and_output_weights"] is False
 
 
-def test_latent_attention_of_0_13_has_its_length_before_yarn_elsewhere():
+def test_the_length_before_yarn_of_latent_attention_in_0_13():
     mla = {"multi_latent_attention": True, "kv_lora_rank": 16, "max_position_embeddings": 8192}
     assert from_args(mla)["original_max_position_embeddings"] == 8192
     assert from_args(mla | {"cache_mla_latents": False})["original_max_position_embeddings"] == 4096
 
 
-def test_an_absent_argument_says_nothing():
+def test_an_absent_argument_gives_no_setting():
     assert from_args({}) == {}
     assert from_args({"num_layers": 3}) == {"num_layers": 3}
 
 
-def test_objects_become_words_or_nothing():
+def test_objects_become_strings_or_nothing():
     inert = type("bfloat16", (Inert,), {"global_name": "torch.bfloat16"})
     member = type("Score", (Inert,), {"global_name": "x.Score"})(5)
     assert from_args({"params_dtype": inert, "moe_router_score_function": member}) == {"params_dtype": "bfloat16"}

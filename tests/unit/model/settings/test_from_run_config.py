@@ -1,4 +1,4 @@
-"""What Megatron-Bridge and NeMo 2 write beside the weights; megatron-core's own is in test_from_megatron_args.py."""
+"""Run configs of Megatron-Bridge and NeMo 2; megatron-core's own are in test_from_megatron_args.py."""
 
 import pytest
 
@@ -22,7 +22,7 @@ def test_a_provider():
     assert "hidden_dropout" not in found
 
 
-def test_a_config_with_its_transformer_inside():
+def test_a_config_with_a_nested_transformer():
     transformer = {"_target_": "megatron.core.transformer.transformer_config.TransformerConfig", **MODEL, "seq_length": None}
     outer = {"_target_": "megatron.bridge.models.gpt.model_config.BridgeGPTModelConfig", "seq_length": 512}
     found = from_document({"model": outer | {"transformer": transformer | {"activation_func": "silu"}}})
@@ -84,11 +84,11 @@ def test_fused_kernels_approximate_gelu(fields, word):
     ],
 )
 @pytest.mark.parametrize("key", ["transformer_layer_spec", "hybrid_stack_spec", "mamba_stack_spec"])
-def test_what_makes_the_layers_is_a_name(key, spec, word):
+def test_a_layer_spec_becomes_a_name(key, spec, word):
     assert model(**{key: spec})[key] == word
 
 
-def test_fields_that_nobody_here_knows_are_listed_where_they_do_something():
+def test_unknown_fields_are_listed_if_they_may_have_an_effect():
     transformer = MODEL | {"hidden_dropout": 0.1, "scale_embeddings": True, "new_loss": None, "new_list": [], "new": 0.0}
     outer = {"_target_": "x.GPTModelConfig", "transformer": transformer, "seq_length": 512, "embedding_multiplier": 12.0}
     outer |= {"blocks": [{"heads": number} for number in range(100)]}
@@ -107,7 +107,7 @@ def test_the_tokenizer():
 
 
 @pytest.mark.parametrize("document", [{}, {"model": None}, {"model": [1]}, {"model": {}}, {"train": {"num_layers": 2}}])
-def test_a_document_without_a_model_says_nothing(document):
+def test_a_document_without_a_model_gives_no_settings(document):
     assert from_document(document) == {}
 
 
@@ -124,7 +124,7 @@ def test_a_document_without_a_model_says_nothing(document):
         ({"_target_": "my.own.function"}, "my.own.function"),
     ],
 )
-def test_words_of_activations(value, word):
+def test_names_of_activations(value, word):
     assert activation(value) == word
 
 
@@ -145,7 +145,7 @@ def test_plain_values(value, expected):
     assert plain(value) == expected
 
 
-def test_what_is_no_value_is_not_said():
+def test_unknown_values_give_no_setting():
     assert "params_dtype" not in model(params_dtype={"_target_": "torch.dtype", "_call_": True})
     looped = []
     looped.append(looped)

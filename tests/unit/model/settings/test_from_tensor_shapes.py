@@ -1,4 +1,4 @@
-"""What tensors tell, under the names and in the stacks of every layout; megatron-core's are in test_from_megatron_args.py."""
+"""Settings from tensor shapes, in every layout; megatron-core's own tensors are in test_from_megatron_args.py."""
 
 import pytest
 from hypothesis import given
@@ -37,18 +37,18 @@ def numbered(*layers, prefix="decoder.layers."):
 
 
 def split(layer):
-    """The layer with its gated fc1 in two, as heterogeneous models store it."""
+    """Returns the layer with its gated fc1 split in two, as heterogeneous models store it."""
     rest = {name: shape for name, shape in layer.items() if name != "mlp.linear_fc1.weight"}
     return rest | {f"mlp.linear_fc1.weight_{half}": (96, 64) for half in "wv"}
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "module.", "model0.", "module.module."])
 @pytest.mark.parametrize("layers", [stacked(LAYER), numbered(LAYER, LAYER, LAYER), numbered(*[split(LAYER)] * 3)])
-def test_every_layout_tells_the_same(prefix, layers):
+def test_every_layout_gives_the_same_settings(prefix, layers):
     assert told({prefix + key: shape for key, shape in (OUTER | layers).items()}) == LLAMA
 
 
-def test_the_optimizer_quantizers_and_extra_states_tell_nothing():
+def test_the_optimizer_quantizers_and_extra_states_are_ignored():
     foreign = {
         "optimizer.state.exp_avg.decoder.layers.mlp.linear_fc2.weight": (9, 64, 7),
         "chained_0.optimizer.state.fp32_param.embedding.word_embeddings.weight": (9, 9),
@@ -118,7 +118,7 @@ def test_latent_attention(fused):
     assert (found["qk_pos_emb_head_dim"], found["qk_layernorm"]) == (8, True)
 
 
-def test_letters_of_a_hybrid_model():
+def test_the_pattern_of_a_hybrid_model():
     mamba = {"mixer.in_proj.weight": (200, 64), "mixer.in_proj.layer_norm_weight": (64,)}
     attention = {name: shape for name, shape in LAYER.items() if name.startswith("self_attention")}
     mlp = {name: shape for name, shape in LAYER.items() if name.startswith("mlp")}
@@ -129,7 +129,7 @@ def test_letters_of_a_hybrid_model():
     assert "hybrid_layer_pattern" not in told(OUTER | stacked(LAYER))
 
 
-def test_layers_that_predict_further_tokens():
+def test_multi_token_prediction_layers():
     mtp = numbered({"eh_proj.weight": (64, 128)}, {"eh_proj.weight": (64, 128)}, prefix="mtp.layers.")
     found = told(OUTER | stacked(LAYER) | mtp)
     assert (found["mtp_num_layers"], found["num_layers"]) == (2, 3)
@@ -139,7 +139,7 @@ def test_sinks():
     assert told(OUTER | stacked(LAYER | {"self_attention.core_attention.softmax_offset": (4,)}))["softmax_type"] == "learnable"
 
 
-def test_a_stack_without_end_is_no_model():
+def test_a_huge_stack_is_ignored():
     assert told({"decoder.layers.mlp.linear_fc2.weight": (10**15, 1, 1)}) == {}
     assert told({f"decoder.layers.{'9' * 5000}.mlp.linear_fc2.weight": (64, 96)}).keys() >= {"num_layers"}
 

@@ -1,4 +1,4 @@
-"""The ladder: which source counts, what disagrees, and what follows from what is not said."""
+"""Merging sources: precedence, conflicts, and values derived for missing settings."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ from mptq.types import TensorSpec
 ENTRIES = st.dictionaries(st.sampled_from([key for key, kinds in KINDS.items() if int in kinds][:8]), st.integers(1, 3))
 
 
-def test_the_highest_source_counts_and_the_others_are_conflicts():
+def test_the_first_source_takes_precedence_and_the_others_are_conflicts():
     found = merge(
         [
             SettingsSource("yaml", {"num_layers": 2}),
@@ -27,10 +27,10 @@ def test_the_highest_source_counts_and_the_others_are_conflicts():
     assert dict(found) == {"num_layers": 2, "hidden_size": 64}
     assert found.sources == {"num_layers": "yaml", "hidden_size": "args"}
     (conflict,) = found.conflicts
-    assert str(conflict) == "num_layers: yaml says 2, args says 3: yaml counts"
+    assert str(conflict) == "num_layers: yaml has 2, args has 3: using yaml"
 
 
-def test_what_the_user_says_is_no_conflict():
+def test_user_options_are_not_conflicts():
     found = merge([SettingsSource("--config", {"num_layers": 2}, overrides=True), SettingsSource("args", {"num_layers": 3})])
     assert (found["num_layers"], found.conflicts) == (2, ())
 
@@ -78,7 +78,7 @@ def test_what_megatron_core_computes_for_none():
 @pytest.mark.parametrize(
     ("layers", "experts"),
     [
-        ({"hybrid_layer_pattern": "M*-"}, None),  # as Megatron-Bridge writes a dense Nemotron-H: with the default of its class
+        ({"hybrid_layer_pattern": "M*-"}, None),  # as Megatron-Bridge writes a dense Nemotron-H, with its default
         ({"hybrid_layer_pattern": "M*-/ME"}, None),
         ({"hybrid_layer_pattern": "ME*"}, 8),
         ({"moe_layer_freq": [0, 0]}, None),
@@ -100,7 +100,7 @@ def test_a_conflict_is_one_line_whatever_the_values():
 
 
 @pytest.mark.parametrize("value", ["x", -1, 10**30, [2], 2.5, True])
-def test_what_is_no_size_is_left_as_it_is(value):
+def test_values_that_are_not_sizes_are_left_unchanged(value):
     keys = ("hidden_size", "num_attention_heads", "num_layers", "num_moe_experts", "kv_channels", "no_rope_freq")
     entries = dict.fromkeys(keys, value) | {"use_mup": True, "mup_base_head_dim": value, "mup_attn_scale_power": value}
     assert {key: completed(entries)[key] for key in keys[:5]} == dict.fromkeys(keys[:5], value)
@@ -112,9 +112,9 @@ def test_an_absent_key_stays_absent():
     assert completed({"hidden_size": 64, "num_attention_heads": 4}) == {"hidden_size": 64, "num_attention_heads": 4}
 
 
-def described(**said):
+def described(**fields):
     plain = {"config": {}, "config_source": "no run config", "args": {}, "args_source": "no args", "specs": {}}
-    return SimpleNamespace(**plain | said)
+    return SimpleNamespace(**plain | fields)
 
 
 EMBEDDING = TensorSpec("embedding.word_embeddings.weight", "bfloat16", (128, 64))
@@ -124,7 +124,7 @@ SPECS = {
 }  # fmt: skip
 
 
-def test_the_order_of_the_ladder(tmp_path):
+def test_the_order_of_the_sources(tmp_path):
     (tmp_path / "config.json").write_text(
         '{"model_type": "llama", "vocab_size": 4, "rms_norm_eps": 4, "num_hidden_layers": 4, "head_dim": 4}'
     )
@@ -145,19 +145,19 @@ def test_the_order_of_the_ladder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("length", "said"),
+    ("length", "expected"),
     [("131072", 131072), ("1e30", None), (str(int(1e30)), None), ('"long"', None), ("true", None), ("0", None)],
 )
-def test_the_tokenizer_says_how_long_texts_can_be(tmp_path, length, said):
+def test_model_max_length_is_read_from_the_tokenizer(tmp_path, length, expected):
     (tmp_path / "tokenizer_config.json").write_text(f'{{"model_max_length": {length}}}')
     (tmp_path / "tokenizer.json").touch()
     named = [{"tokenizer_model": str(path)} for path in (tmp_path, tmp_path / "tokenizer.json", tmp_path / "gone")]
     found = [resolve(described(args=args)).get("model_max_length") for args in named]
-    assert found == [said, said, None]
-    assert resolve(described(args=named[2]), tokenizer=tmp_path).get("model_max_length") == said
+    assert found == [expected, expected, None]
+    assert resolve(described(args=named[2]), tokenizer=tmp_path).get("model_max_length") == expected
 
 
-def test_shapes_alone_say_what_they_can():
+def test_settings_from_shapes_alone():
     found = resolve(described(specs=SPECS))
     assert (found["num_layers"], found["ffn_hidden_size"], found["padded_vocab_size"]) == (2, 96, 128)
     assert not {"num_attention_heads", "rotary_base", "layernorm_epsilon"} & set(found)
@@ -180,13 +180,13 @@ NAMES = sorted({*KINDS, *RENAMED, *NEGATED, *TRANSLATED, "bias_gelu_fusion", "tr
 
 
 @given(st.dictionaries(st.sampled_from(NAMES), ANY), st.sampled_from(["args", "model"]))
-def test_whatever_a_source_says_is_no_exception(said, where):
-    checkpoint = described(args=said) if where == "args" else described(config={"model": said})
+def test_no_content_of_a_source_raises_an_exception(content, where):
+    checkpoint = described(args=content) if where == "args" else described(config={"model": content})
     found = resolve(checkpoint)
     assert set(found) <= set(KINDS)
 
 
-def test_a_bad_option_is_an_error_of_the_options():
+def test_a_bad_option_is_an_option_error():
     with pytest.raises(OptionError) as error:
         resolve(described(), ["num_layer=3"])
     assert error.value.exit_code == 2
