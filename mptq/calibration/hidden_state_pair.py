@@ -248,5 +248,5 @@ def _representable(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """
     scale = scale_of(amax).clamp(min=torch.finfo(dtype).tiny)
     rounded = scale.bfloat16()
-    above = torch.nextafter(rounded, torch.tensor(math.inf, dtype=torch.bfloat16))
+    above = torch.nextafter(rounded, torch.full_like(rounded, math.inf))
     return torch.where(rounded.float() >= scale, rounded, above).float() * E4M3_MAX
