@@ -5,7 +5,9 @@ The arithmetic is megatron-core's (models/gpt/gpt_model.py); hidden states are [
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,14 +33,31 @@ def embed(ids: torch.Tensor, tables: Sequence[torch.Tensor]) -> torch.Tensor:
     return states
 
 
+@contextlib.contextmanager
+def _in_one_order() -> Iterator[None]:
+    """On a GPU, megatron-core adds up what the experts of a token make in any order, unless torch is told to repeat itself.
+
+    It is asked to warn only, of matrix products, which differ where several streams share a workspace: here is one.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 @torch.no_grad()
 def run_layer(layer: TransformerLayer, config: ModelConfig, hidden: torch.Tensor) -> torch.Tensor:
     """One layer on hidden states [sequences, length, hidden], every sequence on its own from position 0."""
     rotary = None
     if config.get("position_embedding_type") in ("rope", "yarn") and not config.latent:
         rotary = angles(config, hidden.shape[1], hidden.device)
-    # Megatron's order is [length, sequences, hidden].
-    out: torch.Tensor = layer(hidden.transpose(0, 1).contiguous(), attention_mask=None, rotary_pos_emb=rotary)[0]
+    with _in_one_order() if hidden.is_cuda else contextlib.nullcontext():
+        # Megatron's order is [length, sequences, hidden].
+        out: torch.Tensor = layer(hidden.transpose(0, 1).contiguous(), attention_mask=None, rotary_pos_emb=rotary)[0]
     return out.transpose(0, 1)
 
 
