@@ -128,8 +128,15 @@ class Ranks:
 
 @contextmanager
 def _told() -> Iterator[None]:
+    from torch.distributed import DistBackendError
+
     try:
         yield
+    except DistBackendError as error:  # NCCL's, whose last line says what it is
+        raise MptqError(
+            f"the GPUs of the processes cannot share tensors, or one of the processes has ended (NCCL: "
+            f"{str(error).strip().rpartition('\n')[2]}); what was finished is kept for --resume"
+        ) from error
     except RuntimeError as error:  # torch's DistError, of a timeout or a closed connection
         raise MptqError(
             "another process of the run has ended: see what it says; what was finished is kept for --resume"
