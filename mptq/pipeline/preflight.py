@@ -222,18 +222,20 @@ def depends_on(plan: Plan, options: Options, checked: Preflight, account: Mappin
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the first GPU, or the CPU without one."""
+    """The device called `name`; "auto" is a GPU, or the CPU where there is none.
+
+    Of the processes that torchrun starts on a machine, each has a GPU of its own, unless `name` has its number.
+    """
     import torch
 
     if name == "auto":
-        # Of the processes that torchrun starts on a machine, each has its own.
-        return (
-            torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
-        )
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise MptqError(f"--device {name} is no device: use auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise MptqError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise MptqError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device
