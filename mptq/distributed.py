@@ -131,8 +131,15 @@ class Ranks:
 
 @contextmanager
 def _peer_failures() -> Iterator[None]:
+    from torch.distributed import DistBackendError
+
     try:
         yield
+    except DistBackendError as error:  # NCCL's; its last line has the reason
+        raise MptqError(
+            f"the GPUs of the processes cannot exchange tensors, or a process has exited (NCCL: "
+            f"{str(error).strip().rpartition('\n')[2]}); finished units are kept for --resume"
+        ) from error
     except RuntimeError as error:  # torch's DistError: a timeout or a closed connection
         raise MptqError(
             "another process of the run has exited: see its error message; finished units are kept for --resume"

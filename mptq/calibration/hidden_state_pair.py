@@ -23,7 +23,7 @@ from mptq.model.tensors import megatron_layer
 from mptq.output.disk import PieceFile
 from mptq.plan.estimates import LOGITS
 from mptq.quantize.activation_quantizers import ActivationQuantizers
-from mptq.quantize.fp8 import E4M3_MAX, floored
+from mptq.quantize.fp8 import E4M3_MAX, floored, scale_of
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -250,7 +250,7 @@ def _representable(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     vLLM keeps the scales of the cache in the model's dtype. For a float16 model they are therefore at least 2 ** -14; a
     cache whose largest magnitude is under 448 times that gets an error of at most 2 ** -24.
     """
-    scale = (amax / E4M3_MAX).clamp(min=torch.finfo(dtype).tiny)
+    scale = scale_of(amax).clamp(min=torch.finfo(dtype).tiny)
     rounded = scale.bfloat16()
-    above = torch.nextafter(rounded, torch.tensor(math.inf, dtype=torch.bfloat16))
+    above = torch.nextafter(rounded, torch.full_like(rounded, math.inf))
     return torch.where(rounded.float() >= scale, rounded, above).float() * E4M3_MAX

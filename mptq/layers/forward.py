@@ -5,7 +5,9 @@ The arithmetic is megatron-core's (models/gpt/gpt_model.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,14 +35,31 @@ def embed(ids: torch.Tensor, tables: Sequence[torch.Tensor]) -> torch.Tensor:
     return states
 
 
+@contextlib.contextmanager
+def _in_fixed_order() -> Iterator[None]:
+    """Makes runs on a GPU repeatable: by default megatron-core adds the outputs of a token's experts in any order there.
+
+    torch warns instead of failing for matrix products, which vary only where several streams share a workspace.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 @torch.no_grad()
 def run_layer(layer: TransformerLayer, config: ModelConfig, hidden: torch.Tensor) -> torch.Tensor:
     """Runs a layer on hidden states [sequences, length, hidden]; each sequence is separate, from position 0 on."""
     rotary = None
     if config.get("position_embedding_type") in ("rope", "yarn") and not config.latent:
         rotary = angles(config, hidden.shape[1], hidden.device)
-    # Megatron's layout is [length, sequences, hidden].
-    out: torch.Tensor = layer(hidden.transpose(0, 1).contiguous(), attention_mask=None, rotary_pos_emb=rotary)[0]
+    with _in_fixed_order() if hidden.is_cuda else contextlib.nullcontext():
+        # Megatron's layout is [length, sequences, hidden].
+        out: torch.Tensor = layer(hidden.transpose(0, 1).contiguous(), attention_mask=None, rotary_pos_emb=rotary)[0]
     return out.transpose(0, 1)
 
 

@@ -18,7 +18,7 @@ from mptq.formats.protocol import QuantizedLinear
 from mptq.model.tensors import megatron_layer
 from mptq.pipeline.stored import add, empty, store_unquantized
 from mptq.quantize import quantizer
-from mptq.quantize.fp8 import E4M3_MAX, dequantize
+from mptq.quantize.fp8 import dequantize, scale_of
 from mptq.quantize.projections import Quantized, fused_members, member_pieces, quantized_members
 from mptq.quantize.quantizer import require_finite
 from mptq.types import LayerOutput, TensorSpec
@@ -205,7 +205,7 @@ class LayerQuantizer:
             found[form] = [self.calibrated.amax[name] for name in layout.cached(self.layer)]
             add(output, form, FORMATS[form].store_kv_cache(layout, self.layer, found[form]))
         shown = zip(("k_scale", "v_scale"), found[self.plan.formats[0]], strict=True)
-        self.row["kv_cache"] = {name: float(value / E4M3_MAX) for name, value in shown}
+        self.row["kv_cache"] = {name: float(scale_of(value)) for name, value in shown}
         return output
 
     def _show(self, linear: LinearSpec, source: torch.Tensor, made: Mapping[str, Quantized]) -> None:

@@ -223,21 +223,21 @@ def depends_on(plan: Plan, options: Options, checked: Preflight, account: Mappin
 
 
 def pick_device(name: str) -> torch.device:
-    """Returns the device `name`; "auto" is a GPU (that of LOCAL_RANK), or the CPU without one.
+    """Returns the device `name`; "auto" is a GPU, or the CPU without one.
 
-    Raises MptqError for a device that does not exist.
+    Each process that torchrun starts on a machine has its own GPU (LOCAL_RANK), unless `name` has a number. Raises
+    MptqError for a device that does not exist.
     """
     import torch
 
     if name == "auto":
-        # Each process that torchrun starts on a machine uses its own GPU.
-        return (
-            torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
-        )
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise MptqError(f"--device {name} is not a device: use auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise MptqError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise MptqError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device

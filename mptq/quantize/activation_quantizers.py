@@ -14,6 +14,7 @@ from mptq.quiet import quiet_imports
 with quiet_imports():
     from modelopt.torch.quantization.config import QuantizerAttributeConfig
     from modelopt.torch.quantization.nn import TensorQuantizer
+    from modelopt.torch.quantization.tensor_quant import fp8_eager
 
 from mptq.errors import CheckpointError
 from mptq.quantize.fp8 import floored
@@ -80,7 +81,6 @@ class ActivationQuantizers:
             yield
         for quantizer in self.quantizers.values():
             quantizer.disable_calib()
-            quantizer.enable_quant()
 
     def magnitudes(self, where: str) -> dict[str, torch.Tensor | None]:
         """Returns ModelOpt's amax, float32 [], of each tensor, or None for one that saw no tokens (an expert).
@@ -102,10 +102,11 @@ class ActivationQuantizers:
 
     @contextlib.contextmanager
     def quantizing(self, layer: torch.nn.Module, amax: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Rounds the tensors named in `amax` to E4M3, with scale amax / 448, passing through `layer`, as engines do."""
-        for name, value in amax.items():
-            self.quantizers[name].amax = floored(value)
-        with _hooked(layer, amax, lambda name, states: self.quantizers[name](states)):
+        """Rounds the tensors named in `amax` to E4M3, with scale amax / 448, passing through `layer`, as engines do.
+
+        Uses the function that ModelOpt's quantizers call on a CPU: on a GPU they would first compile another one.
+        """
+        with _hooked(layer, amax, lambda name, states: fp8_eager(states, floored(amax[name]))):
             yield
 
     def _collect(self, name: str, states: torch.Tensor) -> torch.Tensor:

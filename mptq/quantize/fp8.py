@@ -35,6 +35,14 @@ def floored(amax: torch.Tensor) -> torch.Tensor:
     return torch.where(amax == 0, E4M3_MAX, amax.clamp(min=E4M3_MAX * SCALE_FLOOR))
 
 
+def scale_of(amax: torch.Tensor) -> torch.Tensor:
+    """The scale of each magnitude: amax / 448, rounded once.
+
+    The divisor is a tensor because CUDA replaces division by a Python number with a product with its rounded reciprocal.
+    """
+    return amax / torch.full_like(amax, E4M3_MAX)
+
+
 def strips(weight: Fp8Weight, scheme: Scheme) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """Yields row ranges of the weight, with their dequantized float32 values and their scales, which broadcast to them.
 
@@ -85,7 +93,7 @@ def reference_scale(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     right, below = -weight.shape[1] % width, -weight.shape[0] % height
     cells = torch.nn.functional.pad(weight, (0, right, 0, below)).unflatten(1, (-1, width)).unflatten(0, (-1, height))
     amax = torch.linalg.vector_norm(cells, math.inf, dim=(1, 3)).reshape(scheme.grid(*weight.shape))
-    return floored(amax) / E4M3_MAX
+    return scale_of(floored(amax))
 
 
 def first_out_of_bound(source: torch.Tensor, weight: Fp8Weight, scheme: Scheme) -> tuple[int, int] | None:

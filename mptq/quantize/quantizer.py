@@ -22,7 +22,7 @@ from mptq.errors import CheckpointError
 from mptq.model.fused import Fusion
 from mptq.quantize import mx
 from mptq.quantize.error_statistics import Sums
-from mptq.quantize.fp8 import E4M3_MAX, floored, powers_of_two
+from mptq.quantize.fp8 import floored, powers_of_two, scale_of
 from mptq.recipes.schemes import STRIP_ROWS, Scheme
 from mptq.types import Fp8Weight, WeightError
 
@@ -97,7 +97,7 @@ def _store(amax: torch.Tensor, made: Fp8Weight, at: Any) -> torch.Tensor:
     """Stores `floored` amax, and returns and stores its scales, amax / 448. ModelOpt computes each from the other."""
     assert made.amax is not None
     made.amax[at] = floored(amax)
-    made.scale[at] = made.amax[at] / E4M3_MAX
+    made.scale[at] = scale_of(made.amax[at])
     return made.scale[at]
 
 

@@ -5,11 +5,12 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 
 from mptq import Options
 from mptq.calibration.datasets.options import DataOptions
 from mptq.errors import DataError, MptqError, OptionError, OutputError
-from mptq.pipeline.preflight import check
+from mptq.pipeline.preflight import check, pick_device
 from mptq.plan.plan import plan_source
 from mptq.recipes.recipe import load_recipe
 from mptq.report import QualityLimits
@@ -72,6 +73,18 @@ def test_a_missing_device_is_refused(tmp_path, device):
     """Also before a dry run."""
     with pytest.raises(MptqError, match=f"^--device {device}"):
         check(plan(), tmp_path / "out", Options(device=device))
+
+
+def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch):
+    """But for a GPU that is named by its number, and where there are fewer than processes."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    found = {name: str(pick_device(name)) for name in ("auto", "cuda", "cuda:0", "cpu")}
+    assert found == {"auto": "cuda:1", "cuda": "cuda:1", "cuda:0": "cuda:0", "cpu": "cpu"}
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(MptqError, match="^--device cuda:2: this machine has 2 CUDA devices$"):
+        pick_device("auto")
 
 
 def test_options_without_effect_are_named(tokens, tmp_path):

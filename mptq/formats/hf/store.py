@@ -9,7 +9,7 @@ import torch
 
 from mptq.formats.layout import canonical_weight
 from mptq.formats.protocol import LoadedWeight, OpenedOutput, QuantizedLinear, Stored
-from mptq.quantize.fp8 import E4M3_MAX
+from mptq.quantize.fp8 import scale_of
 from mptq.quantize.quantizer import require_finite
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def store_linear(layout: HfLayout, linear: QuantizedLinear) -> Stored:
         found[scale.name] = weight.scale.expand(scale.shape).clone(memory_format=torch.contiguous_format).cpu()
         if linear.input_amax is not None:
             static = next(specs)
-            found[static.name] = (linear.input_amax / E4M3_MAX).reshape(static.shape).cpu()
+            found[static.name] = scale_of(linear.input_amax).reshape(static.shape).cpu()
     return Stored(found)
 
 
@@ -47,7 +47,7 @@ def store_unquantized(tensor: UnquantizedTensor, specs: Sequence[TensorSpec], va
 def store_kv_cache(layout: HfLayout, layer: int, amax: Sequence[torch.Tensor]) -> Stored:
     """k_scale and v_scale: amax / 448."""
     pairs = zip(layout.kv_cache(layer), amax, strict=True)
-    return Stored({spec.name: (value / E4M3_MAX).reshape(spec.shape).cpu() for spec, value in pairs})
+    return Stored({spec.name: scale_of(value).reshape(spec.shape).cpu() for spec, value in pairs})
 
 
 def load_linear(layout: HfLayout, output: OpenedOutput, layer: int, linear: LinearSpec) -> Iterator[LoadedWeight]:

@@ -12,7 +12,7 @@ from mptq.formats.layout import canonical_weight
 from mptq.formats.megatron.writer import BACKEND
 from mptq.formats.protocol import LoadedWeight, OpenedOutput, QuantizedLinear, Stored
 from mptq.model.tensors import CORE_ATTENTION, megatron_layer
-from mptq.quantize.fp8 import E4M3_MAX
+from mptq.quantize.fp8 import scale_of
 from mptq.quantize.modelopt import attention_state, kept_state, linear_state, modelopt_state
 from mptq.quantize.quantizer import require_finite
 
@@ -85,5 +85,5 @@ def check_magnitudes(output: OpenedOutput) -> Iterator[str]:
         scale = f"{name.removesuffix('_amax')}_scale"
         if not name.endswith(".weight_quantizer._amax") or scale not in output.specs:
             continue
-        if not torch.equal((output.load(name) / E4M3_MAX).flatten(), output.load(scale).flatten()):
+        if not torch.equal(scale_of(output.load(name)).flatten(), output.load(scale).flatten()):
             yield f"{name} is not 448 times {scale}: ModelOpt would restore other numbers by one than by the other"
