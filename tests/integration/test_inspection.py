@@ -274,7 +274,7 @@ def test_printed(aligned, quantized):
     for part in ("4x768x256", "from args in common_state", "never read", "fp8-per-channel", "hidden_size=256", "peak memory"):
         assert part in text
     text = mptq("inspect", quantized["crossing", "fp8"]).stdout
-    for part in ("one scale a tensor", "KL  ", "top-1", "weight error", "scales of a KV cache", "cannot be quantized"):
+    for part in ("one scale a tensor", "KL  ", "top-1", "weight error", "KV cache scales", "cannot be quantized"):
         assert part in text
 
 
