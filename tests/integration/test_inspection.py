@@ -356,7 +356,7 @@ def test_what_other_tools_write_is_shown_or_refused_in_a_line(config, quantizati
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("config.json", "cannot be read: Is a directory"), ("other.safetensors", "is not a whole safetensors file")],
+    [("config.json", "cannot be read: Is a directory"), ("other.safetensors", "is not a valid safetensors file")],
 )
 def test_a_directory_in_the_place_of_a_file(aligned_hf, tmp_path, name, said):
     (tmp_path / "model.safetensors").symlink_to(aligned_hf / "model.safetensors")
@@ -369,7 +369,7 @@ def test_nothing(tmp_path):
     with pytest.raises(CheckpointError, match="is empty"):
         inspect(tmp_path)
     (tmp_path / "x.safetensors").write_bytes(b"\0" * 20)
-    with pytest.raises(CheckpointError, match="is not a whole safetensors file"):
+    with pytest.raises(CheckpointError, match="is not a valid safetensors file"):
         inspect(tmp_path)
 
 

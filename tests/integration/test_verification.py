@@ -111,7 +111,7 @@ def test_exclude_list(out):
     config["quantization_config"]["modules_to_not_convert"] = []
     path.write_text(json.dumps(config))
     resign(out, "hf/config.json")
-    assert verify(out).failures == ["config.json excludes ['lm_head'] wrongly: engines would misread them"]
+    assert verify(out).failures == ["config.json has missing or extra excluded modules ['lm_head']: engines would misread them"]
 
 
 def test_unaccounted_source_tensor(out, aligned):
