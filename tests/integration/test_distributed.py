@@ -234,7 +234,7 @@ def test_ranks_that_go_together_end_together(aligned, tokens, tmp_path, sent, co
     last = told[0].strip().splitlines()[-1]
     expected = "stopped after" if sent == signal.SIGTERM else "another process of the run has ended: see what it says"
     assert last.startswith(f"mptq: {expected}")
-    assert "--resume goes on with it" in last
+    assert "pass --resume to continue" in last
     assert not out.exists()
 
 

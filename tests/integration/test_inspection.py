@@ -251,10 +251,10 @@ def test_component(name, part):
     ("name", "shape", "words"),
     [
         ("decoder.layers.mlp.experts.experts.linear_fc1.weight", (2, 4, 8, 8), "2 layers stacked, 4 experts stacked"),
-        ("decoder.layers.1.mlp.experts.experts.linear_fc1.weight", (4, 8, 8), "a key a layer, 4 experts stacked"),
-        ("decoder.layers.1.mlp.experts.linear_fc1.weight3", (8, 8), "a key a layer, a key an expert"),
-        ("decoder.layers.1.mlp.experts.local_experts.3.linear_fc1.weight", (8, 8), "a key a layer, a key an expert"),
-        ("decoder.layers.1.mlp.shared_experts.linear_fc1.weight", (8, 8), "a key a layer"),
+        ("decoder.layers.1.mlp.experts.experts.linear_fc1.weight", (4, 8, 8), "one key per layer, 4 experts stacked"),
+        ("decoder.layers.1.mlp.experts.linear_fc1.weight3", (8, 8), "one key per layer, one key per expert"),
+        ("decoder.layers.1.mlp.experts.local_experts.3.linear_fc1.weight", (8, 8), "one key per layer, one key per expert"),
+        ("decoder.layers.1.mlp.shared_experts.linear_fc1.weight", (8, 8), "one key per layer"),
         ("output_layer.weight", (8, 8), ""),
     ],
 )

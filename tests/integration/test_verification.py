@@ -50,7 +50,7 @@ def test_flipped_bit(out):
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)
-    assert verify(out).failures == ["hf/model.safetensors has changed: its SHA-256 is not the manifest's"]
+    assert verify(out).failures == ["hf/model.safetensors has changed: its SHA-256 does not match the manifest"]
 
 
 def test_missing_and_short_files(out):
@@ -70,18 +70,20 @@ def test_wrong_number_is_found_against_the_source_only(out, aligned):
 
     edit_hf(out, change)
     assert verify(out).failures == []
-    assert verify(out, aligned).failures == [f"{name}: element [5, 6] is further from the source than E4M3 rounds"]
+    assert verify(out, aligned).failures == [
+        f"{name}: element [5, 6] differs from the source by more than E4M3 rounding error"
+    ]
 
 
 def test_wrong_scale(out, aligned):
     name = "model.layers.1.self_attn.k_proj.weight"
     edit_hf(out, lambda tensors: tensors[name + "_scale_inv"].mul_(1.0000002))
-    assert verify(out, aligned).failures == [f"{name}: its scales are not amax / 448 of the source"]
+    assert verify(out, aligned).failures == [f"{name}: scales are not the amax / 448 of the source"]
 
 
 def test_copy_that_is_none(out, aligned):
     edit_hf(out, lambda tensors: tensors["model.norm.weight"].mul_(2))
-    message = "model.norm.weight is not the same as decoder.final_layernorm.weight of the source"
+    message = "model.norm.weight differs from decoder.final_layernorm.weight of the source"
     assert verify(out, aligned).failures == [message]
 
 
@@ -89,7 +91,7 @@ def test_copy_that_is_none(out, aligned):
 def test_scales_that_cannot_be(out, value):
     name = "model.layers.1.self_attn.k_proj.weight_scale_inv"
     edit_hf(out, lambda tensors: tensors[name].fill_(value))
-    assert verify(out).failures == [f"{name} has scales that are not finite or less than 1.8e-12"]
+    assert verify(out).failures == [f"{name} has scales that are not finite or are below 1.8e-12"]
 
 
 def test_names_and_shapes(out):

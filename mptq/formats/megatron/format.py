@@ -36,7 +36,7 @@ class MegatronFormat(Format):
         recipe = layout.assignment.recipe
         if recipe.scheme is None:
             raise RecipeError(
-                f"{recipe.name} only converts to Hugging Face, but the checkpoint is in Megatron format already: use --format hf"
+                f"{recipe.name} converts to Hugging Face, but the checkpoint is already in Megatron format: use --format hf"
             )
 
     def warnings(self, layout: Layout) -> list[str]:

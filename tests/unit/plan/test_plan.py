@@ -311,7 +311,7 @@ def test_without_quantization_the_checkpoint_is_converted():
     assert {spec.dtype for spec in plan.layouts["hf"].specs} == {"bfloat16"}
     assert not [spec.name for spec in plan.layouts["hf"].specs if "scale" in spec.name]
     assert plan.layouts["hf"].nbytes == bytes_in(plan) - 2 * 24 * 576 * 2
-    with pytest.raises(RecipeError, match="none only converts to Hugging Face, but the checkpoint is in Megatron format"):
+    with pytest.raises(RecipeError, match="none converts to Hugging Face, but the checkpoint is already in Megatron format"):
         plan_source(checkpoint, none, ("hf", "megatron"))
 
 
