@@ -19,20 +19,20 @@ PAGE = Path(__file__).parent.parent / "docs" / "report.md"
 INTRODUCTION = """\
 # report.json and report.html
 
-`report.json` is what a run did and what it cost, as one JSON document; `mptq report OUT --json` prints it. Every figure in it
-was measured in that run, or is null. `mptq report OUT --html FILE` makes one page of it, with plots and sortable tables: a
-single file that loads nothing from elsewhere. The same document gives the same bytes.
+`report.json` describes a run and its results as one JSON document; `mptq report OUT --json` prints it. All figures were
+measured in that run or are null. `mptq report OUT --html FILE` renders it as an HTML page with plots and sortable tables: a
+single file that loads no external resources. The same document gives the same bytes.
 
     from mptq.report import read
     from mptq.report.html import render
     from mptq.report.schema import Report
 
     document = read(Path("OUT"))
-    Report.model_validate(document)      # unknown and missing fields raise
-    Report.model_json_schema()           # JSON Schema
+    Report.model_validate(document)      # raises for unknown or missing fields
+    Report.model_json_schema()           # the JSON Schema
     page = render(document)
 
-This page is made from `mptq/report/schema.py` by `scripts/report_reference.py`.
+This page is generated from `mptq/report/schema.py` by `scripts/report_reference.py`.
 """
 
 _PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null", Any: "anything"}

@@ -57,7 +57,7 @@ def _has_yarn(key: str, settings: Mapping[str, Any]) -> bool:
 
 
 def architecture(model: ModelConfig) -> dict[str, Any]:
-    """Returns the Hugging Face architecture or the nearest one, its missing features, and why the model cannot be run."""
+    """Returns the Hugging Face architecture or the nearest one, what it lacks, and why the model cannot be run."""
     family, near = family_of(model), nearest_family(model)
     return {
         "family": family.name if family else None,

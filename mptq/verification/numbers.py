@@ -124,6 +124,6 @@ def quantized_failures(name: str, source: torch.Tensor, weight: Fp8Weight, schem
     """Returns failures of one quantized weight; its scale is computed from `group`, which contains `source`."""
     scale = reference_scale(group, scheme)
     if not torch.equal(weight.scale, scale.expand(weight.scale.shape)):
-        return [f"{name}: scales are not the {'powers of two for' if scheme.exponents else 'amax / 448 of'} the source"]
+        return [f"{name}: scales differ from {'the powers of two for' if scheme.exponents else 'amax / 448 of'} the source"]
     place = first_out_of_bound(source, weight, scheme)
     return [] if place is None else [f"{name}: element {list(place)} differs from the source by more than E4M3 rounding error"]

@@ -70,15 +70,13 @@ def test_wrong_number_is_found_against_the_source_only(out, aligned):
 
     edit_hf(out, change)
     assert verify(out).failures == []
-    assert verify(out, aligned).failures == [
-        f"{name}: element [5, 6] differs from the source by more than E4M3 rounding error"
-    ]
+    assert verify(out, aligned).failures == [f"{name}: element [5, 6] differs from the source by more than E4M3 rounding error"]
 
 
 def test_wrong_scale(out, aligned):
     name = "model.layers.1.self_attn.k_proj.weight"
     edit_hf(out, lambda tensors: tensors[name + "_scale_inv"].mul_(1.0000002))
-    assert verify(out, aligned).failures == [f"{name}: scales are not the amax / 448 of the source"]
+    assert verify(out, aligned).failures == [f"{name}: scales differ from amax / 448 of the source"]
 
 
 def test_copy_that_is_none(out, aligned):
@@ -136,7 +134,7 @@ def test_no_output(tmp_path):
     with pytest.raises(OutputError, match="is damaged"):
         verify(tmp_path)
     (tmp_path / "manifest.json").write_text('{"schema": 99}')
-    with pytest.raises(OutputError, match="is not of schema 3"):
+    with pytest.raises(OutputError, match="does not have schema version 3"):
         verify(tmp_path)
     (tmp_path / "manifest.json").write_text('{"schema": 3, "recipe": {}}')
     with pytest.raises(OutputError, match="recipe.name: Field required"):
