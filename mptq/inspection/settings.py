@@ -71,7 +71,7 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
 
 def words(model: ModelConfig) -> str:
     """Describes the model in one line."""
-    experts = f"{model.num_experts} experts, {model.moe_topk} a token, each with ffn {model.moe_ffn_hidden_size}"
+    experts = f"{model.num_experts} experts, {model.moe_topk} per token, each with ffn {model.moe_ffn_hidden_size}"
     return (
         f"{getattr(family_of(model), 'name', 'Megatron')}-like, {model.num_layers} layers, hidden {model.hidden_size}, "
         f"{experts if model.num_experts else f'ffn {model.ffn_hidden_size}'}, {_heads(model)}, "

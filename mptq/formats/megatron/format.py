@@ -1,4 +1,4 @@
-"""The Megatron format: a torch_dist checkpoint that megatron-core and ModelOpt restore. Imports no torch by itself."""
+"""The Megatron format: a torch_dist checkpoint for megatron-core with ModelOpt. Importing it does not import torch."""
 
 from __future__ import annotations
 

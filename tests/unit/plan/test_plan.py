@@ -130,7 +130,7 @@ def test_misaligned_weights_can_have_one_scale_a_row():
         "block": 8,
         "row": 6,
     }
-    assert "gate_proj, up_proj, down_proj: not multiples of 128, so they get one scale a row" in estimates.warnings(plan)[0]
+    assert "gate_proj, up_proj, down_proj: not multiples of 128, so they get one scale per row" in estimates.warnings(plan)[0]
     whole = plan_source(source(256, 384, 4, 2, 128), recipe_from(fields, "x"), ("hf",))
     assert whole.layouts["hf"].dialect_name == "deepseek-fp8"
     with pytest.raises(RecipeError, match=r"model\.layers\.0\.mlp\.gate_proj.* have sizes that are not multiples of the block"):
