@@ -123,7 +123,7 @@ def test_components(quantized_mixtral, mixtral):
     assert sum(row["in"] for row in report["components"].values()) == report["bytes"]["in"]
     (document,) = inspect(mixtral)
     assert document["facts"]["architecture"].startswith(
-        "Mixtral-like, 2 layers, hidden 256, 4 experts, 2 a token, each with ffn"
+        "Mixtral-like, 2 layers, hidden 256, 4 experts, 2 per token, each with ffn"
     )
     assert document["facts"]["saved at"] == "TP=1 PP=1 EP=1"
     assert {row["component"] for row in document["components"]} >= {"experts", "router", "attention"}

@@ -29,7 +29,7 @@ class HfLayout(Layout):
     takes_rows = True
 
     def scheme(self, layer: int, linear: LinearSpec) -> Scheme | None:
-        """The recipe's scheme if it fits the linear and those fused with it in engines, else as `misaligned` specifies."""
+        """The recipe's scheme if it fits the linear and those fused with it in engines, else as `misaligned` sets."""
         wanted = self.assignment.scheme(layer, linear)
         if wanted is None or self.assignment.group_fits(layer, linear):
             return wanted

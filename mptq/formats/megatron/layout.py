@@ -16,7 +16,7 @@ class MegatronLayout(Layout):
     """Stores Megatron's fused matrices with the buffers of ModelOpt's quantizers; byte items are not included."""
 
     def scheme(self, layer: int, linear: LinearSpec) -> Scheme | None:
-        """The recipe's scheme if it fits the linear, else as `misaligned` specifies; square blocks fit every shape."""
+        """The recipe's scheme if it fits the linear, else as `misaligned` sets; square blocks fit every shape."""
         wanted = self.assignment.scheme(layer, linear)
         if wanted is None or wanted.block is not None or linear.fits(wanted.unit):
             return wanted
