@@ -28,8 +28,8 @@ sortable tables: a single self-contained file. The same document gives the same 
     from mptq.report.schema import Report
 
     document = read(Path("OUT"))
-    Report.model_validate(document)      # unknown and missing fields raise
-    Report.model_json_schema()           # JSON Schema
+    Report.model_validate(document)      # raises for unknown or missing fields
+    Report.model_json_schema()           # the JSON Schema
     page = render(document)
 
 This page is generated from `mptq/report/schema.py` by `scripts/report_reference.py`.

@@ -1,1 +1,1 @@
-"""The command line: parses, calls one library function with plain values, prints, and chooses the exit code."""
+"""The command line: parses options, calls one library function, prints its result and sets the exit code."""

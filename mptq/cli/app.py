@@ -1,4 +1,4 @@
-"""The `mptq` command: its subcommands, and what becomes of errors. Importing it imports no torch."""
+"""The `mptq` command: its subcommands and how errors become exit codes. Importing it does not import torch."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from mptq.cli.verify import verify
 from mptq.errors import MptqError
 
 EPILOG = (
-    "Exit codes: 0 done, 1 failed, 2 usage, 3 a check was not met, 75 stopped by SIGTERM (--resume goes on), 130 interrupted."
+    "Exit codes: 0 success, 1 error, 2 usage error, 3 a check or limit failed, 75 stopped by SIGTERM (continue with --resume), "
+    "130 interrupted."
 )
 
 _GARBAGE = 50_000
-"""Objects that are made before some are looked through: imports make a million of them, to stay (docs/log.md)."""
+"""Threshold of the garbage collector: imports allocate about a million objects that live until exit (docs/log.md)."""
 
 app = typer.Typer(
     name="mptq",
@@ -44,12 +45,12 @@ def _print_version(value: bool) -> None:
 
 @app.callback()
 def top(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False,
     _version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Turn a Megatron distributed checkpoint into an FP8 model, one layer at a time, on a GPU or a CPU."""
+    """Convert a Megatron distributed checkpoint to an FP8 model, one layer at a time, on a GPU or CPU."""
     console.debug = debug
 
 
@@ -58,9 +59,9 @@ for command in (quantize, inspect, verify, recipes, report):
 
 
 def main() -> None:
-    """Run the command line; every MptqError is one line on stderr and its exit code."""
+    """Runs the command line; prints an MptqError as one line on stderr and exits with its code."""
     gc.set_threshold(_GARBAGE)
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch, once imported, has large tensors in huge pages (docs/log.md)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch allocates large tensors in huge pages (docs/log.md)
     try:
         app(standalone_mode=True)
     except MptqError as error:
@@ -68,11 +69,11 @@ def main() -> None:
     except KeyboardInterrupt as error:
         sys.exit(console.fail(error, "interrupted", 130))
     except BrokenPipeError:
-        # The reader of our output has seen enough (mptq inspect ... | head).
+        # The reader of our output closed the pipe (mptq inspect ... | head).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         sys.exit(console.fail(error, f"{error.strerror or error}{where}", 1))
     finally:
-        gc.freeze()  # the process ends: nobody needs to look through all of its objects once more
+        gc.freeze()  # skips a last collection over all objects at exit

@@ -1,4 +1,4 @@
-"""Where things are printed: results on stdout, everything for people on stderr."""
+"""Output streams: results go to stdout, all other messages to stderr."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from typing import Any
 from rich.console import Console, RenderableType
 
 debug = False
-"""Whether errors show their traceback (set by `mptq --debug`)."""
+"""Whether errors are printed with their traceback (set by `mptq --debug`)."""
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 out = Console(highlight=False, soft_wrap=True)
 
 
 def show(content: RenderableType, console: Console = out, width: int = 160) -> None:
-    """Print tables whole, which are up to `width` characters wide: on a narrow terminal lines wrap, and nothing is cut."""
+    """Prints tables of up to `width` characters without truncation: lines wrap on a narrower terminal."""
     Console(file=console.file, highlight=False, soft_wrap=True, width=max(console.width, width)).print(content)
 
 
 def result(text: str) -> None:
-    """A line of the result, as it is."""
+    """Prints a line of the result to stdout, without markup."""
     sys.stdout.write(text + "\n")
 
 
 def document(content: dict[str, Any]) -> None:
-    """The result as one JSON document."""
+    """Prints the result as one JSON document."""
     result(json.dumps(content, indent=1))
 
 
 def fail(error: BaseException, message: str, code: int) -> int:
-    """Print one line saying what is wrong, with the error's notes (and the traceback under --debug); return the exit code."""
+    """Prints the error and its notes on one line (after the traceback under --debug) and returns the exit code."""
     if debug:
         traceback.print_exception(error)
     lines = (message, *getattr(error, "__notes__", ()))

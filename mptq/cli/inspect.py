@@ -14,7 +14,9 @@ def inspect(
     path: Annotated[
         Path,
         typer.Argument(
-            metavar="CKPT_OR_OUTPUT", help="A checkpoint, or an output of mptq or others.", callback=options.local_input
+            metavar="CKPT_OR_OUTPUT",
+            help="Checkpoint, or a model written by mptq or another tool.",
+            callback=options.local_input,
         ),
     ],
     iteration: options.Iteration = None,
@@ -22,7 +24,7 @@ def inspect(
     hf_config: options.HfConfig = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what a checkpoint or an output holds, from its metadata alone."""
+    """Show the contents of a checkpoint or model, reading only metadata."""
     from mptq.inspection import SCHEMA
     from mptq.inspection import inspect as look
     from mptq.model.source import SourceOptions

@@ -1,4 +1,4 @@
-"""What `mptq inspect` found, for people, from the same document that `--json` prints."""
+"""Human-readable form of the document that `mptq inspect --json` prints."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from mptq.formats import FORMATS
 from mptq.report.formatting import number, size
 
 WIDEST = 400
-"""Characters of a line: names of tensors are long, and none is cut."""
+"""Maximum line width in characters: tensor names are long and are never truncated."""
 _WIDTH = 120
 
 
 def inspection(document: Mapping[str, Any]) -> RenderableType:
-    """The whole document: why it cannot be quantized, facts, the tree, what is not read, the settings and the recipes."""
+    """Renders the whole document: why it cannot be quantized, facts, tensors, unread items, settings and recipes."""
     facts = {**document["facts"], **_quantized(document)}
     width = max(map(len, facts))
     lines: list[RenderableType] = [f"{escape(document['path'])}  [bold]{document['kind']}[/]"]
@@ -32,12 +32,12 @@ def inspection(document: Mapping[str, Any]) -> RenderableType:
 
 
 def _quantized(document: Mapping[str, Any]) -> dict[str, str]:
-    """What was quantized, and what mptq's report says of an output of its own."""
+    """How weights are quantized and, for an output of mptq, the figures of its report."""
     facts: dict[str, str] = {}
     found = document["quantization"]
     if found is not None:
         words = [f"{count} weights in {what}" for what, count in found["weights"].items()]
-        counts = {"inputs with static scales": found["static_inputs"], "scales of a KV cache": found["cache_scales"]}
+        counts = {"inputs with static scales": found["static_inputs"], "KV cache scales": found["cache_scales"]}
         facts["quantized"] = "; ".join(words + [f"{count} {what}" for what, count in counts.items() if count])
     made = document.get("output")
     if made is not None:
@@ -49,12 +49,12 @@ def _quantized(document: Mapping[str, Any]) -> dict[str, str]:
         facts["weight error"] = ", ".join(errors)
         facts |= {line[:12].strip() or " ": line[12:] for line in _fidelity(made)}
         files = made["files"]
-        facts["output"] = f"{len(files)} files, {size(sum(row['bytes'] for row in files.values()))}, named in manifest.json"
+        facts["output"] = f"{len(files)} files, {size(sum(row['bytes'] for row in files.values()))}, listed in manifest.json"
     return facts
 
 
 def _fidelity(made: Mapping[str, Any]) -> list[str]:
-    """The figures in a line each, as after a run."""
+    """Fidelity figures, one per line, as printed after a run."""
     return tables.figures(made) if made["fidelity"] and made["calibration"] else []
 
 
@@ -89,7 +89,7 @@ def _not_read(document: Mapping[str, Any]) -> Iterator[RenderableType]:
 
 
 def _settings(document: Mapping[str, Any]) -> Iterator[RenderableType]:
-    """The settings that matter, by source, and what sources disagree on."""
+    """Settings that affect the model, grouped by source, and conflicts between sources."""
     by_source: dict[str, list[str]] = {}
     for row in document.get("settings", ()):
         if row["matters"]:
@@ -110,7 +110,7 @@ def _short(value: Any) -> str:
 
 
 def _recipes(document: Mapping[str, Any]) -> Iterator[RenderableType]:
-    """What each recipe comes to, and in a line each why one cannot be applied; nothing where none can."""
+    """Predictions for each recipe, then the reasons why recipes cannot be applied; empty if the model has a problem."""
     rows = document.get("recipes")
     if not rows or document.get("problem"):
         return
@@ -121,7 +121,7 @@ def _recipes(document: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield from (
         "",
         table,
-        "peak memory is of the form that takes more, without activations: `mptq quantize --dry-run` says what those add",
+        "peak memory: the larger of the formats, without activations; `mptq quantize --dry-run` includes activations",
     )
     for problem in dict.fromkeys(text for row in rows for text in row["problems"].values()):
         yield f"[yellow]-[/] {escape(problem)}"

@@ -1,4 +1,4 @@
-"""Options that several commands have: which checkpoint is meant, and what the user knows of its model."""
+"""Options shared by several commands: which checkpoint to read, and overrides for its model settings."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _PANEL = "Checkpoint"
 
 
 def local_input(path: Path | None) -> Path | None:
-    """Callback of a path that is read; raises MptqError for a URL."""
+    """Callback for a path to read; raises MptqError for a URL."""
     if path is not None:
         require_local(path)
     return path
 
 
 def local_output(path: Path | None) -> Path | None:
-    """Callback of a path that is written; raises MptqError for a URL."""
+    """Callback for a path to write; raises MptqError for a URL."""
     if path is not None:
         require_local(path, "written")
     return path
@@ -28,13 +28,15 @@ def local_output(path: Path | None) -> Path | None:
 
 Iteration = Annotated[
     int | None,
-    typer.Option(min=0, metavar="N", help="The root's iteration.", show_default="the latest", rich_help_panel=_PANEL),
+    typer.Option(
+        min=0, metavar="N", help="Iteration to read from a checkpoint root.", show_default="latest", rich_help_panel=_PANEL
+    ),
 ]
 Config = Annotated[
     list[str] | None,
     typer.Option(
         metavar="KEY=VALUE",
-        help="A setting of the architecture that counts instead of the checkpoint's. Repeatable.",
+        help="Override an architecture setting of the checkpoint. Repeatable.",
         rich_help_panel=_PANEL,
     ),
 ]
@@ -42,7 +44,7 @@ HfConfig = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
-        help="Hugging Face directory or config.json that tells the architecture.",
+        help="Hugging Face directory or config.json that describes the architecture.",
         rich_help_panel=_PANEL,
         callback=local_input,
     ),

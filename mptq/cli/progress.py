@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from mptq.report import run_log
 
 _IMPORTING = 2
-"""Steps that still import: torch's and ModelOpt's lazy parts."""
+"""Number of first steps that still trigger lazy imports of torch and ModelOpt."""
 
 
 class LiveProgress:
-    """Shows the step a run is at; with `verbose`, also a line for every tensor."""
+    """Shows the current step of a run; with `verbose`, also prints one line per tensor."""
 
     def __init__(self, verbose: bool) -> None:
         self.verbose = verbose
@@ -48,7 +48,7 @@ class LiveProgress:
         self._bar.stop()
 
     def stage(self, done: int, total: int, doing: str) -> None:
-        """Move the bar, or print a line about every tenth of the way."""
+        """Moves the bar; without a terminal, prints a line after about every tenth of the steps."""
         self._step = doing
         self._bar.update(self._task, completed=done, total=total, description=doing)
         tenth = max(1, total // 10)
@@ -56,25 +56,26 @@ class LiveProgress:
             console.err.print(f"{done}/{total} {doing}", markup=False)
 
     def doing(self, what: str) -> None:
-        """Say on the bar what the step is at."""
+        """Shows on the bar what the current step is doing."""
         self._bar.update(self._task, description=f"{self._step}: {what}")
 
     def bytes(self, count: int) -> None:
-        """Add to the bytes read, and show how many a second they are."""
+        """Adds to the bytes read and shows the average rate."""
         self._read += count
         rate = self._read / max(time.monotonic() - self._started, 1e-3)
         self._bar.update(self._task, rate=f"{size(rate)}/s")
 
     def tensor(self, row: dict[str, Any]) -> None:
-        """Print the tensor's row when asked for."""
+        """Prints a line for the tensor if `verbose`."""
         if self.verbose:
             console.err.print(tensor_line(row), markup=False)
 
 
 class Freezing:
-    """Passes everything on to `progress`, and freezes what the first steps leave: the collections after each step skip it.
+    """Forwards to `progress` and freezes the objects that the first steps leave, so that later collections skip them.
 
-    It is the command's to say that nothing of the process goes away before its end; a host of the library may think otherwise.
+    Only the command line does this: it knows that these objects live until the process exits. A program that uses the
+    library may not want it.
     """
 
     def __init__(self, progress: run_log.Progress) -> None:
@@ -82,10 +83,10 @@ class Freezing:
         self._stage, self._steps = progress.stage, 0
 
     def stage(self, done: int, total: int, doing: str) -> None:
-        """Freeze at the start and after each of the first steps."""
+        """Freezes all objects at the start and after each of the first steps."""
         if self._steps <= _IMPORTING:
             if self._steps:
-                gc.collect()  # the step's own layer is no part of what stays
+                gc.collect()  # frees the step's own layer first
             gc.freeze()
         self._steps += 1
         self._stage(done, total, doing)

@@ -22,105 +22,113 @@ if TYPE_CHECKING:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "5GB", "500 MB", "1073741824": decimal units, and binary ones as in "5GiB"."""
+    """Parses a size such as "5GB", "500 MB", "5GiB" (binary) or "1073741824" into bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)[bB]?\s*", text)
     count = 0
     if match is not None:
         value, unit, binary = match.groups()
         count = int(float(value) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
     if count <= 0:
-        raise typer.BadParameter(f"{text!r} is no size: write 5GB, 500MB or a number of bytes")
+        raise typer.BadParameter(f"{text!r} is not a valid size: use 5GB, 500MB or a number of bytes")
     return count
 
 
 def parse_percent(text: str | None) -> float | None:
-    """Percent of "1.5%", "1.5"."""
+    """Parses "1.5%" or "1.5" into 1.5."""
     if text is None:
         return None
     try:
         return float(text.strip().removesuffix("%"))
     except ValueError as error:
-        raise typer.BadParameter(f"{text!r} is no percentage: write 1.5%") from error
+        raise typer.BadParameter(f"{text!r} is not a valid percentage: use a value such as 1.5%") from error
 
 
 _DATA = "Calibration and fidelity"
 
 
-def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
+def quantize(  # noqa: PLR0913, PLR0917 (one parameter per option)
     checkpoint: Annotated[
         Path,
-        typer.Argument(metavar="CKPT", help="Checkpoint root, iter_* or NeMo 2 directory.", callback=options.local_input),
+        typer.Argument(
+            metavar="CKPT", help="Checkpoint root, iter_* directory or NeMo 2 directory.", callback=options.local_input
+        ),
     ],
-    recipe: Annotated[str, typer.Option(help="Recipe name (see `mptq recipes`), YAML file, or ModelOpt's name of one.")],
+    recipe: Annotated[str, typer.Option(help="Recipe name (see `mptq recipes`), YAML file or ModelOpt recipe name.")],
     output: Annotated[
         Path | None,
         typer.Option(
             "--output",
             "-o",
             help="Output directory.",
-            show_default="CKPT-RECIPE, beside CKPT",
+            show_default="CKPT-RECIPE, next to CKPT",
             callback=options.local_output,
         ),
     ] = None,
-    formats: Annotated[str, typer.Option("--format", help="hf, megatron, or both: hf,megatron.")] = "hf",
+    formats: Annotated[str, typer.Option("--format", help="Output format: hf, megatron, or hf,megatron for both.")] = "hf",
     ignore: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATTERN", help="Linears that keep their precision, as 'decoder.layers.0.*'. Repeatable."),
+        typer.Option(metavar="PATTERN", help="Linears to leave unquantized, such as 'decoder.layers.0.*'. Repeatable."),
     ] = None,
     kv_cache: Annotated[
-        str | None, typer.Option(metavar="none|fp8", help="Scales for an FP8 KV cache.", show_default="the recipe's")
+        str | None,
+        typer.Option(metavar="none|fp8", help="Calibrate scales for an FP8 KV cache.", show_default="from the recipe"),
     ] = None,
     tokenizer: Annotated[
         Path | None,
         typer.Option(
-            help="Tokenizer directory, used and copied into the output.",
-            show_default="the checkpoint's",
+            help="Tokenizer directory; also copied to the output.",
+            show_default="from the checkpoint",
             callback=options.local_input,
         ),
     ] = None,
     iteration: options.Iteration = None,
     config: options.Config = None,
     hf_config: options.HfConfig = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
-    device: Annotated[str, typer.Option(help="Where to quantize: auto, cpu, cuda or cuda:N.")] = "auto",
+    max_shard_size: Annotated[str, typer.Option(help="Maximum size of a safetensors file.")] = "5GB",
+    device: Annotated[str, typer.Option(help="Device to quantize on: auto, cpu, cuda or cuda:N.")] = "auto",
     calib_dataset: Annotated[
         list[str] | None,
         typer.Option(
             metavar="DATA[:WEIGHT]",
-            help="Text, JSONL, parquet, Hugging Face dataset or Megatron .bin/.idx. Repeatable.",
-            show_default="English and code that Python carries",
+            help="Calibration data: text, JSONL, parquet, Hugging Face dataset or Megatron .bin/.idx. Repeatable.",
+            show_default="English text and code shipped with Python",
             rich_help_panel=_DATA,
         ),
     ] = None,
-    calib_size: Annotated[int, typer.Option(min=1, help="Sequences that calibrate.", rich_help_panel=_DATA)] = 64,
-    calib_seq_length: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.", rich_help_panel=_DATA)] = 512,
-    calib_batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once.", rich_help_panel=_DATA)] = 8,
+    calib_size: Annotated[int, typer.Option(min=1, help="Number of calibration sequences.", rich_help_panel=_DATA)] = 64,
+    calib_seq_length: Annotated[int, typer.Option(min=2, help="Sequence length in tokens.", rich_help_panel=_DATA)] = 512,
+    calib_batch_size: Annotated[int, typer.Option(min=1, help="Sequences per batch.", rich_help_panel=_DATA)] = 8,
     calib_packing: Annotated[
-        bool, typer.Option(help="Pack documents end to end, or give each its own sequence.", rich_help_panel=_DATA)
+        bool, typer.Option(help="Pack documents into full sequences, or use one sequence per document.", rich_help_panel=_DATA)
     ] = True,
     eval_size: Annotated[
-        int, typer.Option(min=0, help="Held-out sequences that measure the fidelity; 0: none.", rich_help_panel=_DATA)
+        int, typer.Option(min=0, help="Number of held-out sequences to measure fidelity on; 0 to skip.", rich_help_panel=_DATA)
     ] = 8,
-    seed: Annotated[int, typer.Option(min=0, help="Of the choice of documents.", rich_help_panel=_DATA)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed for choosing documents.", rich_help_panel=_DATA)] = 0,
     activation_memory: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Hidden states kept in memory; more go to a file.",
-            show_default="a quarter of what is free",
+            help="Keep hidden states in memory up to this size, otherwise in a file.",
+            show_default="a quarter of free memory",
             rich_help_panel=_DATA,
         ),
     ] = None,
     moe_min_tokens: Annotated[
         int,
-        typer.Option(min=0, help="Experts that saw fewer get their static scales from the layer.", rich_help_panel=_DATA),
+        typer.Option(
+            min=0, help="Experts with fewer calibration tokens use their layer's static scales.", rich_help_panel=_DATA
+        ),
     ] = 16,
     max_kl: Annotated[
-        float | None, typer.Option(min=0, help="Exit with 3 if the mean KL (nats) is larger.", rich_help_panel=_DATA)
+        float | None,
+        typer.Option(min=0, help="Exit with code 3 if the mean KL divergence (nats) exceeds this.", rich_help_panel=_DATA),
     ] = None,
     max_ppl_increase: Annotated[
         str | None,
-        typer.Option(metavar="PERCENT", help="Exit with 3 if the perplexity rises by more.", rich_help_panel=_DATA),
+        typer.Option(
+            metavar="PERCENT", help="Exit with code 3 if perplexity increases by more than this.", rich_help_panel=_DATA
+        ),
     ] = None,
     trust_remote_code: Annotated[
         bool,
@@ -128,14 +136,14 @@ def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
             "--trust-remote-code", help="Let a tokenizer run the Python code in its directory.", rich_help_panel=_DATA
         ),
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output of mptq.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped, if there is one.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report (or the plan) as JSON on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and --json.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print a line for every tensor.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing mptq output.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run, if there is one.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and exit.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report (or the plan) as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors and --json output.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print one line per tensor.")] = False,
 ) -> None:
-    """Quantize a Megatron checkpoint to FP8 and write a model that engines load."""
+    """Quantize a Megatron checkpoint to FP8 and write a model that inference engines can load."""
     from mptq import report
     from mptq.calibration.datasets.options import DataOptions
     from mptq.distributed import is_first
@@ -193,7 +201,7 @@ def quantize(  # noqa: PLR0913, PLR0917 (every option of the command)
         console.document(document)
     missed = [gate for gate in document["gates"] if not gate["met"]]
     if missed:
-        raise GateError(f"{out} is written, but {'; '.join(map(tables.gate, missed))}")
+        raise GateError(f"{out} was written, but {'; '.join(map(tables.gate, missed))}")
 
 
 def _show_plan(document: dict[str, Any], as_json: bool, quiet: bool) -> None:
@@ -216,7 +224,7 @@ def _run(plan: Plan, out: Path, options: Options, live: LiveProgress | None) -> 
 
 
 def _terminated() -> Callable[[], bool]:
-    """Whether the process has been asked to end, as Slurm does before a time limit: the layer in work is finished first."""
+    """Returns a check for SIGTERM, which Slurm sends before a time limit; the run finishes its layer and stops."""
     asked = Event()
     signal.signal(signal.SIGTERM, lambda *_: asked.set())
     return asked.is_set

@@ -10,10 +10,10 @@ from mptq.cli import console
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A recipe to show in full.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Recipe to show in full.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the recipes, or show one."""
+    """List recipes, or show one."""
     from mptq.recipes.recipe import load_recipe, recipe_names
 
     if name is not None:

@@ -11,15 +11,17 @@ from mptq.cli import console, options, tables
 
 
 def report(
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="An output of mptq.", callback=options.local_input)],
+    output: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Output directory of `mptq quantize`.", callback=options.local_input)
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json.")] = False,
     html: Annotated[
         Path | None,
-        typer.Option("--html", metavar="FILE", help="Write the report as a page.", callback=options.local_output),
+        typer.Option("--html", metavar="FILE", help="Write the report as an HTML page.", callback=options.local_output),
     ] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print a line for every tensor.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print one line per tensor.")] = False,
 ) -> None:
-    """Show what a run did and what it cost."""
+    """Show the report of a run: errors, fidelity, sizes and times."""
     from mptq.report import read
 
     document = read(output)
@@ -35,9 +37,9 @@ def report(
 
 
 def write_page(path: Path, document: dict[str, Any]) -> None:
-    """Write the page of a report; raises OutputError when there is no place for it."""
+    """Writes the report as an HTML page; raises OutputError if `path` cannot be written."""
     from mptq.report import html
 
-    html.check(path)  # before the second that drawing takes
+    html.check(path)  # fails early: drawing takes a second
     html.write(path, html.render(document))
     console.err.print(f"written to  {path}", markup=False)

@@ -1,4 +1,4 @@
-"""Tables for people, from the same documents that `--json` prints."""
+"""Human-readable tables, made from the documents that `--json` prints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mptq.report.formatting import number, size, uncertain
 
 
 def grid(*columns: str) -> Table:
-    """A table without lines, its first column to the left and the others to the right."""
+    """A table without lines; the first column is left-aligned, the others right-aligned."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
@@ -22,7 +22,7 @@ def grid(*columns: str) -> Table:
 
 
 def components(document: Mapping[str, Any]) -> Table:
-    """What happens to each component, its parameters and bytes, with a total."""
+    """Parameters, bytes and action of each component, with totals."""
     rows, forms = document["components"], document["formats"]
     table = grid("component", "parameters", "in", *(f"out ({FORMATS[form].short})" for form in forms), "")
     table.columns[-1].justify = "left"
@@ -41,7 +41,7 @@ def _component_cells(name: str, row: Mapping[str, int], forms: list[str]) -> lis
 
 
 def plan(document: Mapping[str, Any]) -> RenderableType:
-    """What a run will do."""
+    """Renders the plan of a run."""
     forms = document["formats"]
     lines: list[RenderableType] = [
         f"{escape(document['source']['path'])}  [bold]{escape(document['recipe']['name'])}[/] to {' and '.join(forms)}",
@@ -54,7 +54,7 @@ def plan(document: Mapping[str, Any]) -> RenderableType:
 
 
 def warnings(document: Mapping[str, Any]) -> list[str]:
-    """One line a warning."""
+    """One line per warning."""
     return [f"[yellow]warning[/]     {escape(text)}" for text in document["warnings"]]
 
 
@@ -67,11 +67,11 @@ def _reasons(dropped: Mapping[str, str]) -> str:
     counts: dict[str, int] = {}
     for reason in dropped.values():
         counts[reason] = counts.get(reason, 0) + 1
-    return escape("; ".join(f"{count} of {reason}" for reason, count in counts.items()) or "nothing")
+    return escape("; ".join(f"{reason} ({count})" for reason, count in counts.items()) or "nothing")
 
 
 def summary(document: Mapping[str, Any]) -> RenderableType:
-    """What a run did."""
+    """Renders the report of a run."""
     forms = document["formats"]
     worst = sorted(document["layers"], key=lambda row: -max(row.get(form) or 0 for form in forms))[:3]
     table = grid("worst layers", *(f"weight error ({FORMATS[form].short})" for form in forms), "hidden-state error")
@@ -81,7 +81,7 @@ def summary(document: Mapping[str, Any]) -> RenderableType:
     whole = [_percent(document["relative_error"][form]) for form in forms]
     table.add_row("all layers", *whole, _percent(last), style="bold")
     times = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in document["seconds"].items())
-    # A conversion has no errors to show, and excludes nothing from what it does not do.
+    # A plain conversion quantizes nothing: it has no errors to show and no excluded modules.
     errors: list[RenderableType] = [table, "", *fidelity(document), *left_out(document)] if document["tensors"] else []
     lines: list[RenderableType] = [
         f"[bold]{escape(document['recipe']['name'])}[/]  {escape(document['recipe']['description'])}",
@@ -101,7 +101,7 @@ def _percent(value: float | None) -> str:
 
 
 def tensor_line(row: Mapping[str, Any]) -> str:
-    """One quantized tensor, on one line."""
+    """A quantized tensor on one line."""
     shape = "x".join(map(str, row["shape"]))
     return (
         f"{row['name']:<58} {row['dtype_before']} {shape} -> {row['dtype_after']} {shape}  "
@@ -110,14 +110,14 @@ def tensor_line(row: Mapping[str, Any]) -> str:
 
 
 def gate(row: Mapping[str, Any]) -> str:
-    """A limit on the fidelity and what was found, in words."""
-    words = {"max_kl": ("the KL divergence is", " nats"), "max_ppl_increase": ("the perplexity rose by", " %")}
+    """The measured value of a fidelity limit, and the limit, in words."""
+    words = {"max_kl": ("the KL divergence is", " nats"), "max_ppl_increase": ("the perplexity increase is", " %")}
     what, unit = words[row["name"]]
-    return f"{what} {row['value']:.4g}{unit}, and the limit is {row['limit']:.4g}{unit}"
+    return f"{what} {row['value']:.4g}{unit} (limit {row['limit']:.4g}{unit})"
 
 
 def fidelity(document: Mapping[str, Any]) -> list[str]:
-    """Lines of what quantization cost on held-out text."""
+    """Lines with the fidelity figures on held-out text, expert coverage and limits."""
     if document["fidelity"] is None:
         return []
     lines = figures(document)
@@ -127,34 +127,34 @@ def fidelity(document: Mapping[str, Any]) -> list[str]:
 
 
 def figures(document: Mapping[str, Any]) -> list[str]:
-    """Lines of the figures of fidelity, and of the text that they were measured on."""
+    """Lines with the fidelity figures and the data that they were measured on."""
     found, data = document["fidelity"], document["calibration"]
     kl, perplexity, agreement = found["kl"], found["perplexity"], found["top1_agreement"]
     where = "default data" if data["default_data"] else ", ".join(row["name"] for row in data["datasets"])
     ratio = uncertain(perplexity["ratio"], perplexity["ratio_standard_error"])
     same = uncertain(100 * agreement["mean"], agreement["standard_error"] and 100 * agreement["standard_error"])
     return [
-        f"KL          {uncertain(kl['mean'], kl['standard_error'])} nats a token",
-        f"perplexity  {perplexity['reference']:.3f} -> {perplexity['quantized']:.3f}, times {ratio}",
-        f"top-1       {same} % of tokens keep their likeliest successor",
-        f"            on {found['tokens']} held-out tokens of {found['sequences']} sequences of {escape(where)}",
+        f"KL          {uncertain(kl['mean'], kl['standard_error'])} nats per token",
+        f"perplexity  {perplexity['reference']:.3f} -> {perplexity['quantized']:.3f}, ratio {ratio}",
+        f"top-1       {same} % agreement on the most likely next token",
+        f"            on {found['tokens']} held-out tokens in {found['sequences']} sequences from {escape(where)}",
     ]
 
 
 def left_out(document: Mapping[str, Any]) -> list[str]:
-    """A line of the documents that were not used though they were next, where there are any."""
+    """A line with the numbers of documents that were skipped, if any."""
     rows = (document["calibration"] or {}).get("datasets", ())
-    counts = {"empty (null or blank)": "empty", "copies of held-out ones": "copies"}
+    counts = {"empty (null or blank)": "empty", "copies of held-out documents": "copies"}
     found = {words: sum(row.get(key, 0) for row in rows) for words, key in counts.items()}
     words = ", ".join(f"{count} {words}" for words, count in found.items() if count)
-    return [f"left out    documents: {words}"] if words else []
+    return [f"skipped     documents: {words}"] if words else []
 
 
 def _experts(document: Mapping[str, Any]) -> list[str]:
-    """Which experts have their layer's static scales, for want of tokens."""
+    """Experts that received too few tokens and use their layer's static scales."""
     poor = {row["layer"]: row["experts"]["fallback"] for row in document["layers"] if row["experts"]}
     count = sum(map(len, poor.values()))
     if not count:
         return []
     names = [f"{expert} of layer {layer}" for layer, experts in poor.items() for expert in experts]
-    return [f"experts     {count} saw too few tokens and have their layer's static scales: {_shortened(names)}"]
+    return [f"experts     {count} received too few tokens and use their layer's static scales: {_shortened(names)}"]

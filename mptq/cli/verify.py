@@ -12,17 +12,21 @@ from mptq.errors import VerificationError
 
 
 def verify(
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="An output of mptq.", callback=options.local_input)],
+    output: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Output directory of `mptq quantize`.", callback=options.local_input)
+    ],
     against: Annotated[
         Path | None,
-        typer.Option(metavar="CKPT", help="Compare every number with this checkpoint too.", callback=options.local_input),
+        typer.Option(
+            metavar="CKPT", help="Also compare every value with this source checkpoint.", callback=options.local_input
+        ),
     ] = None,
     iteration: options.Iteration = None,
     config: options.Config = None,
     hf_config: options.HfConfig = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Re-read an output: hashes, names, shapes, scales, and every number against its source. Exit code 3 if it fails."""
+    """Check the hashes, tensor names, shapes and scales of an output. Exits with code 3 if a check fails."""
     from mptq.model.source import SourceOptions
     from mptq.verification.structure import verify as check
 

@@ -1,4 +1,4 @@
-"""The output formats: one folder a format. Another one is a folder like these, and a row of `FORMATS`."""
+"""The output formats, one package each. To add a format, add a package like these and an entry in `FORMATS`."""
 
 from __future__ import annotations
 
@@ -7,4 +7,7 @@ from mptq.formats.megatron.format import MEGATRON
 from mptq.formats.protocol import Format
 
 FORMATS: dict[str, Format] = {format_.name: format_ for format_ in (HF, MEGATRON)}
-"""By name, in the order in which a run writes them. The quantized hidden states follow what the first of a run stores."""
+"""Formats by name, in the order in which a run writes them.
+
+The quantized hidden states are computed with the weights that the first format of a run stores.
+"""

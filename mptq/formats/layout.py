@@ -1,4 +1,4 @@
-"""What an output of one format stores of a model: the names, dtypes and shapes of its tensors. No torch."""
+"""Names, dtypes and shapes of the tensors that a format stores for a model. Does not import torch."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from mptq.recipes.schemes import Scheme
 from mptq.types import TensorSpec
 
 K_AND_V = ("key", "value")
-"""A KV cache's two scales, of K and of V as attention computes with them (quantize/activation_quantizers.py)."""
+"""The two scales of a KV cache: for K and V as attention uses them (quantize/activation_quantizers.py)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Layout(ABC):
-    """The tensors of an output, by the canonical names of what they are made from.
+    """The tensors of an output, by the canonical names of the source tensors.
 
-    `passthrough` are tensors outside of the model (multi-token prediction) that some format of the run stores as they are.
+    `passthrough` are tensors outside the model (multi-token prediction) that at least one format of the run copies.
     """
 
     source: Source
@@ -39,9 +39,9 @@ class Layout(ABC):
     passthrough: tuple[UnquantizedTensor, ...] = ()
 
     splits: ClassVar[bool] = False
-    """Whether the logical projections (q, k, v, gate, up) of a linear are stored each by itself, or Megatron's fused matrix."""
+    """Whether linears are stored as separate projections (q, k, v, gate, up) instead of Megatron's fused matrices."""
     takes_rows: ClassVar[bool] = False
-    """Whether a large tensor outside the layers can be written some rows at a time."""
+    """Whether a large tensor outside the layers can be written in row slices."""
 
     @property
     def model(self) -> ModelConfig:
@@ -50,7 +50,7 @@ class Layout(ABC):
 
     @abstractmethod
     def scheme(self, layer: int, linear: LinearSpec) -> Scheme | None:
-        """How the output holds a linear, or None for one that keeps its precision."""
+        """The scheme in which the output stores a linear, or None for an unquantized one."""
 
     @abstractmethod
     def linear(self, layer: int, linear: LinearSpec) -> tuple[TensorSpec, ...]:
@@ -58,23 +58,23 @@ class Layout(ABC):
 
     @abstractmethod
     def unquantized(self, tensor: UnquantizedTensor, layer: int | None = None) -> tuple[TensorSpec, ...]:
-        """The tensors that one which keeps its precision becomes; `layer` is None outside the layers."""
+        """The tensors that store an unquantized tensor; `layer` is None outside the layers."""
 
     @abstractmethod
     def kv_cache(self, layer: int) -> tuple[TensorSpec, ...]:
-        """The scales (or largest magnitudes) of a layer's FP8 KV cache."""
+        """The scales (or amax) of a layer's FP8 KV cache."""
 
     def cached(self, layer: int) -> tuple[str, ...]:
-        """What the scales of a layer's KV cache are of, k's and v's; nothing where it has none."""
+        """What the K and V scales of a layer's KV cache apply to; empty without scales."""
         return K_AND_V if self.assignment.has_cache(layer) else ()
 
     def weights(self, layer: int, linear: LinearSpec) -> tuple[str, ...]:
-        """Names of the quantized weights that the report has a row of."""
+        """Names of the quantized weights, one per row in the report."""
         return (canonical_weight(layer, linear),)
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the manifest and the report say of the output beside its tensors."""
+        """Facts about the output, other than its tensors, for the manifest and the report."""
         return {}
 
     def dtype(self, layer: int, linear: LinearSpec) -> str:
@@ -83,7 +83,7 @@ class Layout(ABC):
         return self.source.dtype(canonical_weight(layer, linear)) if scheme is None else "float8_e4m3fn"
 
     def by_canonical_name(self) -> Iterator[tuple[str, tuple[TensorSpec, ...]]]:
-        """All tensors, in the order in which they are written; scales of a KV cache by the name of their attention."""
+        """All tensors by source name, in write order; KV cache scales are listed under their core attention."""
         before, after = outer_copies(self.model)
         for tensor in before:
             yield tensor.megatron, self.unquantized(tensor)
@@ -100,7 +100,7 @@ class Layout(ABC):
 
     @cached_property
     def specs(self) -> list[TensorSpec]:
-        """All tensors, in the order in which they are written."""
+        """All tensors, in write order."""
         return [spec for _, specs in self.by_canonical_name() for spec in specs]
 
     @property

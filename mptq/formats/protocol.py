@@ -1,6 +1,6 @@
-"""What an output format is: a folder here with a subclass of `Format`, and a row in `FORMATS` (formats/__init__.py).
+"""The interface of an output format: a package here with a `Format` subclass, listed in `FORMATS` (__init__.py).
 
-No torch at import: planning, `--dry-run` and `inspect` use the layout alone.
+Importing it does not import torch: planning, `--dry-run` and `inspect` use only the layout.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """What a format stores: tensors in CPU memory, and byte items, by name."""
+    """Tensors (in CPU memory) and byte items to store, by name."""
 
     tensors: Mapping[str, torch.Tensor]
     blobs: Mapping[str, bytes] = field(default_factory=dict)
@@ -32,10 +32,10 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class QuantizedLinear:
-    """A linear on its way into a format.
+    """A linear to store.
 
-    `source` is Megatron's fused weight [out, in]. `weights` are the quantized projections or the one fused matrix, as the
-    layout splits it; None where the format keeps its precision. `input_amax` is float32 [], None without a static scale.
+    `source` is Megatron's fused weight [out, in]. `weights` are the quantized projections, or the fused matrix if the layout
+    does not split it; None if the format does not quantize it. `input_amax` is float32 [], None without a static scale.
     """
 
     layer: int
@@ -47,7 +47,7 @@ class QuantizedLinear:
 
 @dataclass(frozen=True, slots=True)
 class WriterOptions:
-    """How an output is written: the largest file, the tokenizer to copy, and the ids with which generation begins and ends."""
+    """How to write an output: maximum file size in bytes, tokenizer to copy, and generation settings (bos/eos ids)."""
 
     max_shard_bytes: int
     tokenizer: Path | None
@@ -56,7 +56,7 @@ class WriterOptions:
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """What an earlier run has written: names of tensors, and the writer's accounts by unit."""
+    """What an earlier run has written: tensor names, and the writer's accounts by unit."""
 
     names: frozenset[str] = frozenset()
     accounts: Mapping[int, Any] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class Resumed:
 
 @dataclass(frozen=True)
 class OpenedOutput:
-    """The files of one format of a complete output: what they hold, and how to load a tensor of it."""
+    """The files of one format of a complete output: their tensor specs, and a function that loads a tensor."""
 
     format: str
     directory: Path
@@ -74,7 +74,7 @@ class OpenedOutput:
 
 @dataclass(frozen=True, slots=True)
 class LoadedWeight:
-    """A weight as a format stores it, under `name`; `scale` is None where it is not quantized."""
+    """A weight as stored under `name`; `scale` is None if it is not quantized."""
 
     name: str
     data: torch.Tensor
@@ -82,104 +82,107 @@ class LoadedWeight:
 
 
 class Writer(ABC):
-    """Writes the files of one format, unit by unit; several processes may write different units of the same output."""
+    """Writes the files of one format, unit by unit; several processes may write different units of one output."""
 
     @property
     @abstractmethod
     def complete(self) -> list[Path]:
-        """The files that an earlier run has completed."""
+        """The files that an earlier run completed."""
 
     @abstractmethod
     def write(self, output: LayerOutput) -> list[Path]:
-        """Write tensors; the last of a unit's waits until they are on the disk. Returns the files that are complete now."""
+        """Writes tensors and returns the files that are now complete.
+
+        After the last tensors of a unit, waits until all of it is on disk.
+        """
 
     @abstractmethod
     def finish(self) -> Sequence[Path]:
-        """Write what belongs to the whole (metadata, configs); return all files."""
+        """Writes the files of the whole output (metadata, configs) and returns all files."""
 
     def prepare(self) -> None:
-        """Make the files that several processes write."""
+        """Creates the files that several processes write."""
 
     def prepared(self) -> None:
-        """They are made."""
+        """Called in processes for which another process has run `prepare`."""
 
     def account(self) -> Any:
-        """What the journal must know of the unit that was written last, as plain data."""
+        """The data of the last written unit that the journal must keep, as JSON-compatible data."""
         return None
 
     def join(self, accounts: Mapping[int, Any]) -> None:
-        """All units are written, with these accounts, by whatever process."""
+        """Called with the accounts of all units once all processes have written theirs."""
 
     def abort(self) -> None:
-        """Close open files."""
+        """Closes open files."""
 
 
 class Format(ABC):
-    """One output format. Methods that take tensors import torch; none keeps state."""
+    """An output format. Stateless; only methods that handle tensors import torch."""
 
     name: ClassVar[str]
-    """What `--format` and the manifest call it, and its directory in an output of several formats."""
+    """Name in `--format` and the manifest, and the subdirectory in an output of several formats."""
     label: ClassVar[str]
-    """For people; `short` where there is little room."""
+    """Display name; `short` is used in narrow tables."""
     short: ClassVar[str]
     layout: ClassVar[type[Layout]]
-    """What it stores of a model."""
+    """The tensors that it stores for a model."""
     has_tokenizer: ClassVar[bool] = False
-    """Whether it holds the tokenizer, and the ids with which generation begins and ends."""
+    """Whether it includes the tokenizer and the generation settings."""
     is_sharded: ClassVar[bool] = False
-    """Whether its files are at most of the size that the user says."""
+    """Whether `--max-shard-size` limits its files."""
     input_scale: ClassVar[str] = ""
-    """How the names of the calibrated scales (or largest magnitudes) of inputs end; "" where it has none."""
+    """Name suffix of static input scales (or input amax); "" if it has none."""
     needs_modelopt: ClassVar[bool] = False
     """Whether writing it imports megatron-core and ModelOpt."""
 
     def check(self, layout: Layout) -> None:
-        """Raise RecipeError or UnsupportedModelError where the format cannot hold the model as the recipe says."""
+        """Raises RecipeError or UnsupportedModelError if the format cannot store the model with this recipe."""
 
     def warnings(self, _layout: Layout) -> list[str]:
-        """What the user of the output should know before starting."""
+        """Returns warnings to show before a run starts."""
         return []
 
     @abstractmethod
     def store_linear(self, layout: Layout, linear: QuantizedLinear) -> Stored:
-        """What the format stores of a linear, quantized or as it is."""
+        """Returns what the format stores for a linear, quantized or not."""
 
     @abstractmethod
     def store_unquantized(
         self, tensor: UnquantizedTensor, specs: Sequence[TensorSpec], values: torch.Tensor, first: int
     ) -> Stored:
-        """What it stores, as `specs`, of a tensor that keeps its precision; `values` are its rows from `first` on."""
+        """Returns what it stores, as `specs`, for an unquantized tensor; `values` are its rows from `first` on."""
 
     @abstractmethod
     def store_kv_cache(self, layout: Layout, layer: int, amax: Sequence[torch.Tensor]) -> Stored:
-        """What it stores of a layer's KV cache, whose largest magnitudes float32 [] are `amax`, in the order of `cached`."""
+        """Returns what it stores for a layer's KV cache; `amax` are float32 [], in the order of `Layout.cached`."""
 
     def store_rest(self, _layout: Layout) -> Stored:
-        """What it stores beside the model's tensors."""
+        """Returns what it stores in addition to the model's tensors."""
         return Stored({})
 
     @abstractmethod
     def writer(self, layout: Layout, directory: Path, options: WriterOptions, resumed: Resumed) -> Writer:
-        """The writer of an output in `directory`."""
+        """Returns a writer for an output in `directory`."""
 
     @abstractmethod
     def open(self, directory: Path) -> OpenedOutput:
-        """The output in `directory`; raises CheckpointError for files that are not whole."""
+        """Opens the output in `directory`; raises CheckpointError for invalid files."""
 
     @abstractmethod
     def scales(
         self, canonical: str, weights: Sequence[Mapping[str, Any]], scheme: Scheme, manifest: Mapping[str, Any]
     ) -> Iterator[TensorSpec]:
-        """The scales that the weights of one linear (items of the manifest) must have."""
+        """Yields the scale tensors that the weights of one linear (items of the manifest) must have."""
 
     @abstractmethod
     def load_linear(self, layout: Layout, output: OpenedOutput, layer: int, linear: LinearSpec) -> Iterator[LoadedWeight]:
-        """The stored weights of a linear, projections or the fused matrix, in their order."""
+        """Yields the stored weights of a linear: its projections in order, or the fused matrix."""
 
     def lacks(self, _canonical: str) -> bool:
-        """Whether the format has nothing of a tensor of the source, by its canonical name."""
+        """Whether the format omits a source tensor, given by its canonical name."""
         return False
 
     def verify(self, _output: OpenedOutput, _manifest: Mapping[str, Any]) -> Iterator[str]:
-        """What is wrong with the files beside their tensors (configs, index), a line each."""
+        """Yields a line for each problem in the files other than tensors (configs, index)."""
         return iter(())

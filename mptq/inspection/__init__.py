@@ -1,7 +1,7 @@
-"""What a directory holds: a Megatron checkpoint, or a Hugging Face model, of mptq's or of others. No torch.
+"""Describes a directory: a Megatron checkpoint or a Hugging Face model, by mptq or another tool. Does not import torch.
 
-`inspect` is all of it; `tree` has the tensors by component, `settings` where the architecture is known from, `predictions`
-what the recipes would make of it, `quantized` what was made of it already.
+`inspect` returns the whole document. `tree` lists tensors by component, `settings` the sources of the architecture,
+`predictions` the sizes that each recipe would give, and `quantized` how the weights are already quantized.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ SCHEMA = 2
 
 
 def inspect(path: Path, options: SourceOptions | None = None) -> list[dict[str, Any]]:
-    """One document for each model in the directory: two for an output of mptq in both formats.
+    """Returns one document per model in the directory: two for an mptq output in both formats.
 
-    `options` choose and describe a Megatron checkpoint. Raises CheckpointError when the directory holds neither form. Reads
-    metadata and headers only.
+    `options` select the iteration of a Megatron checkpoint and override its settings. Raises CheckpointError if the directory
+    has neither format. Reads only metadata and headers.
     """
     options = options or SourceOptions()
     path = path.resolve()
     nested = [path / form for form in FORMATS if (path / form).is_dir()]
     nested = nested if (path / manifest.NAME).is_file() else []
-    with gc_paused():  # all that is made stays to the end
+    with gc_paused():  # nearly all objects live until the end
         return [_inspect_one(directory, path, options) for directory in nested or [path]]
 
 
 def _inspect_one(path: Path, root: Path, options: SourceOptions) -> dict[str, Any]:
-    """The document of the model at `path`, which is in the output of mptq at `root` if that is one."""
+    """Returns the document of the model at `path`; `root` is `path` or the mptq output that contains it."""
     if any(path.glob("*.safetensors")):
         found = describe_huggingface(path)
     else:

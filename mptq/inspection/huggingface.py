@@ -1,4 +1,4 @@
-"""What a directory of safetensors holds: a Hugging Face model, quantized by mptq, by others, or not at all. No torch."""
+"""Describes a Hugging Face model in safetensors files, quantized by any tool or not. Does not import torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mptq.inspection.tree import tree
 
 
 def describe_huggingface(path: Path) -> dict[str, Any]:
-    """The document of a model; raises CheckpointError for files that are not whole."""
+    """Returns the document of a model; raises CheckpointError for invalid files."""
     config = _json(path / "config.json")
     quantization = config.get("quantization_config")
     quantization = quantization if isinstance(quantization, dict) else {}
@@ -34,18 +34,18 @@ def describe_huggingface(path: Path) -> dict[str, Any]:
 
 
 def _words(listed: Any) -> list[str]:
-    """A list of another tool's config, which may hold anything."""
+    """Returns the items of a list in another tool's config as text; empty if the value is not a list."""
     return [_word(item) for item in listed] if isinstance(listed, list) else []
 
 
 def _word(value: Any) -> str:
-    """A value of another tool's config in a line: what cannot be printed is escaped."""
+    """Returns a config value as one line of text, escaping unprintable characters."""
     word = str(value)
     return word if word.isprintable() else ascii(value)
 
 
 def _files(path: Path) -> dict[str, int]:
-    """Every file of the directory with its bytes."""
+    """Returns the size in bytes of every file in the directory."""
     return {file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.is_file()}
 
 

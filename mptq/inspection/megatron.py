@@ -1,4 +1,4 @@
-"""What a Megatron checkpoint holds: the model, the training state beside it, where the architecture is known from. No torch."""
+"""Describes a Megatron checkpoint: model, training state and sources of its settings. Does not import torch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _ALWAYS = ("TP", "PP")
 
 
 def describe_megatron(checkpoint: Checkpoint, options: SourceOptions | None = None) -> dict[str, Any]:
-    """The document of a checkpoint; that of a model which mptq does not quantize has a `problem` instead of `recipes`."""
+    """Returns the document of a checkpoint; it has a `problem` if mptq cannot quantize the model."""
     options, specs = options or SourceOptions(), checkpoint.specs
     left_out = skipped([*checkpoint.tensors, *checkpoint.blobs])
     model_specs = [spec for name, spec in specs.items() if name not in left_out]
@@ -74,12 +74,12 @@ def _recipes(checkpoint: Checkpoint, model: ModelConfig, specs: Mapping[str, Ten
         return {"problem": str(error)}
     if any(row["bytes"] for row in rows):
         return {"recipes": rows}
-    # No recipe gives anything: the reason is the model's.
+    # If no recipe can be applied, the cause is the model.
     return {"recipes": rows, "problem": "; ".join(dict.fromkeys(text for row in rows for text in row["problems"].values()))}
 
 
 def _family(found: Mapping[str, Any]) -> str:
-    """Which architecture of Hugging Face can express the model, or what is in the way."""
+    """The Hugging Face architecture of the model, or why there is none."""
     if found["family"]:
         return f"{found['class']} ({found['family']})"
     return f"no architecture that mptq writes; the nearest, {found['nearest']}, differs in {'; '.join(found['lacks'])}"
@@ -105,7 +105,7 @@ def _facts(checkpoint: Checkpoint, left_out: Mapping[str, str]) -> dict[str, Any
 
 
 def _sources(checkpoint: Checkpoint) -> Iterator[str]:
-    """Where the checkpoint itself says its architecture."""
+    """The parts of the checkpoint that specify its architecture."""
     if checkpoint.config:
         yield checkpoint.config_source
     if checkpoint.args or not checkpoint.config:
@@ -113,7 +113,7 @@ def _sources(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _parallel(args: Mapping[str, Any]) -> Iterator[str]:
-    """The sizes of the groups of ranks at save; of those that are usually 1 the ones that were not."""
+    """The parallel sizes at save: TP and PP always, EP for experts, and all others that are not 1."""
     shown = {*_ALWAYS, *(("EP",) if args.get("num_experts") else ())}
     for short, name in _PARALLEL.items():
         value = _count(args, name)
@@ -122,19 +122,19 @@ def _parallel(args: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _tokens_seen(args: Mapping[str, Any]) -> int | None:
-    """Training samples consumed times the sequence length; None where the arguments do not say both."""
+    """Consumed training samples times the sequence length; None if the arguments lack either."""
     samples, length = _count(args, "consumed_train_samples"), _count(args, "seq_length")
     return None if samples is None or length is None else samples * length
 
 
 def _count(args: Mapping[str, Any], name: str) -> int | None:
-    """An argument that is a count; None for anything else, which a damaged checkpoint can have there."""
+    """An argument that must be a count; None for any other value, which a damaged checkpoint may have."""
     value = args.get(name)
     return value if type(value) is int and 0 <= value < 1 << 63 else None
 
 
 def _layout(checkpoint: Checkpoint) -> str:
-    """How the layers are keyed, and whether ModelOpt has quantized them."""
+    """Whether layers are stacked, and whether ModelOpt quantized them."""
     per_layer = any(".layers.0." in name for name in checkpoint.tensors)
     text = "one key per layer" if per_layer else "layers stacked"
     quantized = any(name.endswith("weight_quantizer._scale") for name in checkpoint.tensors)
@@ -142,7 +142,7 @@ def _layout(checkpoint: Checkpoint) -> str:
 
 
 def _not_read(checkpoint: Checkpoint, left_out: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The items that are no part of the model: what they are, how many, and their bytes in the files."""
+    """Items that are not part of the model, by kind, with their number and size in bytes."""
     sizes: defaultdict[str, list[int]] = defaultdict(list)
     for name, reason in left_out.items():
         blob = checkpoint.blobs.get(name)

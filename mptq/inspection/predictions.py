@@ -1,4 +1,4 @@
-"""What each built-in recipe would make of a checkpoint: bytes and memory, from its metadata. No torch."""
+"""Predicts output size and memory of each built-in recipe from checkpoint metadata. Does not import torch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from mptq.recipes.recipe import Recipe, load_recipe, recipe_names
 
 
 class Representatives:
-    """A model with one layer of each kind, which stands for all `counts` of them: a recipe treats these alike.
+    """A reduced model with one layer of each kind; `counts` are the numbers of layers of these kinds in the model.
 
-    A mixture of experts of a trillion parameters has 47,000 linears, and only two kinds of layers.
+    A recipe treats layers of a kind alike. A mixture-of-experts model with a trillion parameters has 47,000 linears but only
+    two kinds of layers.
     """
 
     def __init__(self, source: Source) -> None:
@@ -27,7 +28,7 @@ class Representatives:
             groups.setdefault(alike, []).append(layer)
         chosen = [layers[0] for layers in groups.values()]
         self.counts = [len(layers) for layers in groups.values()]
-        # Its features stay those of the whole model: where among the layers those with experts are.
+        # Keep the features of the whole model, such as which of its layers have experts.
         model = replace(source.model, num_layers=len(chosen), kinds=tuple(source.model.kinds[layer] for layer in chosen))
         places = {name: parts for name, parts in source.places.items() if not name.startswith(LAYERS)}
         for number, layer in enumerate(chosen):
@@ -36,9 +37,9 @@ class Representatives:
         self.source = Source(source.checkpoint, model, places)
 
     def predict(self, recipe: Recipe, form: str) -> tuple[int, int]:
-        """Bytes of the tensors of the output in `form`, and the peak of memory without activations.
+        """Returns the tensor bytes of the output in format `form`, and peak memory in bytes without activations.
 
-        Raises RecipeError or UnsupportedModelError where the recipe cannot be applied.
+        Raises RecipeError or UnsupportedModelError if the recipe cannot be applied.
         """
         plan = plan_source(self.source, recipe, (form,))
         total = 0
@@ -50,7 +51,7 @@ class Representatives:
 
 
 def _signatures(source: Source) -> Iterator[Any]:
-    """Of each layer what makes it like others: its kind, and the dtypes of its tensors."""
+    """Yields for each layer what determines how a recipe treats it: its kind and the dtypes of its tensors."""
     dtypes: list[list[str]] = [[] for _ in source.model.kinds]
     for name in source.places:
         if name.startswith(LAYERS):
@@ -59,7 +60,7 @@ def _signatures(source: Source) -> Iterator[Any]:
 
 
 def predictions(source: Source) -> list[dict[str, Any]]:
-    """A row a built-in recipe: bytes of each output, or why there is none, and the peak of memory of that which takes more."""
+    """Returns one row per built-in recipe: bytes or problem per format, and the larger peak memory of the formats."""
     short = Representatives(source)
     return [_row(short, load_recipe(name)) for name in recipe_names()]
 

@@ -1,8 +1,9 @@
-"""What was quantized in a model, by the scales beside its weights; what mptq says of an output of its own. No torch.
+"""Describes how a model is quantized, from its scale tensors, and what mptq recorded about it. Does not import torch.
 
-Scales are called `weight_scale`, `weight_scale_inv` and `input_scale` in Hugging Face's form, and in Megatron's
-`weight_quantizer._scale` (compressed) or `weight_quantizer._amax` (ModelOpt's simulation, the weight in its own dtype), and
-`input_quantizer._amax`; those of a KV cache `k_scale`, `v_scale` and `k_bmm_quantizer._amax`, `v_bmm_quantizer._amax`.
+Scales are named `weight_scale`, `weight_scale_inv` and `input_scale` in Hugging Face models. Megatron checkpoints have
+`weight_quantizer._scale` (compressed weights) or `weight_quantizer._amax` (simulated quantization, the weight in its original
+dtype), and `input_quantizer._amax`. KV cache scales are `k_scale` and `v_scale`, or `k_bmm_quantizer._amax` and
+`v_bmm_quantizer._amax`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _FIGURES = ("fidelity", "relative_error", "gates", "calibration", "excluded", "w
 
 
 def scales(specs: Iterable[TensorSpec]) -> dict[str, Any] | None:
-    """How many weights are quantized how, and how many inputs and caches have static scales; None for no scales at all."""
+    """Counts weights by quantization, static input scales and KV cache scales; None if there are no scales."""
     found = {spec.name: spec for spec in specs}
     weights: dict[str, list[TensorSpec]] = {}
     for name, spec in found.items():
@@ -38,7 +39,7 @@ def scales(specs: Iterable[TensorSpec]) -> dict[str, Any] | None:
 
 
 def _scheme(name: str, scale: TensorSpec, found: dict[str, TensorSpec], weights: dict[str, list[TensorSpec]]) -> str | None:
-    """How the weight that a scale belongs to is quantized, in words; None for another tensor."""
+    """Describes how the weight of a scale is quantized; None if the tensor is not a weight scale."""
     end = next((end for end in (*_WEIGHT, _SIMULATED) if name.endswith(end)), None)
     if end is None:
         return None
@@ -48,14 +49,14 @@ def _scheme(name: str, scale: TensorSpec, found: dict[str, TensorSpec], weights:
     parts = weights.get(owner)
     if not parts:
         return "scales without a weight"
-    # A weight of other tools can have any shape.
+    # Weights from other tools can have any shape.
     rows, columns = sum(part.shape[-2] if len(part.shape) > 1 else 1 for part in parts), (1, *parts[0].shape)[-1]
     simulated = ", simulated" if end == _SIMULATED else ""
     return f"{parts[0].dtype}{simulated}, {_grid(scale, rows, columns)}"
 
 
 def _grid(scale: TensorSpec, rows: int, columns: int) -> str:
-    """What one scale belongs to, in words."""
+    """Describes the granularity of a scale tensor."""
     if scale.numel == 1:
         return "one scale a tensor"
     shape = scale.shape if len(scale.shape) > 1 else (*scale.shape, 1)
@@ -65,20 +66,20 @@ def _grid(scale: TensorSpec, rows: int, columns: int) -> str:
 
 
 def _block(size: int, count: int) -> int:
-    """The size of the blocks of which `count` cover `size`."""
+    """Returns the block size with which `count` blocks cover `size`."""
     if count <= 1:
         return size
     return next((block for block in _BLOCKS if -(-size // block) == count), -(-size // count))
 
 
 def output_facts(root: Path) -> dict[str, Any]:
-    """What the manifest and the report of mptq's output at `root` say: recipe, source, files, and figures of fidelity.
+    """Returns recipe, source, files and fidelity figures from the manifest and report of the mptq output at `root`.
 
-    Raises OutputError for a manifest or a report that this version does not read.
+    Raises OutputError for a manifest or report that this version cannot read.
     """
-    from mptq import report  # only outputs have one
+    from mptq import report  # needed only for outputs of mptq
 
     made = manifest.read_manifest(root)
     facts: dict[str, Any] = {key: made[key] for key in ("mptq", "recipe", "source", "formats", "dialect", "files")}
-    told = report.read(root)
-    return facts | {key: told[key] for key in _FIGURES}
+    document = report.read(root)
+    return facts | {key: document[key] for key in _FIGURES}

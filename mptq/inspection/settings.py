@@ -1,4 +1,4 @@
-"""What is known of the architecture, and where from. No torch."""
+"""Architecture settings and their sources. Does not import torch."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _FEATURES = {
     "experimental_attention_variant": ("dsa_",),
     "rope_scaling": ("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_"),
 }
-"""Setting of a feature -> beginnings of the settings that mean nothing without it."""
+"""Setting that enables a feature -> prefixes of settings that have no effect without it."""
 _YARN = ("yarn_", "beta_", "mscale", "original_max_position_embeddings", "rotary_scaling_factor", "rope_type")
 
 
 def settings_document(settings: Settings) -> dict[str, Any]:
-    """Every setting with its value, its source, and whether it matters to this model; and what sources disagree on.
+    """Returns every setting with its value, source and whether it matters to this model, and conflicts between sources.
 
-    A setting matters when the feature that it belongs to is on, and it is not itself one that is off.
+    A setting matters if its feature is enabled and its own value is not None, 0, empty or False (unless the default is True).
     """
     entries = {key: (value, settings.sources[key]) for key, value in settings.entries.items()}
     entries |= {key: (value, DEFAULTED) for key, value in DEFAULTS.items() if settings.get(key) is None}
@@ -50,14 +50,14 @@ def _matters(key: str, value: Any, settings: Mapping[str, Any]) -> bool:
 
 
 def _has_yarn(key: str, settings: Mapping[str, Any]) -> bool:
-    """Whether the model scales its rotary frequencies by YaRN and `key` is what its kind of attention calls it."""
+    """Whether the model uses YaRN and `key` is the name of a YaRN setting for its kind of attention."""
     if settings.get("multi_latent_attention"):
         return not key.startswith("yarn_") and (key == "rope_type" or (settings.get("rope_type") or "yarn") == "yarn")
     return settings.get("position_embedding_type") == "yarn" and key.startswith("yarn_")
 
 
 def architecture(model: ModelConfig) -> dict[str, Any]:
-    """The architecture of Hugging Face that the model is, or the nearest and what that lacks; what keeps it from being run."""
+    """Returns the Hugging Face architecture or the nearest one, what it lacks, and why the model cannot be run."""
     family, near = family_of(model), nearest_family(model)
     return {
         "family": family.name if family else None,
@@ -70,8 +70,8 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
 
 
 def words(model: ModelConfig) -> str:
-    """The model in a line."""
-    experts = f"{model.num_experts} experts, {model.moe_topk} a token, each with ffn {model.moe_ffn_hidden_size}"
+    """Describes the model in one line."""
+    experts = f"{model.num_experts} experts, {model.moe_topk} per token, each with ffn {model.moe_ffn_hidden_size}"
     return (
         f"{getattr(family_of(model), 'name', 'Megatron')}-like, {model.num_layers} layers, hidden {model.hidden_size}, "
         f"{experts if model.num_experts else f'ffn {model.ffn_hidden_size}'}, {_heads(model)}, "

@@ -1,4 +1,4 @@
-"""Tensors by component, and within these by their names but for the numbers; how layers and experts are stacked. No torch."""
+"""Groups tensors by component and by name pattern, and describes stacking. Does not import torch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _COMPONENTS = (
     ("output_layer", "output layer"),
     ("lm_head", "output layer"),
 )
-"""Part of a name in any of the formats -> the part of the model; the first that matches counts."""
+"""Substring of a tensor name in any format -> component; the first match is used."""
 _NO_PARAMETERS = ("scales",)
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|(?<=\.weight)\d+$|(?<=\.bias)\d+$")
 _LAYER = re.compile(r"\blayers\.(?P<index>\d+\.)?")
@@ -45,14 +45,14 @@ _EXPERT = re.compile(r"(?<!shared_)experts\.(?:experts\.|local_experts\.)?(?P<in
 
 
 def component(name: str) -> str:
-    """The part of a model that a tensor belongs to, by its name in any of the formats."""
+    """Returns the component that a tensor belongs to, from its name in any format."""
     return next((label for part, label in _COMPONENTS if part in name), "other")
 
 
 def tree(specs: Iterable[TensorSpec]) -> dict[str, Any]:
-    """`components`, each with its `tensors` (those alike but for numbers in their names are one entry), and the totals.
+    """Returns `components` with their `tensors`, and totals; tensors that differ only in name numbers share an entry.
 
-    Scales count as bytes and not as parameters.
+    Scales count as bytes but not as parameters.
     """
     rows: dict[str, dict[str, Any]] = {}
     leaves: dict[tuple[str, str, tuple[int, ...]], dict[str, Any]] = {}
@@ -71,7 +71,7 @@ def tree(specs: Iterable[TensorSpec]) -> dict[str, Any]:
 
 
 def _summed(row: dict[str, Any]) -> dict[str, Any]:
-    """A component with what its tensors come to."""
+    """Adds parameters and bytes to a component and its tensors."""
     counts = row["component"] not in _NO_PARAMETERS
     for leaf in row["tensors"]:
         spec = TensorSpec(leaf["name"], leaf["dtype"], tuple(leaf["shape"]))
@@ -87,14 +87,14 @@ def _summed(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def stacking(spec: TensorSpec) -> str:
-    """Whether a tensor is of one layer (or expert), or of as many as its leading dimensions say; "" outside the layers."""
+    """Describes whether a tensor holds one layer (expert) or a stack of them; "" outside the layers."""
     words, sizes = [], list(spec.shape)
     for pattern, what in ((_LAYER, "layer"), (_EXPERT, "expert")):
         match = pattern.search(spec.name)
         if match is None:
             continue
         if match["index"]:
-            words.append(f"a key {'a' if what == 'layer' else 'an'} {what}")
+            words.append(f"one key per {what}")
         elif sizes:
             words.append(f"{sizes.pop(0)} {what}s stacked")
     return ", ".join(words)

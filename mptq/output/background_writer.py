@@ -1,4 +1,4 @@
-"""Writing behind: while the next tensors are made, a thread writes those before."""
+"""Writes in a background thread while the next tensors are computed."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 
 class BackgroundWriter:
-    """Does one thing after another in a thread of its own. Memory: what the one that is being done holds."""
+    """Runs one write at a time in its own thread. Memory: the data of the write in progress."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "write")
         self._doing: Future[None] | None = None
 
     def close(self) -> None:
-        """Finish what is being done."""
+        """Finishes the write in progress and stops the thread."""
         self._pool.shutdown()
 
     def do(self, work: Callable[[], None]) -> None:
-        """Begin with `work` when what came before is done, and what went wrong there is raised."""
+        """Waits for the previous write, raising its error if it failed, then starts `work`."""
         self.wait()
         self._doing = self._pool.submit(work)
 
     def wait(self) -> None:
-        """Until everything is done."""
+        """Waits for the write in progress; raises its error if it failed."""
         if self._doing is not None:
             doing, self._doing = self._doing, None
             doing.result()

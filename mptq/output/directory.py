@@ -1,4 +1,4 @@
-"""An output directory that is complete or not there: written under a hidden name beside it, and renamed at the end."""
+"""An output directory that is complete or absent: written under a hidden name next to it and renamed at the end."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from mptq.output import journal
 from mptq.output.disk import make_folder, sync, sync_tree
 
 MANIFEST = "manifest.json"
-"""The last file of a complete output, by which mptq knows its own (report/manifest.py)."""
+"""The file that is written last and identifies an output of mptq (report/manifest.py)."""
 _LOCK = ".lock"
 
 
 def check_output(out: Path, source_root: Path, needed_bytes: int, overwrite: bool, resume: bool = False) -> None:
-    """Refuse an output that cannot be written, before anything is.
+    """Checks that the output can be written, before a run starts.
 
-    Raises OutputError when it exists (and `overwrite` is off, or it is no mptq output), was begun by a run that did not
-    finish (and neither `overwrite` nor `resume` says what to do with that), lies inside the source, or the disk has less than
-    `needed_bytes` free, those that such a run has taken already left aside.
+    Raises OutputError if the output is inside the source, contains it, cannot be created, exists (without `overwrite`, or it
+    is not an mptq output) or was started by an unfinished run (without `overwrite` or `resume`), or if less than
+    `needed_bytes` are free on the disk. Space that the unfinished run already uses counts as free.
     """
     if out == source_root or source_root in out.parents:
-        raise OutputError(f"{out} is inside the checkpoint {source_root}, which is never written to: choose another -o")
+        raise OutputError(f"{out} is inside the checkpoint {source_root}, which mptq never writes to: choose another -o")
     if out in source_root.parents:
         raise OutputError(f"{out} contains the checkpoint {source_root}: choose another -o")
     if out.exists() and not _is_empty(out):
@@ -35,31 +35,31 @@ def check_output(out: Path, source_root: Path, needed_bytes: int, overwrite: boo
     begun = unfinished(out)
     if begun and not (overwrite or resume):
         raise OutputError(
-            f"{out} was begun by a run that did not finish, of which {begun} steps are kept: pass --resume to go on with it, "
-            "or --overwrite to begin again"
+            f"{out} was started by a run that did not complete (finished steps: {begun}): pass --resume to continue it, or "
+            "--overwrite to start over"
         )
     ancestor = next(parent for parent in out.parents if parent.exists())
     if not ancestor.is_dir():
-        raise OutputError(f"{out} cannot be made: {ancestor} is a file")
+        raise OutputError(f"{out} cannot be created: {ancestor} is a file")
     if not os.access(ancestor, os.W_OK | os.X_OK):
-        raise OutputError(f"{out} cannot be made: {ancestor} is not writable")
+        raise OutputError(f"{out} cannot be created: {ancestor} is not writable")
     free = shutil.disk_usage(ancestor).free + (_taken(partial_of(out)) if begun else 0)
     if free < needed_bytes:
         raise OutputError(f"{ancestor} has {free / 1e9:.2f} GB free, and the output needs {needed_bytes / 1e9:.2f} GB")
 
 
 def partial_of(out: Path) -> Path:
-    """Where `out` is written before it is complete."""
+    """Returns the hidden directory in which `out` is written until it is complete."""
     return out.parent / f".{out.name}.partial"
 
 
 def unfinished(out: Path) -> int:
-    """Steps of a run that was to write `out` and did not finish, that are kept."""
+    """Returns the number of finished steps that an unfinished run for `out` left."""
     return len(journal.committed(partial_of(out)))
 
 
 def _taken(directory: Path) -> int:
-    """Bytes that the files of a directory take on the disk."""
+    """Returns the disk space in bytes that the files of a directory use."""
     return sum(file.stat().st_blocks * 512 for file in directory.rglob("*") if file.is_file())
 
 
@@ -67,7 +67,7 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
     if not overwrite:
         raise OutputError(f"{out} exists: choose another -o, or pass --overwrite")
     if not (out / MANIFEST).is_file():
-        raise OutputError(f"{out} is not an output of mptq, so --overwrite leaves it alone: choose another -o")
+        raise OutputError(f"{out} is not an output of mptq, so --overwrite does not replace it: choose another -o")
 
 
 def _is_empty(path: Path) -> bool:
@@ -75,11 +75,11 @@ def _is_empty(path: Path) -> bool:
 
 
 class OutputDirectory:
-    """Context manager: gives the hidden directory to write into, and renames it to `out` on success.
+    """Context manager that provides the hidden directory to write into and renames it to `out` on success.
 
-    Otherwise it stays, if its journal says that something of it is complete, for a run with `resume`; else it is
-    removed. Without `resume`, what an earlier run left is removed first. Raises OutputError when the directory cannot be made,
-    or another run is writing the same output.
+    On failure, the directory is kept for a run with `resume` if its journal lists finished steps, and removed otherwise.
+    Without `resume`, files of an earlier run are removed first. Raises OutputError if the directory cannot be created or
+    another run is writing the same output.
     """
 
     def __init__(self, out: Path, resume: bool = False) -> None:
@@ -118,19 +118,19 @@ class OutputDirectory:
                 raise failure from problem
 
     def _leave(self, error: BaseException) -> None:
-        """Keep what a later run can go on with, and say so in a note of `error`, which nothing here replaces."""
+        """Keeps finished steps and adds a note about them to `error`; never raises another error instead of it."""
         try:
             steps = unfinished(self.out)
         except (OSError, OutputError) as problem:
-            error.add_note(f"{self.partial} is left as it is ({problem})")
+            error.add_note(f"{self.partial} is left unchanged ({problem})")
             return
         if steps:
-            error.add_note(f"what was finished before is kept ({steps} of its steps): --resume goes on with it")
+            error.add_note(f"progress is kept (finished steps: {steps}): pass --resume to continue")
         else:
             shutil.rmtree(self.partial, ignore_errors=True)
 
     def _commit(self) -> None:
-        """Everything is on the disk before the name says that it is complete; the journal and the lock go last."""
+        """Syncs all files, renames the directory to its final name, then removes the journal and the lock."""
         sync_tree(self.partial)
         old = self.out.parent / f".{self.out.name}.old"
         if self.out.exists():
@@ -142,7 +142,7 @@ class OutputDirectory:
 
 
 def clear(out: Path) -> None:
-    """Remove what only an unfinished output needs, and what `out` replaced."""
+    """Removes the journal and lock of an unfinished output, and the output that `out` replaced."""
     for file in (*out.glob(f"{journal.NAME}*"), out / _LOCK):
         file.unlink(missing_ok=True)
     shutil.rmtree(out.parent / f".{out.name}.old", ignore_errors=True)

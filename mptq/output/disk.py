@@ -1,4 +1,4 @@
-"""Writing in pieces, waiting until files are on the disk, and beginning with it early. No torch."""
+"""Writes files in pieces and syncs them to disk, early where possible. Does not import torch."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ from collections.abc import Buffer, Callable
 from functools import cache
 from pathlib import Path
 
-_WRITE = 2  # SYNC_FILE_RANGE_WRITE of sync_file_range(2): begin to write what is not being written, and do not wait
+_WRITE = 2  # SYNC_FILE_RANGE_WRITE of sync_file_range(2): start writeback of dirty pages without waiting
 
 
 PIECE_BYTES = 1 << 18
-"""Written at once. Linux keeps what is written in pages as large as the piece, and large ones can take ten times as long to get
-as small ones: 2.2 GB took 0.5 s of the processor in pieces of 256 kB, 5 s in pieces of 16 MB (docs/log.md)."""
+"""Maximum bytes of one write.
+
+Linux caches written data in pages as large as the piece, and large pages can take ten times as long to allocate as small
+ones: writing 2.2 GB took 0.5 s of CPU time in pieces of 256 kB and 5 s in pieces of 16 MB (docs/log.md).
+"""
 
 
 class PieceFile(io.FileIO):
-    """A file that takes a piece at a time, whatever it is given: a buffer, or a loop, comes again with the rest."""
+    """A file whose `write` accepts at most one piece; the caller (a buffered writer or a loop) writes the rest."""
 
     def write(self, data: Buffer, /) -> int:
-        """Write the first piece of `data`; return how many bytes that was."""
+        """Writes the first piece of `data` and returns its size in bytes."""
         return super().write(memoryview(data)[:PIECE_BYTES])
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or what a directory lists, is on the disk."""
+    """Waits until a file, or the entries of a directory, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -35,13 +38,13 @@ def sync(path: Path) -> None:
 
 
 def sync_folders(root: Path) -> None:
-    """Wait until the names of all files below `root` are on the disk: to sync a file does not promise its name (fsync(2))."""
+    """Syncs all directories below `root`: syncing a file does not sync its directory entry (fsync(2))."""
     for folder, _, _ in os.walk(root):
         sync(Path(folder))
 
 
 def sync_tree(root: Path) -> None:
-    """Wait until everything below `root` is on the disk: files and their names."""
+    """Syncs all files and directories below `root`."""
     for path in root.rglob("*"):
         if path.is_file():
             sync(path)
@@ -49,7 +52,7 @@ def sync_tree(root: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a directory and those above it, and wait until their names are on the disk."""
+    """Creates a directory and its missing parents, and waits until their directory entries are on disk."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -57,13 +60,13 @@ def make_folder(path: Path) -> None:
 
 
 def begin_sync(descriptor: int, offset: int, count: int) -> None:
-    """Let the disk begin with `count` bytes that were written at `offset`: who waits for them later waits less.
+    """Starts writing `count` bytes at `offset` to disk, so that a later sync takes less time.
 
-    Linux alone can be told so; what goes wrong there is told to who waits.
+    Has an effect only on Linux. Errors are not checked here: the later sync reports them.
     """
-    tell = _sync_file_range()
-    if tell is not None:
-        tell(descriptor, offset, count, _WRITE)
+    sync_file_range = _sync_file_range()
+    if sync_file_range is not None:
+        sync_file_range(descriptor, offset, count, _WRITE)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""SHA-256 of the files of an output, as they are finished. No torch."""
+"""SHA-256 hashes of output files, computed as files are finished. Does not import torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mptq.files import sha256
 
 
 class FileHashes:
-    """SHA-256 of files as they are finished, computed beside the run by one thread."""
+    """Computes SHA-256 hashes of finished files in one background thread."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -19,14 +19,14 @@ class FileHashes:
         self._hashes: dict[Path, Future[str]] = {}
 
     def add(self, files: Iterable[Path]) -> None:
-        """Hash these files, each once."""
+        """Queues files for hashing; each file is hashed once."""
         for file in dict.fromkeys(files):
             if file in self._hashes:
                 continue
             self._hashes[file] = self._pool.submit(sha256, file)
 
     def collect(self) -> dict[str, dict[str, Any]]:
-        """Name relative to the root -> bytes and sha256, of every file added."""
+        """Returns name relative to the root -> size in bytes and sha256, for every added file."""
         rows = {
             file.relative_to(self.root).as_posix(): {"bytes": file.stat().st_size, "sha256": hashed.result()}
             for file, hashed in self._hashes.items()
@@ -34,5 +34,5 @@ class FileHashes:
         return dict(sorted(rows.items()))
 
     def close(self) -> None:
-        """Stop the thread; what is not hashed yet is dropped."""
+        """Stops the thread; files that are still queued are not hashed."""
         self._pool.shutdown(cancel_futures=True)

@@ -1,7 +1,7 @@
-"""The journal of a run: which units of it are written for good, so that a run that was stopped at any moment can go on.
+"""The journal of a run: lists the units that are safely on disk, so that a run can resume after stopping at any point.
 
-Lines of JSON in the unfinished output, a file for each rank: the first says what run this is, each further one that a unit is
-written, with what the report and the metadata need of it. A line counts when it is whole. No torch.
+There is one JSON Lines file per rank in the unfinished output. The first line identifies the run; each further line records
+a written unit with the data that the report and the metadata need. Incomplete lines are ignored. Does not import torch.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ class Journal:
         self._header = {"schema": SCHEMA, **header}
         found, _, end = read(self._path)
         self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.ftruncate(self._descriptor, end)  # a line that the end of a run cut short
+        os.ftruncate(self._descriptor, end)  # drops a line that was cut off when the run ended
         if not found:
             self._append(self._header)
 
     def commit(self, unit: int, row: Row) -> None:
-        """Unit `unit` is on the disk, and from now on part of the output, whatever happens."""
+        """Records that unit `unit` is on disk, which makes it part of the output."""
         self._append({"unit": unit, **row})
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Closes the file."""
         os.close(self._descriptor)
 
     def _append(self, line: Mapping[str, Any]) -> None:
@@ -49,7 +49,7 @@ class Journal:
 
 
 def committed(folder: Path) -> dict[int, Row]:
-    """The rows of all ranks' journals, by unit, in their order."""
+    """Returns the rows of all ranks' journals by unit, sorted by unit."""
     rows: dict[int, Row] = {}
     for file in sorted(folder.glob(f"{NAME}*")) if (folder / NAME).is_file() else ():
         rows |= read(file)[1]
@@ -57,7 +57,10 @@ def committed(folder: Path) -> dict[int, Row]:
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[int, Row], int]:
-    """Header, rows by unit, and the bytes that they take in the file; all empty where there is no journal."""
+    """Returns the header, the rows by unit, and the size in bytes of the complete lines; empty without a journal.
+
+    Raises OutputError for a damaged journal.
+    """
     try:
         raw = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -67,7 +70,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[int, Row], int]:
         header, *found = [dict(json.loads(line)) for line in lines] or [{}]
         rows = {int(row.pop("unit")): row for row in found}
     except (ValueError, KeyError, TypeError) as error:
-        raise OutputError(f"{path} is damaged ({error}): pass --overwrite to begin again") from error
+        raise OutputError(f"{path} is damaged ({error}): pass --overwrite to start over") from error
     if not all(row.keys() >= _KEYS for row in rows.values()):
-        raise OutputError(f"{path} is damaged (a line without {' or '.join(sorted(_KEYS))}): pass --overwrite to begin again")
+        raise OutputError(f"{path} is damaged (a line lacks {' or '.join(sorted(_KEYS))}): pass --overwrite to start over")
     return header, rows, sum(map(len, lines))

@@ -1,4 +1,4 @@
-"""The report of a run: `document` builds report.json, `schema` says what is in it, `html` makes a page of it."""
+"""The report of a run: `document` builds report.json, `schema` defines its fields, `html` renders it as a page."""
 
 from mptq.report.document import (
     NAME,

@@ -1,4 +1,4 @@
-"""The report: what a run did and what it cost, as one JSON document. No torch."""
+"""Builds report.json: what a run did and what it cost. Does not import torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PACKAGES = ("mptq", "torch", "megatron-core", "nvidia-modelopt", "transformers"
 
 
 def tensor_row(form: str, name: str, before: TensorSpec, scheme: Scheme, error: WeightError) -> dict[str, Any]:
-    """The quantized tensor `name` of a format: before, after, amax and error (relative to the source's norm)."""
+    """Returns the report row of quantized tensor `name` of a format; errors are relative to the source norm."""
     return {
         "format": form,
         "name": name,
@@ -52,7 +52,7 @@ def tensor_row(form: str, name: str, before: TensorSpec, scheme: Scheme, error: 
 
 
 def relative_error(rows: Iterable[Mapping[str, Any]]) -> float | None:
-    """The relative error of several tensors taken as one, or None for no tensors."""
+    """Returns the relative error of several tensors taken as one, or None without tensors."""
     pairs = [(row["relative_error"], row["norm"]) for row in rows]
     signal = sum(norm**2 for _, norm in pairs)
     if not pairs:
@@ -64,7 +64,7 @@ _MEASURED = ("hidden_relative_error", "hidden_cosine", "kv_cache", "experts")
 
 
 def layer_rows(record: RunLog, layers: int) -> list[dict[str, Any]]:
-    """Each layer's weight error by format, and what the activations said of it."""
+    """Returns the weight error by format and the activation measurements of each layer."""
     measured = {row["layer"]: row for row in record.layers}
     by_layer: dict[int, dict[str, list[Mapping[str, Any]]]] = {layer: {} for layer in range(layers)}
     for row in record.rows:
@@ -79,7 +79,7 @@ def layer_rows(record: RunLog, layers: int) -> list[dict[str, Any]]:
 
 
 def describe(plan: Plan, work: estimates.ActivationBudget | None = None) -> dict[str, Any]:
-    """The plan as plain data: what `--dry-run` prints, and the first part of the report."""
+    """Returns the plan as plain data: the output of `--dry-run` and the first part of the report."""
     checkpoint = plan.source.checkpoint
     return {
         "schema": SCHEMA,
@@ -106,25 +106,25 @@ def describe(plan: Plan, work: estimates.ActivationBudget | None = None) -> dict
 
 @dataclass(frozen=True)
 class QualityLimits:
-    """Limits that the fidelity must keep: mean KL in nats, and the rise of perplexity in percent."""
+    """Upper limits for fidelity: mean KL divergence in nats, and perplexity increase in percent."""
 
     max_kl: float | None = None
     max_ppl_increase: float | None = None
 
     @property
     def flags(self) -> list[str]:
-        """The options of the command line that set the limits."""
+        """The command-line options of the limits that are set."""
         values = {"--max-kl": self.max_kl, "--max-ppl-increase": self.max_ppl_increase}
         return [flag for flag, limit in values.items() if limit is not None]
 
     def require_finite(self) -> None:
-        """Raise OptionError for a limit that is infinite or not a number, which nothing can be compared with."""
+        """Raises OptionError for a limit that is infinite or NaN."""
         limits = (self.max_kl, self.max_ppl_increase)
         if not all(math.isfinite(limit) for limit in limits if limit is not None):
-            raise OptionError(f"{' and '.join(self.flags)} must be finite: leave a limit out to have none")
+            raise OptionError(f"{' and '.join(self.flags)} must be finite: omit an option to set no limit")
 
     def check(self, fidelity: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-        """A row for each limit that is set: its value, and whether it is met."""
+        """Returns a row for each limit that is set, with the measured value and whether the limit is met."""
         values: dict[str, tuple[float | None, float | None]] = {"max_kl": (self.max_kl, None)}
         values["max_ppl_increase"] = (self.max_ppl_increase, None)
         if fidelity is not None:
@@ -139,7 +139,7 @@ class QualityLimits:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run did beside its plan: its record, its warnings, what the data says of itself, and what that came to."""
+    """Results of a run: its record, warnings, calibration data, and activation budget."""
 
     record: RunLog
     notes: list[str]
@@ -148,7 +148,7 @@ class Measured:
 
 
 def build(plan: Plan, measured: Measured, gates: QualityLimits) -> dict[str, Any]:
-    """The whole report of a run."""
+    """Returns the complete report of a run."""
     record = measured.record
     seconds = {stage: round(spent, 3) for stage, spent in record.seconds.items()}
     return describe(plan, measured.work) | {
@@ -168,15 +168,15 @@ def build(plan: Plan, measured: Measured, gates: QualityLimits) -> dict[str, Any
 
 
 def _speed(record: RunLog, stage: str) -> int | None:
-    """Bytes a second of a stage; None where it had nothing to do, as in a run that found everything written."""
+    """Returns bytes per second of a stage; None if it had no work, as in a resumed run with all units written."""
     count, seconds = record.bytes.get(stage, 0), record.seconds.get(stage, 0.0)
     return round(count / seconds) if count and seconds else None
 
 
 def manifest_of(plan: Plan, files: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """What the manifest says beside its schema: no path, time or host, so that the same run gives the same bytes.
+    """Returns the manifest without its schema version. It has no path, time or host: the same run gives the same bytes.
 
-    `options` is what the output depends on (options.decisive).
+    `options` are the options that the output depends on (options.decisive).
     """
     return {
         "mptq": version("mptq"),
@@ -199,7 +199,7 @@ def manifest_of(plan: Plan, files: Mapping[str, Any], options: Mapping[str, Any]
 
 
 def tensor_manifest(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Every inner tensor of the source: where it was, and the tensors that each output has of it."""
+    """Returns, for every inner tensor of the source, its place in the checkpoint and its tensors in each output."""
     account: dict[str, dict[str, Any]] = {}
 
     def add(inner: str, outputs: Mapping[str, Iterable[TensorSpec]]) -> dict[str, Any]:
@@ -228,12 +228,12 @@ def tensor_manifest(plan: Plan) -> dict[str, dict[str, Any]]:
 
 
 def spec_rows(specs: Iterable[TensorSpec]) -> list[dict[str, Any]]:
-    """Tensors as plain data."""
+    """Returns tensor specs as plain data."""
     return [{"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)} for spec in specs]
 
 
 def cache_manifest(plan: Plan) -> dict[str, list[dict[str, Any]]]:
-    """The tensors that each output has of the KV cache's calibration, which no tensor of the source has."""
+    """Returns the KV cache scale tensors of each output, which have no source tensor."""
     layers = [layer for layer in plan.layers if plan.assignment.has_cache(layer)]
     return {
         form: spec_rows(spec for layer in layers for spec in layout.kv_cache(layer)) for form, layout in plan.layouts.items()
@@ -241,12 +241,12 @@ def cache_manifest(plan: Plan) -> dict[str, list[dict[str, Any]]]:
 
 
 def facts(plan: Plan) -> dict[str, Any]:
-    """What the formats say of their outputs beside the tensors."""
+    """Returns the facts of all formats about their outputs, merged."""
     return {name: value for layout in plan.layouts.values() for name, value in layout.facts.items()}
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the figures depend on."""
+    """Returns the versions of Python and of the packages that affect the results."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -257,20 +257,20 @@ def versions() -> dict[str, str]:
 
 
 def peak_rss() -> int:
-    """Peak resident memory of this process so far, in bytes."""
+    """Returns the peak resident memory of this process so far, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def write(root: Path, document: dict[str, Any]) -> None:
-    """Write the report of the output at `root`; raises OutputError for one that is not valid."""
+    """Writes the report of the output at `root`; raises OutputError if it is not valid."""
     from mptq.report.schema import Report
 
     write_document(root / NAME, document, SCHEMA, Report)
 
 
 def read(root: Path) -> dict[str, Any]:
-    """The report of the mptq output at `root`; raises OutputError where there is none that this version reads."""
+    """Reads the report of the mptq output at `root`; raises OutputError if it is missing or of another version."""
     from mptq.report.schema import Report
 
     return read_document(root / NAME, SCHEMA, Report)

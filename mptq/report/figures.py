@@ -1,4 +1,4 @@
-"""Lines and bars of the page. Each function takes the document and gives a plot, or None where it holds no data for it."""
+"""Line and bar plots of the page. Each function returns a plot, or None if the document has no data for it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from mptq.report.svg import SERIES, Plot
 
 _SIZE = (560, 300)
 _BAR = 34
-"""Height of a horizontal bar with its gap, in CSS pixels."""
+"""Height of a horizontal bar including its gap, in CSS pixels."""
 
 
 def relative_error(document: Mapping[str, Any]) -> Plot | None:
-    """Error of the hidden state and of the weights, by layer."""
+    """Relative error of the hidden state and of the weights, by layer."""
     lines = {f"weights, {FORMATS[form].label}": views.by_layer(document, form) for form in document["formats"]}
     lines["hidden state"] = views.by_layer(document, "hidden_relative_error")
     lines = {name: [100 * value for value in values] for name, values in lines.items() if views.known(values)}
@@ -26,7 +26,7 @@ def relative_error(document: Mapping[str, Any]) -> Plot | None:
 
 
 def cosine_distance(document: Mapping[str, Any]) -> Plot | None:
-    """1 - cosine of the hidden states before and after, by layer."""
+    """1 - cosine similarity of the reference and quantized hidden states, by layer."""
     values = [1 - value for value in views.by_layer(document, "hidden_cosine")]
     if not views.known(values):
         return None
@@ -34,14 +34,14 @@ def cosine_distance(document: Mapping[str, Any]) -> Plot | None:
 
 
 def input_amax(document: Mapping[str, Any]) -> Plot | None:
-    """The largest input behind each static activation scale, by layer; modules that share their input share a line."""
+    """Input amax of each static activation scale, by layer; modules with the same values share a line."""
     form = document["formats"][0]
     modules = views.grid(views.of_format(document, form), "input_amax", len(document["layers"]), max)
     shared: dict[str, list[str]] = {}
     for name, values in modules.items():
         shared.setdefault(repr(values), []).append(name)
     lines = {", ".join(names): modules[names[0]] for names in shared.values()}
-    return _by_layer("Largest input by layer (static scales)", "amax of the input", lines, _short) if lines else None
+    return _by_layer("Largest input by layer (static scales)", "input amax", lines, _short) if lines else None
 
 
 def _by_layer(title: str, unit: str, lines: Mapping[str, Sequence[float]], words: Any) -> Plot:
@@ -79,12 +79,12 @@ def _line_in_words(name: str, values: Sequence[float], words: Any) -> str:
 
 
 def weight_amax(document: Mapping[str, Any]) -> Plot | None:
-    """How the largest magnitudes of the quantized weights are distributed."""
+    """Histogram of the amax of the quantized weights."""
     rows = views.of_format(document, document["formats"][0])
     counts = Counter(math.floor(2 * math.log2(row["amax"])) for row in rows if row["amax"] > 0)
     if not counts:
         return None
-    figure, axes = svg.axes(*_SIZE, "log2 of the largest magnitude of a weight", "quantized weights")
+    figure, axes = svg.axes(*_SIZE, "log2 of weight amax", "quantized weights")
     bins = range(min(counts), max(counts) + 1)
     axes.bar([half / 2 for half in bins], [counts[half] for half in bins], width=0.46, align="edge", color=SERIES[0])
     svg.whole_ticks(axes.yaxis)
@@ -98,7 +98,7 @@ def weight_amax(document: Mapping[str, Any]) -> Plot | None:
 
 
 def sizes(document: Mapping[str, Any]) -> Plot | None:
-    """Bytes of the components, before and in each output, stacked."""
+    """Stacked bytes of the components in the checkpoint and in each output."""
     components = {name: row for name, row in document["components"].items() if row["in"]}
     bars = {"in": "checkpoint"} | {form: FORMATS[form].label for form in document["formats"]}
     largest = max(document["bytes"].values())
@@ -126,7 +126,7 @@ def sizes(document: Mapping[str, Any]) -> Plot | None:
 
 
 def times(document: Mapping[str, Any]) -> Plot | None:
-    """Seconds of each stage, the longest first."""
+    """Seconds of each stage, longest first."""
     stages = sorted(((spent, stage) for stage, spent in document["seconds"].items() if stage != "total"), reverse=True)
     total = document["seconds"]["total"]
     if not stages or not total:
@@ -141,7 +141,7 @@ def times(document: Mapping[str, Any]) -> Plot | None:
     axes.spines["left"].set_visible(False)
     title = "Where the time went"
     text = ", ".join(f"{stage} {duration(spent)}" for spent, stage in stages)
-    return Plot(title, f"{title}: {text}, of {duration(total)} in all.", svg.inline(figure, "times"))
+    return Plot(title, f"{title}: {text}, {duration(total)} in total.", svg.inline(figure, "times"))
 
 
 def _short(value: float) -> str:

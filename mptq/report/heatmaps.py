@@ -1,4 +1,4 @@
-"""Heat maps of the page: kinds of modules over layers, and experts over layers."""
+"""Heat maps of the page: modules by layer, and experts by layer."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 _WIDTH = 1150
 _EMPTY = "#8d8d8d"
 _NONE = 0.5
-"""Stands for 0 tokens on the logarithmic scale, which begins at 1."""
+"""Represents 0 tokens on the logarithmic scale, which starts at 1."""
 FALLBACK = "#ff3b30"
-"""Color of the marks over experts without enough tokens: apart from viridis in hue and in lightness."""
+"""Color of the marks for experts with too few tokens; differs from viridis in hue and lightness."""
 
 
 def signal_to_noise(document: Mapping[str, Any], form: str) -> Plot | None:
-    """Signal-to-noise ratio of the weights of an output: kinds of modules over layers, the worst of the experts."""
+    """Signal-to-noise ratio of the weights of an output, by module and layer; for experts, the lowest in the layer."""
     layers = len(document["layers"])
     table = views.grid(views.of_format(document, form), "sqnr_db", layers, min)
     if not table:
@@ -38,12 +38,12 @@ def signal_to_noise(document: Mapping[str, Any], form: str) -> Plot | None:
     )
     title = f"Signal-to-noise ratio of the weights ({FORMATS[form].label})"
     text = f"{title}, by module and layer. Lowest: {lowest:.2f} dB, {name} of layer {layer}."
-    note = " Of experts, the worst of the layer." if any("expert" in name for name in table) else ""
+    note = " For experts, the lowest in the layer." if any("expert" in name for name in table) else ""
     return Plot(title, text + note, svg.inline(figure, f"snr-{form}"), wide=True)
 
 
 def expert_tokens(document: Mapping[str, Any]) -> Plot | None:
-    """Calibration tokens of each expert, by layer; experts whose scale is the layer's largest are marked."""
+    """Calibration tokens of each expert, by layer; experts that use the layer's largest scale are marked."""
     rows = views.covered(document)
     if not rows:
         return None
@@ -59,8 +59,8 @@ def expert_tokens(document: Mapping[str, Any]) -> Plot | None:
     title = "Calibration tokens of each expert"
     text = (
         f"{title}, by layer: from {everything[0]} to {everything[-1]}, median {everything[len(everything) // 2]}; "
-        f"{everything.count(0)} of {len(everything)} experts saw none, and {fallbacks} have the layer's largest scale instead "
-        "of their own."
+        f"{everything.count(0)} of {len(everything)} experts received none, and {fallbacks} use the layer's largest scale "
+        "instead of their own."
     )
     return Plot(title, text, svg.inline(figure, "experts"), wide=True)
 
@@ -82,7 +82,7 @@ def _draw_tokens(figure: Figure, axes: Axes, tokens: list[list[float]], marks: l
         cell = min((_WIDTH - 180) / layers, 480 / experts)
         mark: dict[str, Any] = {"marker": "o", "linestyle": "", "color": FALLBACK, "markeredgecolor": "white"}
         shape = mark | {"markersize": min(max(0.7 * cell, 2.5), 7), "markeredgewidth": 0.6 if cell > 8 else 0}
-        # Pixels: thousands of marks would be thousands of elements.
+        # Rasterize: thousands of marks would be thousands of SVG elements.
         axes.plot([layer for layer, _ in marks], [expert for _, expert in marks], rasterized=True, **shape)
         legend.append(Line2D([], [], markersize=6, label="scale from the layer's largest input", **mark))
     if any(value == _NONE for line in tokens for value in line):

@@ -1,4 +1,4 @@
-"""report.html: the report as one page for people, in one file that loads nothing from elsewhere."""
+"""report.html: the report as a single self-contained HTML page that loads no external resources."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from mptq.report.tables import Table
 
 NAME = "report.html"
 _COLUMNS = 4
-"""Most key figures in a row; rows are made of equal length."""
+"""Maximum number of key figures per row; rows have equal length where possible."""
 _GATES = {"max_kl": ("KL divergence", " nats"), "max_ppl_increase": ("perplexity increase", " %")}
-"""Limit -> its name for people and its unit."""
+"""Limit -> display name and unit."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: plots, tables, and tables that are closed when the page opens."""
+    """A section of the page: plots, tables, and tables that are initially collapsed."""
 
     anchor: str
     title: str
@@ -40,7 +40,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Tile:
-    """A key figure: what it is, the figure, and a line under it."""
+    """A key figure: its title, its value, and a note below it."""
 
     title: str
     figure: str
@@ -48,10 +48,10 @@ class Tile:
 
 
 def render(document: Mapping[str, Any]) -> str:
-    """The page for a report.json document: HTML without a reference to the network.
+    """Renders a report.json document as an HTML page without network references.
 
-    Parts for which the document holds nothing are absent. The same document gives the same bytes. Of `tensors` it shows
-    the worst `tables.SHOWN`, so that the page stays small whatever the number of experts.
+    Sections without data are omitted. The same document gives the same bytes. Of `tensors`, the page shows only the
+    `tables.SHOWN` with the largest error, which keeps it small for any number of experts.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -82,17 +82,17 @@ def render(document: Mapping[str, Any]) -> str:
 
 
 def check(path: Path) -> None:
-    """Refuse a file that cannot be written; raises OutputError."""
+    """Raises OutputError if `path` is a directory or its parent directory does not exist."""
     if path.is_dir():
-        raise OutputError(f"{path} is a directory: give the name of a file in it, such as {path / NAME}")
+        raise OutputError(f"{path} is a directory: pass a file name, such as {path / NAME}")
     if not path.parent.is_dir():
-        raise OutputError(f"{path} cannot be written: {path.parent} is not a directory; make it first")
+        raise OutputError(f"{path} cannot be written: {path.parent} is not a directory; create it first")
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file whole or, when that fails, not at all: under another name beside it, renamed at the end.
+    """Writes a file atomically: under a temporary name in the same directory, then renamed.
 
-    Raises OutputError when its directory is missing, not writable or full.
+    Raises OutputError if the directory is missing, not writable or full.
     """
     check(path)
     partial = path.parent / f".{path.name}.{os.getpid()}.partial"
@@ -154,7 +154,7 @@ def _fidelity_tiles(fidelity: Mapping[str, Any] | None) -> list[Tile]:
         Tile(
             "KL divergence",
             uncertain(kl["mean"], kl["standard_error"]),
-            f"nats a token, over {number(fidelity['tokens'])} tokens",
+            f"nats per token, over {number(fidelity['tokens'])} tokens",
         ),
         Tile(
             "Perplexity ratio",
@@ -164,7 +164,7 @@ def _fidelity_tiles(fidelity: Mapping[str, Any] | None) -> list[Tile]:
         Tile(
             "Top-1 agreement",
             f"{uncertain(100 * agreement['mean'], agreement['standard_error'] and 100 * agreement['standard_error'])} %",
-            "of tokens keep their most likely successor",
+            "of most likely next tokens unchanged",
         ),
     ]
 
@@ -202,9 +202,9 @@ def _sections(document: Mapping[str, Any]) -> list[Section]:
                 [figures.sizes(document)],
                 [tables.components(document), tables.schemes(document)],
                 [
-                    tables.names("Excluded: Hugging Face modules that keep their precision", document["excluded"]),
-                    tables.names("Differing: weights that the outputs hold with different numbers", document["differing"]),
-                    tables.names("Dropped: keys of the checkpoint in no output", document["dropped"], document["dropped"]),
+                    tables.names("Excluded: Hugging Face modules that are not quantized", document["excluded"]),
+                    tables.names("Differing: weights whose values differ between the outputs", document["differing"]),
+                    tables.names("Dropped: checkpoint keys that are in no output", document["dropped"], document["dropped"]),
                 ],
             ),
             _section("calibration", "Calibration data", [], [tables.datasets(document)]),
@@ -220,7 +220,7 @@ def _section(
     tables: Iterable[Table | None] = (),
     folded: Iterable[Table | None] = (),
 ) -> Section:
-    """A section of what is there."""
+    """Returns a section without the plots and tables that are None."""
     return Section(
         anchor,
         title,
@@ -231,21 +231,21 @@ def _section(
 
 
 def _facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What calibration was done on, as names and values."""
+    """Returns facts about the calibration data, as names and values."""
     found = document.get("calibration")
     if found is None:
         return []
     where = "on disk" if found["activations_on_disk"] else "in memory"
     return [
-        ("scales from", _sequences(found["calibration"])),
-        ("fidelity on", f"{_sequences(found['held_out'])}, held out"),
+        ("calibrated on", _sequences(found["calibration"])),
+        ("evaluated on", f"{_sequences(found['held_out'])}, held out"),
         (
             "sequences",
-            f"of {found['seq_length']} tokens, {'packed' if found['packed'] else 'a document each'}, seed {found['seed']}",
+            f"of {found['seq_length']} tokens, {'packed' if found['packed'] else 'one document each'}, seed {found['seed']}",
         ),
-        ("method", f"{found['method']}; activations of the {found['propagate']} model go to the next layer"),
+        ("method", f"{found['method']}; each layer is calibrated on activations of the {found['propagate']} model"),
         ("activations", f"{size(found['activation_bytes'])} {where}"),
-        ("tokenizer", found["tokenizer"] or "none: the data are token ids"),
+        ("tokenizer", found["tokenizer"] or "none: the data is token ids"),
     ]
 
 

@@ -1,4 +1,4 @@
-"""The manifest: every file of an output with its hash, and every tensor of the source with what became of it. No torch."""
+"""The manifest: output files with hashes, and how each source tensor is stored. Does not import torch."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ SCHEMA = 3
 
 
 def write_manifest(root: Path, content: dict[str, Any]) -> None:
-    """Write the manifest of the output at `root`: the last of its files. Raises OutputError for one that is not valid."""
+    """Writes the manifest of the output at `root`, as the last of its files; raises OutputError if it is not valid."""
     from mptq.report.manifest_schema import Manifest
 
     write_document(root / NAME, {"schema": SCHEMA, **content}, SCHEMA, Manifest)
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
-    """The manifest of the mptq output at `root`; raises OutputError where there is none that this version reads."""
+    """Reads the manifest of the mptq output at `root`; raises OutputError if it is missing or of another version."""
     from mptq.report.manifest_schema import Manifest
 
     return read_document(root / NAME, SCHEMA, Manifest)
 
 
 def write_document(path: Path, document: dict[str, Any], schema: int, model: type[BaseModel]) -> None:
-    """Write a JSON document of an output; raises OutputError, and writes nothing, where `read_document` would refuse it."""
+    """Writes a JSON document of an output; raises OutputError and writes nothing if it does not match `model`."""
     text = json.dumps(document, indent=1) + "\n"
     try:
         _parse(path, text, schema, model)
     except OutputError as error:
-        raise OutputError(f"{error}: this is a fault of mptq, please report it; the output is not complete") from error
+        raise OutputError(f"{error}: this is a bug in mptq, please report it; the output is incomplete") from error
     path.write_text(text)
 
 
 def read_document(path: Path, schema: int, model: type[BaseModel]) -> dict[str, Any]:
-    """A JSON document of an mptq output; raises OutputError when it is missing, of another schema, or not as `model`."""
+    """Reads a JSON document of an output; raises OutputError if it is missing or not as `schema` and `model`."""
     try:
         text = path.read_text()
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -59,7 +59,7 @@ def _parse(path: Path, text: str, schema: int, model: type[BaseModel]) -> dict[s
     except (ValueError, RecursionError) as error:
         raise OutputError(f"{path} is damaged ({error})") from error
     if not isinstance(document, dict) or document.get("schema") != schema:
-        raise OutputError(f"{path} is not of schema {schema}, which this version of mptq reads")
+        raise OutputError(f"{path} does not have schema version {schema}, the only one that this version of mptq reads")
     wrong = problems(model, document)
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""

@@ -1,4 +1,4 @@
-"""The typed schema of manifest.json: what is read again must be what was written, down to the last field. No torch."""
+"""The typed schema of manifest.json, used to validate it on writing and on reading. Does not import torch."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 def _within(name: str) -> str:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
-        raise ValueError("a file outside of the output")
+        raise ValueError("file outside of the output directory")
     return name
 
 
 def _format(name: str) -> str:
     if name not in FORMATS:
-        raise ValueError(f"a format that mptq does not know: there are {', '.join(FORMATS)}")
+        raise ValueError(f"unknown format, expected one of {', '.join(FORMATS)}")
     return name
 
 
@@ -34,12 +34,12 @@ Form = Annotated[str, AfterValidator(_format)]
 
 def _known(dtype: str) -> str:
     if dtype not in DTYPE_BYTES:
-        raise ValueError("a dtype that mptq does not know")
+        raise ValueError("unknown dtype")
     return dtype
 
 
 class Part(BaseModel):
-    """A part of the manifest: no conversions."""
+    """Base class of the manifest's parts: no type conversions."""
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
 
@@ -53,14 +53,14 @@ class Item(Part):
 
 
 class Place(Part):
-    """Where a tensor of the source was: its key, and its place in a stack."""
+    """The place of a source tensor in the checkpoint: its key, and its index in a stack."""
 
     key: str
     index: list[Count] = []
 
 
 class Entry(Part):
-    """What became of a tensor of the source: where it was, its scheme by format, and its tensors, a key a format."""
+    """A source tensor: places in the checkpoint, scheme by format, and its tensors under the name of each format."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[Form, list[Item]]
@@ -73,9 +73,9 @@ class Entry(Part):
         for form, items in self.__pydantic_extra__.items():
             quantized = [item for item in items if item.dtype == "float8_e4m3fn"]
             if quantized and form not in self.scheme:
-                raise ValueError(f"its {form} output is in FP8, by no scheme")
+                raise ValueError(f"its {form} output is in FP8 but has no scheme")
             if any(len(item.shape) != 2 for item in quantized):
-                raise ValueError("a tensor in FP8 that is no matrix")
+                raise ValueError("FP8 tensor is not a matrix")
         return self
 
 
@@ -94,13 +94,13 @@ class Source(Part):
 
 
 class Recipe(Part):
-    """The recipe, of which recipe.py checks the rest where it is used."""
+    """The recipe; recipe.py checks its other fields when they are used."""
 
     name: str
 
 
 class Manifest(Part):
-    """The document."""
+    """The whole document."""
 
     version: Literal[3] = Field(alias="schema")
     mptq: str
@@ -117,16 +117,16 @@ class Manifest(Part):
     @model_validator(mode="after")
     def _dialect_is_known(self) -> Self:
         if self.dialect is not None and self.dialect not in DIALECTS:
-            raise ValueError(f"the dialect {self.dialect!r} is none of {', '.join(DIALECTS)}")
+            raise ValueError(f"unknown dialect {self.dialect!r}, expected one of {', '.join(DIALECTS)}")
         return self
 
 
 def problems(model: type[BaseModel], document: Any) -> list[str]:
-    """What is wrong with a JSON document by its schema, as `place: what is wrong`; empty for nothing."""
+    """Returns the schema violations of a JSON document as `location: message` lines; empty if it is valid."""
     from pydantic import ValidationError
 
     try:
         model.model_validate(document)
     except ValidationError as error:
-        return [f"{'.'.join(map(str, item['loc'])) or 'the whole'}: {item['msg']}" for item in error.errors()]
+        return [f"{'.'.join(map(str, item['loc'])) or 'document'}: {item['msg']}" for item in error.errors()]
     return []

@@ -1,5 +1,5 @@
 "use strict";
-// Tables are sorted by the column whose header is pressed; again turns the order round. Cells without a value stay last.
+// Clicking a column header sorts the table; clicking again reverses the order. Cells without a value stay last.
 const key = (row, column, numeric) => {
   const cell = row.cells[column];
   if ("none" in cell.dataset) return null;

@@ -1,4 +1,4 @@
-"""What a run tells while it goes, and what it keeps for its report."""
+"""Progress of a run, and the data that it records for its report."""
 
 from __future__ import annotations
 
@@ -11,43 +11,43 @@ from typing import Any, Protocol
 
 
 class Progress(Protocol):
-    """What a caller can follow; `row` is a row of the report's `tensors`."""
+    """Receives progress events of a run; `row` is a row of the report's `tensors`."""
 
     def stage(self, done: int, total: int, doing: str) -> None:
-        """`done` of `total` steps (embedding, layers, head) are over, and `doing` is next."""
+        """`done` of `total` steps (embedding, layers, head) are finished, and `doing` is next."""
 
     def doing(self, what: str) -> None:
-        """Within a step: what is being done."""
+        """The current activity within a step."""
 
     def bytes(self, count: int) -> None:
-        """So many bytes of the checkpoint are read."""
+        """`count` more bytes of the checkpoint were read."""
 
     def tensor(self, row: dict[str, Any]) -> None:
-        """A tensor is quantized."""
+        """A tensor was quantized."""
 
 
 class Silent:
-    """Progress for nobody."""
+    """Progress that ignores all events."""
 
     def stage(self, done: int, total: int, doing: str) -> None:
-        """Say nothing."""
+        """Does nothing."""
 
     def doing(self, what: str) -> None:
-        """Say nothing."""
+        """Does nothing."""
 
     def bytes(self, count: int) -> None:
-        """Say nothing."""
+        """Does nothing."""
 
     def tensor(self, row: dict[str, Any]) -> None:
-        """Say nothing."""
+        """Does nothing."""
 
 
 @dataclass
 class RunLog:
-    """What a run leaves for the report.
+    """Records data for the report.
 
-    A row a tensor, what the activations say of each layer and at the end, the share of each rank, and seconds and bytes by
-    stage.
+    One row per quantized tensor, activation measurements per layer, final fidelity, the share of each rank, and seconds and
+    bytes per stage.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -65,7 +65,7 @@ class RunLog:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Add the time of the block to `stage`."""
+        """Adds the duration of the block, in seconds, to `stage`."""
         start = time.perf_counter()
         try:
             yield

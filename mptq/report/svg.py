@@ -1,7 +1,7 @@
-"""Drawing: matplotlib figures as inline SVG in the colors and the font of the page around them.
+"""Renders matplotlib figures as inline SVG in the colors and font of the surrounding page.
 
-Figures are drawn in colors that stand for roles; `inline` replaces these by the page's CSS variables, so that one drawing
-serves light and dark pages. Pixels of heat maps cannot be recolored: their color map reads well on both.
+Figures use placeholder colors, which `inline` replaces with the page's CSS variables, so that one drawing works on light and
+dark pages. Heat map pixels cannot be recolored, but their color map is readable on both.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _VARIABLES = {INK: "var(--ink)", LINE: "var(--line)", CARD: "var(--card)"} | {
 }
 _STYLE: dict[Any, Any] = (
     {
-        "svg.fonttype": "none",  # text stays text: it can be searched, selected and read aloud
-        "svg.hashsalt": "mptq",  # ids are hashes of this and the content, not random
-        "text.parse_math": False,  # a name may hold dollars
+        "svg.fonttype": "none",  # keep text as text: searchable, selectable and accessible
+        "svg.hashsalt": "mptq",  # derive ids from this and the content instead of random numbers
+        "text.parse_math": False,  # names may contain dollar signs
         "font.size": 10,
         "axes.linewidth": 0.8,
         "axes.spines.top": False,
@@ -48,7 +48,7 @@ _STYLE: dict[Any, Any] = (
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawing: its title, what it says in words (for who cannot see it), its SVG, and whether it needs the full width."""
+    """A plot: its title, alternative text, SVG, and whether it needs the full page width."""
 
     title: str
     text: str
@@ -58,7 +58,7 @@ class Plot:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Draw in mptq's style, whatever the user's matplotlibrc says."""
+    """Draws in mptq's style, regardless of the user's matplotlibrc."""
     import matplotlib as mpl
 
     with mpl.rc_context():
@@ -68,7 +68,7 @@ def style() -> Iterator[None]:
 
 
 def axes(width: float, height: float, x: str, y: str, grid: Literal["x", "y"] | None = "y") -> tuple[Figure, Axes]:
-    """A figure of so many CSS pixels with one pair of labelled axes; `grid` is the axis whose ticks get lines."""
+    """Returns a figure, sized in CSS pixels, with one pair of labeled axes; `grid` is the axis with grid lines."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
@@ -81,23 +81,23 @@ def axes(width: float, height: float, x: str, y: str, grid: Literal["x", "y"] | 
 
 
 def whole_ticks(axis: XAxis | YAxis) -> None:
-    """Ticks at whole numbers only."""
+    """Places ticks only at integers."""
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(nbins=12, steps=(1, 2, 5, 10), integer=True, min_n_ticks=1))
 
 
 def legend(figure: Figure, target: Axes) -> None:
-    """The names above the axes, outside them: it never hides data."""
+    """Adds a legend above the axes, where it cannot cover data; omitted for a single series."""
     handles, labels = target.get_legend_handles_labels()
     if len(labels) > 1:
-        # About 6 pixels a letter, and 36 for the sample of the color and the gap.
+        # About 6 pixels per letter, and 36 for the color sample and the gap.
         columns = int(figure.bbox.width / (6 * max(map(len, labels)) + 36))
         figure.legend(handles, labels, loc="outside upper left", ncols=max(1, columns), handlelength=1.4, columnspacing=1.2)
 
 
 def heat(figure: Figure, target: Axes, values: list[list[float]], label: str, **options: Any) -> AxesImage:
-    """A heat map of rows from top to bottom, NaN left empty, with its color bar."""
+    """Draws a heat map with its color bar: rows from top to bottom, NaN cells empty."""
     from matplotlib.ticker import FuncFormatter
 
     image = target.imshow(values, **{"cmap": HEAT, "aspect": "auto", "interpolation": "none"} | options)
@@ -109,12 +109,12 @@ def heat(figure: Figure, target: Axes, values: list[list[float]], label: str, **
     bar.outline.set_visible(False)
     bar.ax.tick_params(size=0)
     assert bar.solids is not None
-    bar.solids.set_rasterized(True)  # 256 rectangles otherwise
+    bar.solids.set_rasterized(True)  # avoids 256 SVG rectangles
     return image
 
 
 def cell_lines(target: Axes, rows: int, columns: int) -> None:
-    """Part the cells of a heat map, where they are large enough to be told apart."""
+    """Draws lines between the cells of a heat map, if they are large enough."""
     if rows <= 32:
         target.hlines([row - 0.5 for row in range(1, rows)], -0.5, columns - 0.5, colors=CARD, linewidth=1)
     if columns <= 32:
@@ -122,7 +122,7 @@ def cell_lines(target: Axes, rows: int, columns: int) -> None:
 
 
 def inline(figure: Figure, name: str) -> str:
-    """The figure as an SVG element for an HTML page; its ids begin with `name`, which makes them unique on the page."""
+    """Returns the figure as an SVG element for an HTML page; ids are prefixed with `name` to be unique on the page."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=True, dpi=144, metadata=nothing)
@@ -139,7 +139,7 @@ def inline(figure: Figure, name: str) -> str:
 
 
 def _own_ids(text: str, name: str) -> str:
-    """Drop the ids that nothing refers to, and put `name` before the others."""
+    """Drops unreferenced ids and prefixes the others with `name`."""
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
     text = re.sub(r' id="([^"]*)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", text)
     return re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", text).replace("xlink:href", "href")

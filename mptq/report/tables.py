@@ -1,4 +1,4 @@
-"""Tables of the page: columns as data, cells with what is shown and what is sorted by."""
+"""Tables of the page: columns as data, and cells with a sort value and a displayed text."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from mptq.report import views
 from mptq.report.formatting import number, percent, size
 
 SHOWN = 200
-"""Rows of the table of tensors: the worst of what may be 150 000."""
+"""Maximum number of rows in the tensor table; a report may have 150,000 tensors."""
 Value = Callable[[Mapping[str, Any]], Any]
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its title, the value of a row that it is sorted by, and how that is shown."""
+    """A column: its title, a function that returns the sort value of a row, and one that formats the value."""
 
     title: str
     value: Value
     show: Callable[[Any], str] = str
     numeric: bool = True
     order: str = "none"
-    """How the rows are sorted by this column when the page opens, as aria-sort says it."""
+    """Initial sort order of this column, as an aria-sort value."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Columns that hold something, and for each row a (value, text) for each of them; both are None for no value."""
+    """Non-empty columns, and for each row one (value, text) pair per column; both are None for a missing value."""
 
     caption: str
     columns: list[Column]
@@ -39,7 +39,7 @@ class Table:
 
 
 def make(caption: str, columns: Iterable[Column], rows: Iterable[Mapping[str, Any]]) -> Table | None:
-    """A table of the columns in which some row has a value; None without rows."""
+    """Returns a table with the columns that have a value in some row; None without rows."""
     rows = list(rows)
     kept = [column for column in columns if any(column.value(row) is not None for row in rows)]
     cells = [[_cell(column, column.value(row)) for column in kept] for row in rows]
@@ -51,7 +51,7 @@ def _cell(column: Column, value: Any) -> tuple[Any, str | None]:
 
 
 def layers(document: Mapping[str, Any]) -> Table | None:
-    """Every layer."""
+    """All layers."""
     columns = [
         Column("layer", _get("layer"), order="ascending"),
         *(Column(f"weight error ({FORMATS[form].label})", _get(form), percent) for form in document["formats"]),
@@ -59,9 +59,9 @@ def layers(document: Mapping[str, Any]) -> Table | None:
         Column("hidden-state 1 - cosine", _get("hidden_cosine", lambda cosine: 1 - cosine), _short),
         Column("K scale", _get("kv_cache", lambda cache: cache["k_scale"]), _short),
         Column("V scale", _get("kv_cache", lambda cache: cache["v_scale"]), _short),
-        Column("fewest tokens of an expert", _get("experts", lambda experts: min(experts["tokens"])), number),
-        Column("most", _get("experts", lambda experts: max(experts["tokens"])), number),
-        Column("experts with the layer's scale", _get("experts", lambda experts: len(experts["fallback"]))),
+        Column("min tokens per expert", _get("experts", lambda experts: min(experts["tokens"])), number),
+        Column("max tokens per expert", _get("experts", lambda experts: max(experts["tokens"])), number),
+        Column("experts using the layer's scale", _get("experts", lambda experts: len(experts["fallback"]))),
     ]
     return make("Layers", columns, document["layers"])
 
@@ -89,13 +89,13 @@ def tensors(document: Mapping[str, Any]) -> Table | None:
 
 
 def components(document: Mapping[str, Any]) -> Table | None:
-    """Parameters and bytes by component, with a total."""
+    """Parameters, bytes and action by component, with totals."""
     sizes = {"in": "checkpoint"} | {form: FORMATS[form].label for form in document["formats"]}
     columns = [
         Column("component", _get("name"), numeric=False),
         Column("parameters", _get("parameters"), number),
         *(Column(title, _get(key), size) for key, title in sizes.items()),
-        Column("what happened to it", _get("action"), numeric=False),
+        Column("action", _get("action"), numeric=False),
     ]
     rows = [{"name": name, "action": document["actions"][name]} | row for name, row in document["components"].items()]
     table = make("Components", columns, rows)
@@ -106,14 +106,14 @@ def components(document: Mapping[str, Any]) -> Table | None:
 
 
 def datasets(document: Mapping[str, Any]) -> Table | None:
-    """What the calibration sequences were made from."""
+    """The datasets of the calibration sequences."""
     columns = [
         Column("dataset", _get("name"), numeric=False),
         Column("kind", _get("kind"), numeric=False),
         Column("weight", _get("weight"), "{:g}".format),
         Column("documents", _get("documents"), number),
-        Column("left out: empty", _get("empty"), number),
-        Column("copies of held-out", _get("copies"), number),
+        Column("skipped: empty", _get("empty"), number),
+        Column("skipped: copies of held-out", _get("copies"), number),
         Column("sequences", _get("sequences"), number),
         Column("tokens", _get("tokens"), number),
         Column("sha256", _get("sha256"), lambda digest: digest[:12], numeric=False),
@@ -122,7 +122,7 @@ def datasets(document: Mapping[str, Any]) -> Table | None:
 
 
 def schemes(document: Mapping[str, Any]) -> Table | None:
-    """How linears were quantized."""
+    """Number of linears by scheme."""
     columns = [
         Column("output", lambda row: FORMATS[row["format"]].label, numeric=False),
         Column("scheme", _get("name"), numeric=False),
@@ -137,17 +137,17 @@ def schemes(document: Mapping[str, Any]) -> Table | None:
 
 
 def versions(document: Mapping[str, Any]) -> Table | None:
-    """Packages that the figures depend on."""
+    """Versions of the packages that affect the results."""
     columns = [Column("package", _get("name"), numeric=False), Column("version", _get("version"), numeric=False)]
     return make("Versions", columns, ({"name": name, "version": found} for name, found in document["versions"].items()))
 
 
 def names(caption: str, found: Iterable[str], reasons: Mapping[str, str] | None = None) -> Table | None:
-    """Names by pattern with how many each stands for, and why where there is a reason."""
+    """Name patterns with the number of names that match each, and a reason if given."""
     columns = [
-        Column("name (* is a number)", _get("name"), numeric=False),
+        Column("name (* is any number)", _get("name"), numeric=False),
         Column("count", _get("count"), number),
-        Column("why", _get("why"), numeric=False),
+        Column("reason", _get("why"), numeric=False),
     ]
     counts = Counter((views.pattern(name), (reasons or {}).get(name)) for name in found)
     return make(caption, columns, ({"name": name, "why": why, "count": count} for (name, why), count in counts.items()))

@@ -1,4 +1,4 @@
-"""What the page shows of the tensors: values by kind of module and layer, the worst, and long lists of names by pattern."""
+"""Views of the document for the page: tensor values by module and layer, and name patterns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CONTAINERS = {"self_attn", "self_attention", "attention", "mlp", "block_sparse_
 
 
 def place(row: Row) -> tuple[int, str] | None:
-    """Layer and kind of module of a tensor, as in (3, "q_proj") or (3, "experts up_proj"); None outside the layers."""
+    """Returns layer and module of a tensor: (3, "q_proj"), (3, "experts up_proj"); None outside the layers."""
     found = _LAYER.search(row["name"])
     if found is None:
         return None
@@ -23,9 +23,9 @@ def place(row: Row) -> tuple[int, str] | None:
 
 
 def grid(rows: Iterable[Row], field: str, layers: int, pick: Callable[[float, float], float]) -> dict[str, list[float]]:
-    """`field` of the tensors by kind of module, one value a layer; experts of a layer share one, that `pick` chooses.
+    """Returns `field` of the tensors by module, one value per layer; `pick` combines the experts of a layer.
 
-    NaN where there is none. Kinds stand in the order in which the tensors first name them.
+    Missing values are NaN. Modules are in order of first appearance.
     """
     table: dict[str, list[float]] = {}
     for row in rows:
@@ -38,26 +38,26 @@ def grid(rows: Iterable[Row], field: str, layers: int, pick: Callable[[float, fl
 
 
 def of_format(document: Row, form: str) -> list[Row]:
-    """The rows of one output."""
+    """Returns the tensor rows of one output."""
     return [row for row in document["tensors"] if row["format"] == form]
 
 
 def by_layer(document: Row, field: str) -> list[float]:
-    """A field of the layers, NaN where it is null or absent."""
+    """Returns a field of all layers, with NaN for null or absent values."""
     values = (row.get(field) for row in document["layers"])
     return [NAN if value is None else value for value in values]
 
 
 def known(values: Iterable[float]) -> list[float]:
-    """The values that are there."""
+    """Returns the values that are not NaN."""
     return [value for value in values if not math.isnan(value)]
 
 
 def covered(document: Row) -> list[Row]:
-    """The layers whose experts were calibrated."""
+    """Returns the layers with expert calibration data."""
     return [row for row in document["layers"] if row.get("experts")]
 
 
 def pattern(name: str) -> str:
-    """A name with * for the numbers in it: the names of 25 600 experts have one pattern."""
+    """Replaces the numbers in a name with *, so that the names of 25,600 experts share one pattern."""
     return re.sub(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])", "*", name)

@@ -1,1 +1,1 @@
-"""Re-reads an output: files, tensors, scales, configs, and every number against the source."""
+"""Verifies an output: files, tensors, scales, configs, and every value against the source."""

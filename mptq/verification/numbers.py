@@ -1,4 +1,4 @@
-"""Every number of an output against the checkpoint that it was made from, one tensor of the source at a time."""
+"""Compares every value of an output with the source checkpoint, one source tensor at a time."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 
 def compare(outputs: list[OpenedOutput], made: dict[str, Any], source: Source) -> tuple[int, list[str]]:
-    """Compare `outputs`, whose manifest is `made`, with the checkpoint `source`: tensors compared, and failures.
+    """Compares `outputs` with `source` and returns the number of compared tensors and the failures, one line each.
 
-    Raises CheckpointError when that is another checkpoint than the manifest's. Memory: one linear of the source (those that
-    share one scale together) and of the output, and its scales.
+    `made` is the manifest of the outputs. Raises CheckpointError if `source` is not the checkpoint that the manifest names.
+    Memory: one linear of the source (with those that share its scale) and of the output, and its scales.
     """
     if source.checkpoint.fingerprint != made["source"]["metadata_sha256"]:
         raise CheckpointError(f"{source.checkpoint.directory} is not the checkpoint that this output was made from")
@@ -53,11 +53,11 @@ def compare(outputs: list[OpenedOutput], made: dict[str, Any], source: Source) -
 
 
 def _check_account(plan: Plan, made: dict[str, Any]) -> Iterator[str]:
-    """The manifest says of every tensor of the source what the recipe implies, and leaves none out."""
+    """Checks that the manifest lists every source tensor, and stores it as the recipe specifies."""
     account = report.tensor_manifest(plan)
     for name in sorted(account.keys() | made["tensors"].keys()):
         if account.get(name) != made["tensors"].get(name):
-            yield f"{name} of the source is not in the output as the recipe implies"
+            yield f"{name} of the source is not stored in the output as the recipe specifies"
     used = {part["key"] for entry in account.values() for part in entry["from"]}
     for key in sorted({*plan.source.checkpoint.tensors, *plan.source.checkpoint.blobs} - used - set(made["dropped"])):
         yield f"{key} of the source is neither in the output nor listed as dropped"
@@ -73,19 +73,19 @@ def _unquantized(plan: Plan) -> Iterator[tuple[UnquantizedTensor, int | None]]:
 
 
 class _Comparison:
-    """One tensor of the source against what an output has of it; every method returns failures as lines."""
+    """Compares source tensors with their tensors in an output; methods return failures, one line each."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.reader = Reader(plan.source.checkpoint)
 
     def source(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """A tensor of the source by its canonical name, in its own dtype."""
+        """Reads a source tensor by its canonical name, in its stored dtype."""
         out = torch.empty(shape, dtype=getattr(torch, self.plan.source.dtype(name)))
         return self.reader.read_parts(self.plan.source.places[name], out)
 
     def unquantized(self, output: OpenedOutput, tensor: UnquantizedTensor, layer: int | None) -> list[str]:
-        """One that keeps its precision equals its source bit for bit."""
+        """Checks that an unquantized tensor equals its source bit for bit."""
         name = tensor.megatron if layer is None else megatron_layer(layer) + tensor.megatron
         specs = self.plan.layouts[output.format].unquantized(tensor, layer)
         if not specs:
@@ -94,7 +94,7 @@ class _Comparison:
         return [line for key, part in wanted.items() for line in _same(key, output.load(key), part, name)]
 
     def linear(self, output: OpenedOutput, linear: LinearSpec, layer: int) -> list[str]:
-        """A linear has the scales of its source and every element within half a step of E4M3, or is a copy."""
+        """Checks that a linear is a copy, or has the scales of its source and elements within E4M3 rounding error."""
         name, layout = canonical_weight(layer, linear), self.plan.layouts[output.format]
         source, scheme = self.source(name, linear.shape), layout.scheme(layer, linear)
         parts = linear.fusion.split(source) if layout.splits else [source]
@@ -104,26 +104,26 @@ class _Comparison:
             if scheme is None or found.scale is None:
                 failures += _same(found.name, found.data, part, name)
                 continue
-            # One scale a tensor is shared by the group; blocks and rows are the projection's own.
+            # A per-tensor scale is shared by the group; scales of blocks and rows belong to the projection.
             group = self._group(linear, layer, source) if scheme.shared else part
             failures += quantized_failures(found.name, part, Fp8Weight(found.data, found.scale), scheme, group)
         return failures
 
     def _group(self, linear: LinearSpec, layer: int, source: torch.Tensor) -> torch.Tensor:
-        """The rows of all linears that have one scale with `linear`, whose own are `source`."""
+        """Returns the rows of all linears that share a scale with `linear`; `source` are its own rows."""
         others = [one for one in self.plan.assignment.sharing(layer, linear) if one != linear]
         return torch.cat([source, *(self.source(canonical_weight(layer, one), one.shape) for one in others)])
 
 
 def _same(name: str, found: torch.Tensor, source: torch.Tensor, inner: str) -> list[str]:
     same = torch.equal(found.contiguous().view(torch.uint8), source.contiguous().view(torch.uint8))
-    return [] if same else [f"{name} is not the same as {inner} of the source"]
+    return [] if same else [f"{name} differs from {inner} of the source"]
 
 
 def quantized_failures(name: str, source: torch.Tensor, weight: Fp8Weight, scheme: Scheme, group: torch.Tensor) -> list[str]:
-    """What is wrong with one quantized weight; its scale belongs to `group`, which contains `source`."""
+    """Returns failures of one quantized weight; its scale is computed from `group`, which contains `source`."""
     scale = reference_scale(group, scheme)
     if not torch.equal(weight.scale, scale.expand(weight.scale.shape)):
-        return [f"{name}: its scales are not {'powers of two for' if scheme.exponents else 'amax / 448 of'} the source"]
+        return [f"{name}: scales differ from {'the powers of two for' if scheme.exponents else 'amax / 448 of'} the source"]
     place = first_out_of_bound(source, weight, scheme)
-    return [] if place is None else [f"{name}: element {list(place)} is further from the source than E4M3 rounds"]
+    return [] if place is None else [f"{name}: element {list(place)} differs from the source by more than E4M3 rounding error"]

@@ -1,4 +1,4 @@
-"""Re-read an output: files and hashes, names and shapes, scales, configs; then, in numbers.py, every number."""
+"""Verifies the files, hashes, names, shapes, scales and configs of an output; numbers.py compares every value."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Verification:
-    """What was checked, and every failure as a line that names the file or the tensor."""
+    """Counts of what was checked, and the failures; each is one line that names the file or tensor."""
 
     files: int = 0
     tensors: int = 0
@@ -29,7 +29,7 @@ class Verification:
 
     @property
     def document(self) -> dict[str, Any]:
-        """As plain data."""
+        """The result as plain data, for `--json`."""
         return {
             "schema": 1,
             "ok": not self.failures,
@@ -41,19 +41,19 @@ class Verification:
 
 
 def verify(path: Path, against: Path | None = None, options: SourceOptions | None = None) -> Verification:
-    """Check the output at `path`, and with `against` its numbers against the checkpoint that it was made from.
+    """Checks the output at `path` and, with `against`, compares its values with the source checkpoint.
 
-    `options` are those with which the output was made.
+    `options` must be those with which the output was made.
 
-    Raises OutputError when `path` is no output of mptq, CheckpointError when `against` is no checkpoint. Memory: one
-    linear in float32, whatever the number of layers.
+    Raises OutputError if `path` is not an mptq output, and CheckpointError if `against` is not a checkpoint. Memory: one
+    linear in float32, regardless of the number of layers.
     """
     path = path.resolve()
     made = manifest.read_manifest(path)
     found = Verification()
     found.failures += check_files(path, made, found)
     if found.failures:
-        return found  # what the files hold is not what was written: nothing further would mean anything
+        return found  # the files are not what was written, so further checks would be meaningless
     nested = len(made["formats"]) > 1
     outputs = [FORMATS[form].open(path / form if nested else path) for form in made["formats"]]
     for output in outputs:
@@ -71,7 +71,7 @@ def verify(path: Path, against: Path | None = None, options: SourceOptions | Non
 
 
 def check_files(path: Path, made: dict[str, Any], found: Verification) -> Iterator[str]:
-    """Every file of the manifest is there, of its size and hash."""
+    """Checks that every file in the manifest exists, with its size and hash."""
     for name, entry in made["files"].items():
         file = path / name
         found.files += 1
@@ -80,18 +80,18 @@ def check_files(path: Path, made: dict[str, Any], found: Verification) -> Iterat
         elif file.stat().st_size != entry["bytes"]:
             yield f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}"
         elif sha256(file) != entry["sha256"]:
-            yield f"{name} has changed: its SHA-256 is not the manifest's"
+            yield f"{name} has changed: its SHA-256 does not match the manifest"
 
 
 def expected(output: OpenedOutput, made: dict[str, Any]) -> dict[str, TensorSpec]:
-    """The tensors that the manifest says this form holds."""
+    """Returns the tensors that the manifest lists for this format."""
     items = [item for entry in made["tensors"].values() for item in entry.get(output.format, [])]
     items += made["kv_cache"].get(output.format, [])
     return {item["name"]: TensorSpec(item["name"], item["dtype"], tuple(item["shape"])) for item in items}
 
 
 def check_names(output: OpenedOutput, made: dict[str, Any]) -> Iterator[str]:
-    """Every tensor of the manifest is in the files with its dtype and shape, and no other; every source tensor is there."""
+    """Checks that files and manifest list the same tensors, dtypes and shapes, and that no source tensor is missing."""
     wanted = expected(output, made)
     for name in sorted(wanted.keys() | output.specs.keys()):
         want, have = wanted.get(name), output.specs.get(name)
@@ -107,7 +107,7 @@ def check_names(output: OpenedOutput, made: dict[str, Any]) -> Iterator[str]:
 
 
 def check_scales(output: OpenedOutput, made: dict[str, Any]) -> Iterator[str]:
-    """Every FP8 weight has a scale of the shape that its scheme implies; these and calibrated ones are possible ones."""
+    """Checks that every FP8 weight has scales of the right shape, and that all scales have valid values."""
     import torch
 
     from mptq.quantize.fp8 import SCALE_FLOOR
@@ -119,17 +119,17 @@ def check_scales(output: OpenedOutput, made: dict[str, Any]) -> Iterator[str]:
         scheme = scheme_named(entry["scheme"][output.format])
         for spec in FORMATS[output.format].scales(inner, weights, scheme, made):
             if output.specs.get(spec.name) != spec:
-                yield f"{spec.name} of {inner} is not there as {spec.dtype} {list(spec.shape)}"
+                yield f"{spec.name} of {inner} is missing, or not {spec.dtype} {list(spec.shape)}"
             else:
                 yield from _check_values(output, spec.name, scheme)
     for item in _calibrated(output.format, made):
         value = output.load(item["name"]) if item["name"] in output.specs else torch.tensor(torch.nan)
         if not (torch.isfinite(value) & (value >= SCALE_FLOOR)).all():
-            yield f"{item['name']} is no finite scale of {SCALE_FLOOR:.2g} or more"
+            yield f"{item['name']} is not a finite scale of at least {SCALE_FLOOR:.2g}"
 
 
 def _check_values(output: OpenedOutput, name: str, scheme: Scheme) -> Iterator[str]:
-    """The scales called `name` are finite, and none is under the floor."""
+    """Checks that the scales in tensor `name` are finite and not below the floor."""
     import torch
 
     from mptq.quantize.fp8 import SCALE_FLOOR, powers_of_two
@@ -137,15 +137,15 @@ def _check_values(output: OpenedOutput, name: str, scheme: Scheme) -> Iterator[s
     stored = output.load(name)
     scale = torch.where(stored == _NOT_A_NUMBER, torch.nan, powers_of_two(stored)) if scheme.exponents else stored
     if not (torch.isfinite(scale) & (scale >= SCALE_FLOOR)).all():
-        yield f"{name} has scales that are not finite or less than {SCALE_FLOOR:.2g}"
+        yield f"{name} has scales that are not finite or are below {SCALE_FLOOR:.2g}"
 
 
 _NOT_A_NUMBER = 255
-"""The E8M0 byte that is no power of two."""
+"""The E8M0 byte that encodes NaN."""
 
 
 def _calibrated(form: str, made: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The tensors that calibration found."""
+    """Yields the manifest items of calibrated scales: of the KV cache and of inputs."""
     yield from made["kv_cache"].get(form, [])
     end = FORMATS[form].input_scale
     for entry in made["tensors"].values():

@@ -117,4 +117,6 @@ def test_a_changed_weight_is_detected(plan, aligned, options, tmp_path):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    assert verify(tmp_path / "out", aligned).failures == [f"npy/{file.name} has changed: its SHA-256 is not the manifest's"]
+    assert verify(tmp_path / "out", aligned).failures == [
+        f"npy/{file.name} has changed: its SHA-256 does not match the manifest"
+    ]

@@ -42,10 +42,10 @@ def test_warnings_use_its_block_size(recipe):
     args = sized(ARGS, 4096, 11008, 32, 32)
     (warning,) = warnings(planned(args, recipe))
     assert warning == (
-        "blocks of 64 of gate_proj, up_proj, down_proj split evenly over tensor-parallel servers only up to TP=4"
+        "blocks of 64 of gate_proj, up_proj, down_proj split evenly across tensor-parallel ranks only up to TP=4"
     )
     ragged = planned(whole("DeepSeek-V3") | {"kv_lora_rank": 448, "qk_pos_emb_head_dim": 32}, recipe)
-    assert any("kv_a_proj_with_mqa: 480 rows end in a part of a block" in line for line in warnings(ragged))
+    assert any("kv_a_proj_with_mqa: 480 rows end in a partial block" in line for line in warnings(ragged))
 
 
 def test_both_formats_store_it_and_verify(recipe, crossing, options, tmp_path):

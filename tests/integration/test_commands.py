@@ -90,8 +90,8 @@ def test_limits_on_the_fidelity(aligned, tokens, tmp_path):
     done = quick(aligned, tokens, out, "--max-kl", "0.0000001", "--max-ppl-increase", "1000%")
     assert done.returncode == 3
     (line,) = done.stderr.splitlines()
-    assert f"{out} is written, but the KL divergence is 0." in line
-    assert line.endswith(" nats, and the limit is 1e-07 nats")
+    assert f"{out} was written, but the KL divergence is 0." in line
+    assert line.endswith(" nats (limit 1e-07 nats)")
     gates = read_json(out / "report.json")["gates"]
     assert [(gate["name"], gate["limit"], gate["met"]) for gate in gates] == [
         ("max_kl", 1e-7, False),

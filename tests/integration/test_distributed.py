@@ -234,7 +234,7 @@ def test_ranks_that_run_together_end_together(aligned, tokens, tmp_path, sent, c
     last = told[0].strip().splitlines()[-1]
     expected = "stopped after" if sent == signal.SIGTERM else "another process of the run has exited: see its error message"
     assert last.startswith(f"mptq: {expected}")
-    assert "--resume goes on with it" in last
+    assert "pass --resume to continue" in last
     assert not out.exists()
 
 

@@ -122,8 +122,8 @@ def test_reports(tmp_path, data):
     [
         (("files", "../x"), {"bytes": 1, "sha256": "0" * 64}, r"files\.\.\./x.*outside of the output"),
         (("files", "hf/config.json", "bytes"), "1", r"files\.hf/config\.json\.bytes: Input should be a valid integer"),
-        (("formats",), ["gguf"], r"formats\.0: .*a format that mptq does not know: there are hf, megatron"),
-        (("dialect",), "mine", "the dialect 'mine' is none of"),
+        (("formats",), ["gguf"], r"formats\.0: .*unknown format, expected one of hf, megatron"),
+        (("dialect",), "mine", "unknown dialect 'mine', expected one of"),
         (("tensors", "decoder.final_layernorm.weight", "hf"), [3], r"tensors\.decoder\.final_layernorm\.weight\.hf\.0: "),
         (("recipe",), [], "recipe: Input should be a valid dictionary"),
     ],

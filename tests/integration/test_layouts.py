@@ -307,7 +307,7 @@ def test_positions_taken_from_the_training_length_are_a_warning(aligned, tmp_pat
     root = bridge(aligned, tmp_path / "copy", max_position_embeddings=None, seq_length=64)
     length, notes = positions(root)
     assert (length, len(notes)) == (64, 1)
-    assert "max_position_embeddings is 64, the sequence length of the training" in notes[0]
+    assert "max_position_embeddings is 64, the training sequence length" in notes[0]
     assert positions(root, SourceOptions(config=("max_position_embeddings=512",))) == (512, [])
 
 

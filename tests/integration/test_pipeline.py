@@ -391,7 +391,7 @@ def test_interrupt_leaves_no_output(aligned, tmp_path):
     while process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     assert process.returncode == 130
-    assert "mptq: interrupted; what was finished before is kept (1 of its steps): --resume" in process.stderr.read()
+    assert "mptq: interrupted; progress is kept (finished steps: 1): pass --resume" in process.stderr.read()
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
 
 

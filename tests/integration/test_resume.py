@@ -74,7 +74,7 @@ def test_activations_and_metrics_resume_too(request, model, recipe, memory, opti
 def test_an_unfinished_run_is_not_overwritten_by_mistake(aligned, tmp_path):
     plan = make_plan(aligned, "fp8-blockwise")
     stopped(plan, tmp_path / "out", 2)
-    with pytest.raises(OutputError, match="of which 2 steps are kept: pass --resume to go on with it, or --overwrite to begin"):
+    with pytest.raises(OutputError, match=r"did not complete \(finished steps: 2\): pass --resume to continue it, or"):
         run(plan, tmp_path / "out", PLAIN)
     run(plan, tmp_path / "out", replace(PLAIN, overwrite=True))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -146,7 +146,7 @@ def test_a_damaged_journal_is_one_line(aligned, old, new, tmp_path):
     stopped(plan, tmp_path / "out", 2)
     file = tmp_path / ".out.partial" / journal.NAME
     file.write_text(file.read_text().replace(old, new))
-    with pytest.raises(OutputError, match=r"\.journal is damaged .*: pass --overwrite to begin again"):
+    with pytest.raises(OutputError, match=r"\.journal is damaged .*: pass --overwrite to start over"):
         run(plan, tmp_path / "out", replace(PLAIN, resume=True))
 
 
@@ -164,7 +164,7 @@ def test_a_full_disk_is_one_line_and_the_run_resumes(aligned, tmp_path, tmp_path
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OutputError, match="cannot be written: No space left on device") as caught:
         run(plan, tmp_path / "out", PLAIN)
-    assert "--resume goes on" in caught.value.__notes__[0]
+    assert "pass --resume to continue" in caught.value.__notes__[0]
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     run(plan, tmp_path / "out", replace(PLAIN, resume=True))
@@ -224,7 +224,7 @@ def test_sigterm_finishes_the_layer_and_exits_with_75(aligned, tmp_path, tmp_pat
     rest = process.stderr.read()
     assert process.wait() == 75, rest
     assert "mptq: stopped after " in rest
-    assert "--resume goes on with it" in rest
+    assert "pass --resume to continue" in rest
     assert subprocess.run(command, check=False).returncode == 0
     check(
         tmp_path / "out",

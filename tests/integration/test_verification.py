@@ -50,7 +50,7 @@ def test_flipped_bit(out):
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)
-    assert verify(out).failures == ["hf/model.safetensors has changed: its SHA-256 is not the manifest's"]
+    assert verify(out).failures == ["hf/model.safetensors has changed: its SHA-256 does not match the manifest"]
 
 
 def test_missing_and_short_files(out):
@@ -70,18 +70,18 @@ def test_a_wrong_number_is_detected_only_against_the_source(out, aligned):
 
     edit_hf(out, change)
     assert verify(out).failures == []
-    assert verify(out, aligned).failures == [f"{name}: element [5, 6] is further from the source than E4M3 rounds"]
+    assert verify(out, aligned).failures == [f"{name}: element [5, 6] differs from the source by more than E4M3 rounding error"]
 
 
 def test_wrong_scale(out, aligned):
     name = "model.layers.1.self_attn.k_proj.weight"
     edit_hf(out, lambda tensors: tensors[name + "_scale_inv"].mul_(1.0000002))
-    assert verify(out, aligned).failures == [f"{name}: its scales are not amax / 448 of the source"]
+    assert verify(out, aligned).failures == [f"{name}: scales differ from amax / 448 of the source"]
 
 
 def test_a_changed_copy_is_detected(out, aligned):
     edit_hf(out, lambda tensors: tensors["model.norm.weight"].mul_(2))
-    message = "model.norm.weight is not the same as decoder.final_layernorm.weight of the source"
+    message = "model.norm.weight differs from decoder.final_layernorm.weight of the source"
     assert verify(out, aligned).failures == [message]
 
 
@@ -89,7 +89,7 @@ def test_a_changed_copy_is_detected(out, aligned):
 def test_impossible_scales_are_detected(out, value):
     name = "model.layers.1.self_attn.k_proj.weight_scale_inv"
     edit_hf(out, lambda tensors: tensors[name].fill_(value))
-    assert verify(out).failures == [f"{name} has scales that are not finite or less than 1.8e-12"]
+    assert verify(out).failures == [f"{name} has scales that are not finite or are below 1.8e-12"]
 
 
 def test_names_and_shapes(out):
@@ -111,7 +111,7 @@ def test_exclude_list(out):
     config["quantization_config"]["modules_to_not_convert"] = []
     path.write_text(json.dumps(config))
     resign(out, "hf/config.json")
-    assert verify(out).failures == ["config.json excludes ['lm_head'] wrongly: engines would misread them"]
+    assert verify(out).failures == ["config.json has missing or extra excluded modules ['lm_head']: engines would misread them"]
 
 
 def test_unaccounted_source_tensor(out, aligned):
@@ -134,7 +134,7 @@ def test_no_output(tmp_path):
     with pytest.raises(OutputError, match="is damaged"):
         verify(tmp_path)
     (tmp_path / "manifest.json").write_text('{"schema": 99}')
-    with pytest.raises(OutputError, match="is not of schema 3"):
+    with pytest.raises(OutputError, match="does not have schema version 3"):
         verify(tmp_path)
     (tmp_path / "manifest.json").write_text('{"schema": 3, "recipe": {}}')
     with pytest.raises(OutputError, match="recipe.name: Field required"):

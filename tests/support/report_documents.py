@@ -49,7 +49,7 @@ def document(shape: Shape = Shape()) -> dict[str, Any]:  # noqa: B008
             for layer in range(shape.layers)
         },
         "predicted_peak_bytes": 1_113_246_208,
-        "warnings": ["blocks of 128 split evenly over tensor-parallel servers only up to TP=2"],
+        "warnings": ["blocks of 128 split evenly across tensor-parallel ranks only up to TP=2"],
         "calibration": calibration(shape) if shape.fidelity else None,
         "fidelity": fidelity() if shape.fidelity else None,
         "gates": gates() if shape.fidelity else [],

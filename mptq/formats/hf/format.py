@@ -1,4 +1,4 @@
-"""The Hugging Face format, as vLLM, SGLang, TensorRT-LLM and transformers load it. No torch at import."""
+"""The Hugging Face format, for vLLM, SGLang, TensorRT-LLM and transformers. Importing it does not import torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class HfFormat(Format):
-    """safetensors shards, config.json with a quantization config, and the tokenizer."""
+    """Writes safetensors shards, config.json with a quantization config, and the tokenizer files."""
 
     name = "hf"
     label = "Hugging Face"
@@ -42,7 +42,7 @@ class HfFormat(Format):
     input_scale = ".input_scale"
 
     def check(self, layout: Layout) -> None:
-        """Raise RecipeError or UnsupportedModelError for what no engine would read."""
+        """Raises RecipeError or UnsupportedModelError for an output that no engine could load."""
         assert isinstance(layout, HfLayout)
         _require_family(layout)
         recipe, schemes = layout.assignment.recipe, layout.assignment.schemes
@@ -56,17 +56,17 @@ class HfFormat(Format):
             _refuse_nothing(layout)
         if not set(used) <= set(carried(layout.dialect_name)):
             raise RecipeError(
-                f"{recipe.name}: no Hugging Face form that engines read holds {' and '.join(used)} weights together: use one "
-                "of them, or --format megatron"
+                f"{recipe.name}: no Hugging Face quantization format can mix {' and '.join(used)} weights: use one of these "
+                "schemes, or --format megatron"
             )
 
     def warnings(self, layout: Layout) -> list[str]:
-        """What engines make of the output."""
+        """Returns warnings about how engines load the output."""
         assert isinstance(layout, HfLayout)
         return warnings(layout)
 
     def store_linear(self, layout: Layout, linear: QuantizedLinear) -> Stored:
-        """Each projection's weight and scales."""
+        """Returns the weight and scales of each projection."""
         from mptq.formats.hf import store
 
         assert isinstance(layout, HfLayout)
@@ -75,50 +75,50 @@ class HfFormat(Format):
     def store_unquantized(
         self, tensor: UnquantizedTensor, specs: Sequence[TensorSpec], values: torch.Tensor, first: int
     ) -> Stored:
-        """The tensor, or its projections."""
+        """Returns the tensor, or one tensor per projection."""
         from mptq.formats.hf import store
 
         return store.store_unquantized(tensor, specs, values, first)
 
     def store_kv_cache(self, layout: Layout, layer: int, amax: Sequence[torch.Tensor]) -> Stored:
-        """k_scale and v_scale."""
+        """Returns k_scale and v_scale."""
         from mptq.formats.hf import store
 
         assert isinstance(layout, HfLayout)
         return store.store_kv_cache(layout, layer, amax)
 
     def writer(self, layout: Layout, directory: Path, options: WriterOptions, resumed: Resumed) -> Writer:
-        """Shards of at most `max_shard_bytes`."""
+        """Returns a writer of shards of at most `max_shard_bytes`."""
         from mptq.formats.hf.writer import HfWriter
 
         assert isinstance(layout, HfLayout)
         return HfWriter(directory, layout, options, resumed.names)
 
     def open(self, directory: Path) -> OpenedOutput:
-        """The safetensors files in `directory`."""
+        """Opens the safetensors files in `directory`."""
         return OpenedOutput(self.name, directory, read_headers(directory), _loader(directory))
 
     def scales(
         self, _canonical: str, weights: Sequence[Mapping[str, Any]], scheme: Scheme, manifest: Mapping[str, Any]
     ) -> Iterator[TensorSpec]:
-        """One tensor a projection."""
+        """Yields one scale tensor per projection."""
         dialect = DIALECTS[manifest["dialect"]]
         for weight in weights:
             yield dialect.scale(weight["name"].removesuffix(".weight"), scheme, *weight["shape"])
 
     def load_linear(self, layout: Layout, output: OpenedOutput, layer: int, linear: LinearSpec) -> Iterator[LoadedWeight]:
-        """Each projection."""
+        """Yields the weight of each projection."""
         from mptq.formats.hf import store
 
         assert isinstance(layout, HfLayout)
         return store.load_linear(layout, output, layer, linear)
 
     def lacks(self, canonical: str) -> bool:
-        """Whether it is of multi-token prediction layers, which no architecture here has."""
+        """Whether the tensor belongs to multi-token prediction layers, which no Hugging Face architecture here has."""
         return canonical.startswith(MTP)
 
     def verify(self, output: OpenedOutput, manifest: Mapping[str, Any]) -> Iterator[str]:
-        """The index, and the exclude list of config.json."""
+        """Checks the index and the exclude list of config.json."""
         return check_config(output, manifest)
 
 
@@ -145,13 +145,13 @@ def _require_family(layout: HfLayout) -> None:
     if family_of(layout.model) is None:
         near = nearest_family(layout.model)
         raise UnsupportedModelError(
-            f"no Hugging Face architecture that mptq writes expresses this model; the nearest, {near.name}, differs in "
+            f"no Hugging Face architecture that mptq writes can represent this model; the nearest, {near.name}, differs in "
             f"{'; '.join(near.missing(layout.model))}: use --format megatron"
         )
 
 
 def _misaligned(layout: HfLayout) -> list[str]:
-    """Modules of the first layer that has any whose dimensions rule the recipe's scheme out in the hf output."""
+    """Returns the modules whose dimensions do not fit the recipe's scheme, in the first layer that has any."""
     for layer in range(layout.model.num_layers):
         found = [
             hf_layer(layout.model, layer) + name
@@ -168,8 +168,8 @@ def _refuse_misaligned(layout: HfLayout) -> None:
     found = _misaligned(layout)
     if found:
         raise RecipeError(
-            f"{layout.assignment.recipe.name}: {', '.join(found)} (and their like in other layers) are not whole blocks, and "
-            "the recipe says `misaligned: error`: use `misaligned: keep` or `per-channel`"
+            f"{layout.assignment.recipe.name}: {', '.join(found)} (and the same modules in other layers) have sizes that are "
+            "not multiples of the block size, and the recipe sets `misaligned: error`: use `misaligned: keep` or `per-channel`"
         )
 
 
@@ -180,7 +180,7 @@ def _refuse_nothing(layout: HfLayout) -> None:
     recipe = layout.assignment.recipe
     assert recipe.scheme is not None
     raise RecipeError(
-        f"{recipe.name}: no linear of this model has rows and columns that are all multiples of "
+        f"{recipe.name}: no linear of this model has sizes that are all multiples of "
         f"{max(recipe.scheme.unit)} (sizes {', '.join(map(str, sizes))}), so nothing would be quantized in the hf "
         f"output: use --recipe {' or '.join(others)}, or --format megatron"
     )

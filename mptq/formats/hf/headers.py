@@ -1,4 +1,4 @@
-"""The headers of safetensors files. No torch.
+"""Reads the headers of safetensors files. Does not import torch.
 
 Source: https://github.com/huggingface/safetensors, "Format".
 """
@@ -28,9 +28,9 @@ _SAFETENSORS_DTYPES = {
 
 
 def read_headers(path: Path) -> dict[str, TensorSpec]:
-    """Every tensor of the safetensors files in a directory, from their headers.
+    """Returns the specs of all tensors in the safetensors files of a directory, read from their headers.
 
-    Raises CheckpointError for a file that is not safetensors, or has a dtype that is not known.
+    Raises CheckpointError for an invalid safetensors file or an unknown dtype.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -45,5 +45,5 @@ def read_headers(path: Path) -> dict[str, TensorSpec]:
                         raise CheckpointError(f"{file}: {name} has the unknown dtype {piece.get_dtype()}")
                     specs[name] = TensorSpec(name, dtype, tuple(piece.get_shape()))
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from error
+            raise CheckpointError(f"{file} is not a valid safetensors file: {error}") from error
     return specs

@@ -1,6 +1,6 @@
-"""The tensors of the Hugging Face format, and the modules that engines must not expect in FP8. No torch.
+"""Tensors of the Hugging Face format, and the modules to exclude from quantization. Does not import torch.
 
-docs/formats.md has the forms, and which engine reads which.
+See docs/formats.md for the dialects and the engines that load them.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from mptq.recipes.schemes import ROWS, Scheme, carried
 from mptq.types import TensorSpec
 
 _CACHED = {"attention": K_AND_V, "mla": ("latent", "latent")}
-"""Mixer -> what a layer's KV cache holds in engines.
+"""Mixer -> what engines store in a layer's KV cache.
 
-"latent" is the row that they cache of multi-latent attention: the latent after its norm and the rotated shared key, with one
-scale (vLLM: `concat_and_cache_mla` takes `_k_scale` alone).
+For multi-latent attention this is one "latent" row per token: the normalized latent and the rotated shared key, with a
+single scale (vLLM's `concat_and_cache_mla` takes only `_k_scale`).
 """
 
 
 class HfLayout(Layout):
-    """Projections each by themselves, in the form (`dialect`) that the recipe names or all of its schemes need."""
+    """Stores each projection separately, in the recipe's dialect or in one that supports all of its schemes."""
 
     splits = True
     takes_rows = True
 
     def scheme(self, layer: int, linear: LinearSpec) -> Scheme | None:
-        """The recipe's, where engines read it of the linear and of all that they fuse with it."""
+        """The recipe's scheme if it fits the linear and those fused with it in engines, else as `misaligned` sets."""
         wanted = self.assignment.scheme(layer, linear)
         if wanted is None or self.assignment.group_fits(layer, linear):
             return wanted
         return ROWS if self.assignment.recipe.misaligned == "per-channel" else None
 
     def linear(self, layer: int, linear: LinearSpec) -> tuple[TensorSpec, ...]:
-        """Of each projection its weight, scale and static input scale."""
+        """Weight, scale and static input scale of each projection."""
         scheme, dtype, found = self.scheme(layer, linear), self.dtype(layer, linear), list[TensorSpec]()
         for member, shape in linear.members:
             name = hf_layer(self.model, layer) + member
@@ -47,11 +47,11 @@ class HfLayout(Layout):
         return tuple(found)
 
     def weights(self, layer: int, linear: LinearSpec) -> tuple[str, ...]:
-        """Those of the projections."""
+        """Weight names of the projections."""
         return tuple(f"{hf_layer(self.model, layer)}{member}.weight" for member in linear.hf)
 
     def unquantized(self, tensor: UnquantizedTensor, layer: int | None = None) -> tuple[TensorSpec, ...]:
-        """One tensor, or one a projection; none of what Hugging Face does not have."""
+        """One tensor, or one per projection; empty for a tensor that the Hugging Face model does not have."""
         dtype = self.source.dtype(("" if layer is None else megatron_layer(layer)) + tensor.megatron)
         prefix = "" if layer is None else hf_layer(self.model, layer)
         named = zip(tensor.hf, tensor.hf_shapes, strict=True) if tensor.hf else ()
@@ -62,16 +62,16 @@ class HfLayout(Layout):
         return self.dialect.kv_scales(hf_layer(self.model, layer))
 
     def cached(self, layer: int) -> tuple[str, ...]:
-        """What engines cache."""
+        """What the scales of a layer's KV cache apply to in engines."""
         return _CACHED[self.model.kinds[layer].mixer] if self.assignment.has_cache(layer) else ()
 
     @cached_property
     def contents(self) -> Contents:
-        """Modules by scheme, and those that engines must not expect in FP8."""
+        """Modules by scheme, and the modules to exclude from quantization."""
         groups: dict[Scheme | None, list[str]] = {None: ["lm_head"]}
         for layer in range(self.model.num_layers):
             prefix = hf_layer(self.model, layer)
-            # An unquantized matrix of a layer (a router) is a linear to engines.
+            # Engines treat an unquantized matrix of a layer (a router) as a linear.
             matrices = [tensor for tensor in layer_copies(self.model, layer) if len(tensor.shape) == 2]
             groups[None] += [prefix + name.removesuffix(".weight") for tensor in matrices for name in tensor.hf]
             for linear in self.assignment.layer(layer):
@@ -81,12 +81,12 @@ class HfLayout(Layout):
 
     @property
     def excluded(self) -> list[str]:
-        """The modules that keep their precision beside those that do not."""
+        """The modules to exclude from quantization; empty if the output has no quantized modules."""
         return list(self.contents.excluded) if self.contents.groups else []
 
     @property
     def dialect_name(self) -> str:
-        """The recipe's, unless it cannot hold all the schemes together."""
+        """The recipe's dialect, or compressed-tensors if that does not support the schemes; "plain" without schemes."""
         used, wanted = [scheme.name for scheme in self.contents.groups], self.assignment.recipe.hf
         if not used:
             return "plain"
@@ -95,7 +95,7 @@ class HfLayout(Layout):
 
     @cached_property
     def dialect(self) -> Dialect:
-        """How names, shapes and configs are spelled."""
+        """Names, shapes and configs of the quantized tensors."""
         return DIALECTS[self.dialect_name]
 
     @property

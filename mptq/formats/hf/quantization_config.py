@@ -1,6 +1,6 @@
-"""How quantized weights are spelled in a Hugging Face checkpoint, so that engines load them. No torch.
+"""How Hugging Face checkpoints name and describe quantized weights. Does not import torch.
 
-docs/formats.md has the details, and which engine reads which.
+See docs/formats.md for details and the engines that load each dialect.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mptq.types import TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What an output holds: modules by scheme, those that keep their precision, and whether the KV cache has scales."""
+    """Contents of an output: modules by scheme, unquantized modules, and whether the KV cache has scales."""
 
     groups: Mapping[Scheme, Sequence[str]]
     excluded: Sequence[str]
@@ -25,9 +25,9 @@ class Contents:
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """Names of the tensors beside `weight`, their shapes, and the configs. A scalar is stored with `scalar` as its shape.
+    """Names and shapes of the scales, and the configs, of one quantization format.
 
-    `kv` are the names, within a layer, of the scales of K and V.
+    `kv` are the names of the K and V scales within a layer; `scalar` is the shape in which a scalar is stored.
     """
 
     scale_name: str
@@ -37,19 +37,19 @@ class Dialect:
     files: Callable[[Contents], dict[str, Any]] = lambda _: {}
 
     def scale(self, module: str, scheme: Scheme, rows: int, columns: int) -> TensorSpec:
-        """The scales of a weight [rows, columns]."""
+        """The scale tensor of a weight [rows, columns]."""
         shape = scheme.grid(rows, columns) or self.scalar
         if scheme.shared and not scheme.static:
-            # Engines read one scale a row everywhere, and one a tensor not everywhere: it is repeated for every row.
+            # All engines support one scale per row, but not all support one per tensor: repeat it for every row.
             shape = (rows, 1)
         return TensorSpec(f"{module}.{self.scale_name}", scheme.scale_dtype, shape)
 
     def input_scale(self, module: str) -> TensorSpec:
-        """The calibrated scale of a linear's input."""
+        """The static input scale of a linear."""
         return TensorSpec(f"{module}.input_scale", "float32", self.scalar)
 
     def kv_scales(self, layer: str) -> tuple[TensorSpec, TensorSpec]:
-        """The scales of a layer's K and V; `layer` is the prefix of its names."""
+        """The K and V scales of a layer; `layer` is the prefix of its tensor names."""
         key, value = (TensorSpec(layer + name, "float32", self.scalar) for name in self.kv)
         return key, value
 
@@ -74,7 +74,7 @@ def _compressed_tensors(contents: Contents) -> dict[str, Any]:
     for number, (scheme, modules) in enumerate(contents.groups.items()):
         form = scheme.forms["compressed-tensors"]
         groups[f"group_{number}"] = {
-            # A class matches every linear, so several groups name their modules.
+            # "Linear" matches every linear, so multiple groups must list their modules.
             "targets": ["Linear"] if len(contents.groups) == 1 else list(modules),
             "weights": _EIGHT_BITS | form["weights"],
             "input_activations": _EIGHT_BITS | form["input_activations"],
@@ -91,7 +91,7 @@ def _compressed_tensors(contents: Contents) -> dict[str, Any]:
 
 
 def _modelopt_form(contents: Contents) -> tuple[Scheme, str, dict[str, Any]]:
-    """The scheme, ModelOpt's name of its algorithm, and the size of its blocks where it has any."""
+    """The scheme, ModelOpt's name for its algorithm, and its block size, if any."""
     (scheme,) = contents.groups
     sizes = dict(scheme.forms["modelopt"])
     return scheme, sizes.pop("quant_algo"), sizes
@@ -112,7 +112,7 @@ def _modelopt(contents: Contents) -> dict[str, Any]:
 
 
 def _modelopt_files(contents: Contents) -> dict[str, Any]:
-    """TensorRT-LLM prefers this file to config.json; the two say the same."""
+    """TensorRT-LLM prefers this file to config.json; both have the same content."""
     _, algorithm, sizes = _modelopt_form(contents)
     quantization = {
         "quant_algo": algorithm,

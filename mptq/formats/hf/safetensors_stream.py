@@ -1,8 +1,8 @@
-"""Write safetensors files tensor by tensor, in any order, without holding a file in memory.
+"""Writes safetensors files tensor by tensor, in any order, without holding a file in memory.
 
 Format: 8 bytes of little-endian header length, a JSON header padded with spaces to a multiple of 8, then the tensors
-without gaps. Order within a file: by dtype (widest first), then name, which is what the safetensors library writes, and
-keeps every tensor aligned. Source: https://github.com/huggingface/safetensors (README, "Format").
+without gaps. Tensors are ordered by dtype (widest first), then name, as in the safetensors library; this keeps every
+tensor aligned. Source: https://github.com/huggingface/safetensors (README, "Format").
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float8_e4m3fn": "F8_E4M3", "uint8": "U8"}
 _ALIGNMENT = ("float32", "bfloat16", "float16", "float8_e4m3fn", "uint8")
-"""Dtypes in the order of the library's: by size, then by its own enumeration."""
+"""Dtypes in the order of the safetensors library: by size, then by its own enumeration."""
 
 
 class ShardFile:
-    """One safetensors file, its header written first and its tensors at their places as they come.
+    """One safetensors file. The header is written first, then each tensor at its offset, in any order.
 
-    `done` are those that need not come. A file that has been `begun`, by another run or process, is opened again.
+    `done` are the names of tensors that are already written. With `begun`, the file was created by another run or process
+    and is reopened.
     """
 
     def __init__(self, path: Path, specs: Iterable[TensorSpec], done: Container[str] = (), begun: bool = False) -> None:
@@ -58,7 +59,7 @@ class ShardFile:
         return not self._missing
 
     def write(self, name: str, tensor: torch.Tensor, first: int = 0) -> None:
-        """Write `tensor` at its place, or the rows from `first` on; dtype and shape must be those that were announced."""
+        """Writes a tensor, or rows of it from row `first` on; dtype and shape must match its spec."""
         import torch
 
         spec, offset = self._specs[name]
@@ -80,16 +81,16 @@ class ShardFile:
         begin_sync(self._descriptor, start, size)
 
     def sync(self) -> None:
-        """Wait until what was written is on the disk."""
+        """Waits until all written data is on disk."""
         os.fdatasync(self._descriptor)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Closes the file."""
         os.close(self._descriptor)
 
 
 def assign_shards(specs: Sequence[TensorSpec], max_bytes: int) -> list[list[TensorSpec]]:
-    """Tensors in the order they come, in files of at most `max_bytes` each (a larger tensor has a file of its own)."""
+    """Splits tensors, in order, into files of at most `max_bytes` each (a larger tensor gets its own file)."""
     shards: list[list[TensorSpec]] = [[]]
     filled = 0
     for spec in specs:

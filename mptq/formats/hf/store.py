@@ -1,4 +1,4 @@
-"""What the Hugging Face format stores of tensors, and loads again."""
+"""Converts tensors to and from the Hugging Face format."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def store_linear(layout: HfLayout, linear: QuantizedLinear) -> Stored:
-    """The projections, each quantized or as it is."""
+    """Returns the tensors of each projection, quantized or in the original precision."""
     spec, specs = linear.spec, iter(layout.linear(linear.layer, linear.spec))
     found: dict[str, torch.Tensor] = {}
     if linear.weights is None:
@@ -30,7 +30,7 @@ def store_linear(layout: HfLayout, linear: QuantizedLinear) -> Stored:
     for weight, _ in linear.weights:
         data, scale = next(specs), next(specs)
         found[data.name] = weight.data.cpu()
-        # Not contiguous(), for which a single element is contiguous whatever its stride: writers want bytes.
+        # contiguous() would keep the stride of a single element, and writers need the raw bytes.
         found[scale.name] = weight.scale.expand(scale.shape).clone(memory_format=torch.contiguous_format).cpu()
         if linear.input_amax is not None:
             static = next(specs)
@@ -39,19 +39,19 @@ def store_linear(layout: HfLayout, linear: QuantizedLinear) -> Stored:
 
 
 def store_unquantized(tensor: UnquantizedTensor, specs: Sequence[TensorSpec], values: torch.Tensor, first: int) -> Stored:
-    """The tensor, or its projections; rows of a padded vocabulary's padding alone are nothing to Hugging Face."""
+    """Returns the tensor, or one tensor per projection; empty for rows that are all vocabulary padding."""
     parts = zip(specs, tensor.for_hf(values, first), strict=True) if specs else ()
     return Stored({spec.name: part for spec, part in parts if len(part)})
 
 
 def store_kv_cache(layout: HfLayout, layer: int, amax: Sequence[torch.Tensor]) -> Stored:
-    """k_scale and v_scale: amax / 448."""
+    """Returns k_scale and v_scale: amax / 448, float32."""
     pairs = zip(layout.kv_cache(layer), amax, strict=True)
     return Stored({spec.name: scale_of(value).reshape(spec.shape).cpu() for spec, value in pairs})
 
 
 def load_linear(layout: HfLayout, output: OpenedOutput, layer: int, linear: LinearSpec) -> Iterator[LoadedWeight]:
-    """Each projection."""
+    """Yields the weight of each projection."""
     specs = {spec.name for spec in layout.linear(layer, linear)}
     for name in layout.weights(layer, linear):
         scale = f"{name.removesuffix('.weight')}.{layout.dialect.scale_name}"

@@ -1,4 +1,4 @@
-"""The files of a Hugging Face tokenizer, which an output has as they are. No torch."""
+"""Copies the files of a Hugging Face tokenizer to an output. Does not import torch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
 )
-"""What transformers' tokenizers save; copied as they are."""
+"""Files that transformers tokenizers save; they are copied unchanged."""
 
 
 def tokenizer_files(directory: Path) -> list[Path]:
-    """The tokenizer files in a directory."""
+    """Returns the tokenizer files in a directory."""
     return [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[Path]:
-    """Copy the tokenizer's files; return the copies."""
+    """Copies the tokenizer files and returns the paths of the copies."""
     return [Path(shutil.copyfile(file, target / file.name)) for file in tokenizer_files(source)]

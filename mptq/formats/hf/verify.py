@@ -1,4 +1,4 @@
-"""The JSON files of a Hugging Face output against its tensors. No torch."""
+"""Checks the JSON files of a Hugging Face output against its tensors. Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from mptq.model.tensors import LAYERS
 
 
 def check_config(output: OpenedOutput, made: Mapping[str, Any]) -> Iterator[str]:
-    """The exclude list of config.json is exactly the matrices of layers that are not in FP8, and the index covers all."""
+    """Checks that config.json excludes exactly lm_head and the unquantized layer matrices, and checks the index."""
     index = output.directory / "model.safetensors.index.json"
     if index.is_file() and _indexed(index) != set(output.specs):
-        yield f"{index.name} does not list the tensors of the files"
+        yield f"{index.name} does not match the tensors in the files"
     if made["dialect"] == "plain":
         return
     listed = _excluded(output.directory / "config.json")
     if listed is None:
-        yield "config.json has no quantization_config that engines read"
+        yield "config.json has no valid quantization_config"
         return
     plain = {"lm_head"}
     for items in (entry.get("hf", []) for inner, entry in made["tensors"].items() if inner.startswith(LAYERS)):
         weights = [item for item in items if item["name"].endswith(".weight") and len(item["shape"]) == 2]
         plain |= {item["name"].removesuffix(".weight") for item in weights if item["dtype"] != "float8_e4m3fn"}
     if listed != plain:
-        yield f"config.json excludes {sorted(listed ^ plain)[:3]} wrongly: engines would misread them"
+        yield f"config.json has missing or extra excluded modules {sorted(listed ^ plain)[:3]}: engines would misread them"
 
 
 def _excluded(path: Path) -> set[str] | None:
-    """The modules that a config.json excludes from quantization, or None where it does not say."""
+    """Returns the modules that config.json excludes from quantization, or None without a valid quantization_config."""
     try:
         config = json.loads(path.read_text())["quantization_config"]
         listed = set(config.get("modules_to_not_convert") or config.get("ignore") or [])
@@ -41,7 +41,7 @@ def _excluded(path: Path) -> set[str] | None:
 
 
 def _indexed(path: Path) -> set[str] | None:
-    """The tensors that an index lists, or None where it is none."""
+    """Returns the tensor names in an index file, or None if the file is not a valid index."""
     try:
         return set(json.loads(path.read_text())["weight_map"])
     except (ValueError, KeyError, TypeError, RecursionError):

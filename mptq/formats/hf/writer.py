@@ -1,4 +1,4 @@
-"""The Hugging Face form: safetensors shards, their index, config.json with the quantization config, the tokenizer."""
+"""Writes the Hugging Face format: safetensors shards, index, config.json with a quantization config, tokenizer."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ if TYPE_CHECKING:
 
 
 class HfWriter(Writer):
-    """Writes the tensors of `layout`, which come layer by layer, in files of at most `options.max_shard_bytes`.
+    """Writes the tensors of `layout`, layer by layer, to files of at most `options.max_shard_bytes`.
 
-    Memory: the tensors of one call to `write`; a shard is opened with its first tensor and closed with its last. `done` are
-    the tensors that an earlier run has written. Where several processes write, each its own tensors, `prepare` makes the
-    files before.
+    Memory: the tensors of one call to `write`. A shard is opened with its first tensor and closed with its last. `done` are
+    the tensors that an earlier run has written. If several processes write, `prepare` creates the files in advance.
     """
 
     def __init__(self, directory: Path, layout: HfLayout, options: WriterOptions, done: Collection[str] = frozenset()) -> None:
@@ -42,22 +41,25 @@ class HfWriter(Writer):
         self._begun = {name for name, shard in self._shards.items() if any(spec.name in done for spec in shard)}
 
     def prepare(self) -> None:
-        """Make every file that is not there."""
+        """Creates the files that do not exist yet."""
         for name in self._shards:
             if name not in self._begun:
                 ShardFile(self.directory / name, self._shards[name]).close()
 
     def prepared(self) -> None:
-        """Every file is there: none is to be made."""
+        """Marks all files as created by another process."""
         self._begun = set(self._shards)
 
     @property
     def complete(self) -> list[Path]:
-        """The files that an earlier run has completed."""
+        """The files that an earlier run completed."""
         return [self.directory / name for name, shard in self._shards.items() if all(spec.name in self._done for spec in shard)]
 
     def write(self, output: LayerOutput) -> list[Path]:
-        """Write tensors; return the files that are complete now. The last of a unit's waits until they are on the disk."""
+        """Writes tensors and returns the files that are now complete.
+
+        After the last tensors of a unit, waits until all of it is on disk.
+        """
         done = []
         for tensor_name, tensor in output.tensors["hf"].items():
             name = self._file_of[tensor_name]
@@ -75,11 +77,11 @@ class HfWriter(Writer):
         return done
 
     def join(self, _accounts: Mapping[int, None]) -> None:
-        """All units are written, by whatever process."""
+        """Closes open files once all processes have written their units."""
         self.abort()
 
     def finish(self) -> list[Path]:
-        """Write the index, the tokenizer's files and the configs; return all files."""
+        """Writes the index, the tokenizer files and the configs, and returns all files."""
         assert not self._open, f"{sorted(self._open)} are incomplete"
         written = [self.directory / name for name in self._shards]
         written += copy_tokenizer(self.options.tokenizer, self.directory) if self.options.tokenizer else []
@@ -90,16 +92,16 @@ class HfWriter(Writer):
         return written + [_write_json(self.directory / name, config) for name, config in configs.items()]
 
     def abort(self) -> None:
-        """Close what is open; the directory is the caller's to remove."""
+        """Closes open files; the caller removes the directory."""
         for file in self._open.values():
             file.close()
         self._open.clear()
 
 
 def hf_configs(layout: HfLayout, generation: Generation) -> dict[str, dict[str, Any]]:
-    """config.json of the output, made by transformers' own config class, and the other configs, by name.
+    """Returns the config files of the output by name; config.json is made with the config class of transformers.
 
-    There is a generation_config.json where something is known of generation.
+    generation_config.json is included if any generation settings are known.
     """
     import transformers
 
@@ -107,7 +109,7 @@ def hf_configs(layout: HfLayout, generation: Generation) -> dict[str, dict[str, 
     family = family_of(model)
     assert family is not None, "planned without a Hugging Face architecture"
     given = config_fields(model, family) | dict(generation.ids)
-    # The older names of the rotary embedding are for other readers: transformers would take them for changes.
+    # Older rotary embedding keys are for other readers: transformers would treat them as overrides.
     older = {name: given.pop(name) for name in _OLDER if name in given}
     config = getattr(transformers, family.config_class)(**given)
     fields: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
@@ -115,12 +117,12 @@ def hf_configs(layout: HfLayout, generation: Generation) -> dict[str, dict[str, 
     quantization = dialect.config(contents)
     if quantization is not None:
         fields["quantization_config"] = quantization
-    told = {"generation_config.json": dict(generation.fields)} if generation.fields else {}
-    return {"config.json": fields} | told | dialect.files(contents)
+    generation_config = {"generation_config.json": dict(generation.fields)} if generation.fields else {}
+    return {"config.json": fields} | generation_config | dialect.files(contents)
 
 
 _OLDER = ("rope_theta", "rope_scaling", "partial_rotary_factor")
-"""What transformers before 5, and engines, read in the place of `rope_parameters`."""
+"""Keys that engines and transformers before version 5 read instead of `rope_parameters`."""
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> Path:

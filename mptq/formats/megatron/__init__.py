@@ -1,1 +1,1 @@
-"""The Megatron format: torch_dist with ModelOpt's state."""
+"""The Megatron format: a torch_dist checkpoint with ModelOpt state."""

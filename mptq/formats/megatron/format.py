@@ -1,4 +1,4 @@
-"""The Megatron format: a torch_dist checkpoint that plain megatron-core and ModelOpt restore. No torch at import."""
+"""The Megatron format: a torch_dist checkpoint for megatron-core with ModelOpt. Importing it does not import torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class MegatronFormat(Format):
-    """A file a unit, in the per-layer form of a model that ModelOpt compressed, with ModelOpt's state."""
+    """Writes one file per unit, with the tensors and state of a model that ModelOpt compressed."""
 
     name = "megatron"
     label = short = "Megatron"
@@ -32,25 +32,25 @@ class MegatronFormat(Format):
     needs_modelopt = True
 
     def check(self, layout: Layout) -> None:
-        """Raise RecipeError for a recipe that only converts: the checkpoint is Megatron's already."""
+        """Raises RecipeError for a recipe that only converts: the checkpoint is already in Megatron format."""
         recipe = layout.assignment.recipe
         if recipe.scheme is None:
             raise RecipeError(
-                f"{recipe.name} converts to Hugging Face's form, and the checkpoint is Megatron's: use --format hf"
+                f"{recipe.name} converts to Hugging Face, but the checkpoint is already in Megatron format: use --format hf"
             )
 
     def warnings(self, layout: Layout) -> list[str]:
-        """Scales of a KV cache that are not of what engines cache, because ModelOpt's quantizers see something else."""
+        """Warns if ModelOpt's KV cache quantizers apply to other tensors than the ones that engines cache."""
         kinds, assignment = layout.model.kinds, layout.assignment
         if not any(kind.mixer == "mla" and assignment.has_cache(layer) for layer, kind in enumerate(kinds)):
             return []
         return [
-            "the megatron output's cache scales are of decompressed K and V, which ModelOpt's quantizers see there: engines "
-            "cache latents, whose scales only the hf output has"
+            "KV cache scales in the megatron output are for decompressed K and V, which ModelOpt quantizes: engines cache "
+            "latents, whose scales are only in the hf output"
         ]
 
     def store_linear(self, layout: Layout, linear: QuantizedLinear) -> Stored:
-        """The fused matrix, with the state of its quantizers."""
+        """Returns the fused matrix, with the state of its quantizers."""
         from mptq.formats.megatron import store
 
         assert isinstance(layout, MegatronLayout)
@@ -59,25 +59,25 @@ class MegatronFormat(Format):
     def store_unquantized(
         self, _tensor: UnquantizedTensor, specs: Sequence[TensorSpec], values: torch.Tensor, _first: int
     ) -> Stored:
-        """The tensor, or its parts."""
+        """Returns the tensor, or its parts."""
         from mptq.formats.megatron import store
 
         return store.store_unquantized(specs, values)
 
     def store_kv_cache(self, _layout: Layout, layer: int, amax: Sequence[torch.Tensor]) -> Stored:
-        """The amax of ModelOpt's quantizers of K and V."""
+        """Returns the amax of ModelOpt's K and V quantizers."""
         from mptq.formats.megatron import store
 
         return store.store_kv_cache(layer, amax)
 
     def store_rest(self, layout: Layout) -> Stored:
-        """The training arguments."""
+        """Returns the training arguments."""
         from mptq.formats.megatron import store
 
         return store.store_rest(layout.source)
 
     def writer(self, layout: Layout, directory: Path, _options: WriterOptions, resumed: Resumed) -> Writer:
-        """`iter_*` under `directory`."""
+        """Returns a writer of `iter_*` under `directory`."""
         from mptq.formats.megatron.store import rest_of_files
         from mptq.formats.megatron.writer import MegatronWriter
 
@@ -86,7 +86,7 @@ class MegatronFormat(Format):
         return MegatronWriter(directory, iteration, partial(rest_of_files, layout), resumed.accounts)
 
     def open(self, directory: Path) -> OpenedOutput:
-        """The checkpoint in `directory`."""
+        """Opens the checkpoint in `directory`."""
         checkpoint = open_checkpoint(directory)
 
         def load(name: str) -> torch.Tensor:
@@ -102,18 +102,18 @@ class MegatronFormat(Format):
     def scales(
         self, canonical: str, weights: Sequence[Mapping[str, Any]], scheme: Scheme, _manifest: Mapping[str, Any]
     ) -> Iterator[TensorSpec]:
-        """One tensor for all parts."""
+        """Yields one scale tensor for all parts of the fused matrix."""
         grid = scheme.grid(sum(weight["shape"][0] for weight in weights), weights[0]["shape"][1])
         yield TensorSpec(f"{canonical.removesuffix('weight')}weight_quantizer._scale", scheme.scale_dtype, grid)
 
     def load_linear(self, layout: Layout, output: OpenedOutput, layer: int, linear: LinearSpec) -> Iterator[LoadedWeight]:
-        """The fused matrix."""
+        """Yields the fused matrix."""
         from mptq.formats.megatron import store
 
         return store.load_linear(layout, output, layer, linear)
 
     def verify(self, output: OpenedOutput, _manifest: Mapping[str, Any]) -> Iterator[str]:
-        """ModelOpt's magnitudes beside the scales are theirs: it restores by either."""
+        """Checks that each stored amax matches its scale: ModelOpt restores from either."""
         from mptq.formats.megatron import store
 
         return store.check_magnitudes(output)

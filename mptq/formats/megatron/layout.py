@@ -1,7 +1,7 @@
-"""The tensors of the Megatron format: those of a model that ModelOpt quantized and compressed. No torch.
+"""Tensors of the Megatron format: those of a model that ModelOpt quantized and compressed. Does not import torch.
 
-Source: modelopt/torch/quantization/plugins/megatron.py and modelopt/torch/opt/plugins/megatron.py. ModelOpt's quantizers of a
-KV cache are in the core attention, which gets K and V decompressed in multi-latent attention too.
+Source: modelopt/torch/quantization/plugins/megatron.py and modelopt/torch/opt/plugins/megatron.py. ModelOpt's KV cache
+quantizers are in the core attention, which receives decompressed K and V in multi-latent attention too.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from mptq.types import TensorSpec
 
 
 class MegatronLayout(Layout):
-    """Megatron's fused matrices, with the buffers of ModelOpt's quantizers (byte items not counted)."""
+    """Stores Megatron's fused matrices with the buffers of ModelOpt's quantizers; byte items are not included."""
 
     def scheme(self, layer: int, linear: LinearSpec) -> Scheme | None:
-        """The recipe's; a grid of blocks is ceil-divided, so that it fits every shape."""
+        """The recipe's scheme if it fits the linear, else as `misaligned` sets; square blocks fit every shape."""
         wanted = self.assignment.scheme(layer, linear)
         if wanted is None or wanted.block is not None or linear.fits(wanted.unit):
             return wanted
         return ROWS if self.assignment.recipe.misaligned == "per-channel" else None
 
     def linear(self, layer: int, linear: LinearSpec) -> tuple[TensorSpec, ...]:
-        """The weight, which may be in parts, and the buffers of its quantizers."""
+        """The weight, possibly in parts, and the buffers of its quantizers."""
         name, scheme, dtype = megatron_layer(layer) + linear.megatron, self.scheme(layer, linear), self.dtype(layer, linear)
         rows, columns = linear.shape
         parts = zip(linear.keys, linear.key_rows, strict=True)
@@ -39,25 +39,25 @@ class MegatronLayout(Layout):
         return tuple(found)
 
     def unquantized(self, tensor: UnquantizedTensor, layer: int | None = None) -> tuple[TensorSpec, ...]:
-        """The tensor, in parts where a compressed model has it so."""
+        """The tensor, in parts if a compressed model stores it in parts."""
         name = ("" if layer is None else megatron_layer(layer)) + tensor.megatron
         dtype = self.source.dtype(name)
         first, *rest = self.source.places[name]
         if not tensor.keys:
-            # Under the name that the checkpoint has for it: models of Transformer Engine and of megatron-core fuse norms apart.
+            # Keep the checkpoint's name: Transformer Engine specs fuse norms into linears, and local specs do not.
             return (TensorSpec(name if rest else first.spelled, dtype, tensor.shape),)
         owner = name.rpartition(".")[0]
         parts = zip(tensor.keys, tensor.key_rows, strict=True)
         return tuple(TensorSpec(f"{owner}.{key}", dtype, (rows, *tensor.shape[1:])) for key, rows in parts)
 
     def kv_cache(self, layer: int) -> tuple[TensorSpec, ...]:
-        """The amax of ModelOpt's quantizers of K and V."""
+        """The amax of ModelOpt's K and V quantizers."""
         prefix = f"{megatron_layer(layer)}{CORE_ATTENTION}."
         return tuple(TensorSpec(f"{prefix}{kind}_bmm_quantizer._amax", "float32", ()) for kind in "kv")
 
     @property
     def other_schemes(self) -> dict[str, Scheme | None]:
-        """Modules that are not held in the recipe's own scheme -> theirs."""
+        """Module -> scheme, for modules that are not stored in the recipe's main scheme."""
         found = {
             megatron_layer(layer) + linear.megatron: self.scheme(layer, linear) for layer, linear in self.assignment.linears()
         }

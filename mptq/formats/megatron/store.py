@@ -1,4 +1,4 @@
-"""What the Megatron format stores of tensors, and loads again."""
+"""Converts tensors to and from the Megatron format."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _STATE = "_extra_state/shard_0_1"
 
 
 def store_linear(layout: MegatronLayout, linear: QuantizedLinear) -> Stored:
-    """The fused matrix, quantized or as it is, with the state that ModelOpt restores it by."""
+    """Returns the fused matrix, quantized or not, with the state from which ModelOpt restores it."""
     spec, name = linear.spec, canonical_weight(linear.layer, linear.spec)
     owner, scheme = name.removesuffix("weight"), layout.scheme(linear.layer, spec)
     found: dict[str, torch.Tensor] = {}
@@ -43,26 +43,26 @@ def store_linear(layout: MegatronLayout, linear: QuantizedLinear) -> Stored:
 
 
 def store_unquantized(specs: Sequence[TensorSpec], values: torch.Tensor) -> Stored:
-    """The tensor, or its parts."""
+    """Returns the tensor, or its parts."""
     return Stored({spec.name: part for spec, part in zip(specs, values.split([spec.shape[0] for spec in specs]), strict=True)})
 
 
 def store_kv_cache(layer: int, amax: Sequence[torch.Tensor]) -> Stored:
-    """The amax of ModelOpt's quantizers of K and V, with their state."""
+    """Returns the amax of ModelOpt's K and V quantizers, with their state."""
     owner = f"{megatron_layer(layer)}{CORE_ATTENTION}."
     tensors, blob = attention_state(*amax)
     return Stored({owner + key: tensor.cpu() for key, tensor in tensors.items()}, {owner + _STATE: blob})
 
 
 def store_rest(source: Source) -> Stored:
-    """The training arguments, byte by byte: what is never unpickled is never executed."""
+    """Returns the training arguments as raw bytes: they are never unpickled, so nothing in them is executed."""
     checkpoint = source.checkpoint
     wanted = {name: item for name, item in checkpoint.blobs.items() if name.partition("/")[0] == "common_state"}
     return Stored({}, {name: read_blob(checkpoint.directory, item) for name, item in wanted.items()})
 
 
 def rest_of_files(layout: MegatronLayout) -> dict[str, bytes]:
-    """ModelOpt's state of the whole model, and the training run's arguments where they are in a file of their own."""
+    """Returns ModelOpt's state of the whole model, and the training arguments if they are in a separate file."""
     assignment, common = layout.assignment, layout.source.checkpoint.directory / "common.pt"
     assert assignment.recipe.scheme is not None
     state = modelopt_state(assignment.recipe.scheme, assignment.kv_cache, layout.other_schemes)
@@ -71,7 +71,7 @@ def rest_of_files(layout: MegatronLayout) -> dict[str, bytes]:
 
 
 def load_linear(layout: Layout, output: OpenedOutput, layer: int, linear: LinearSpec) -> Iterator[LoadedWeight]:
-    """The fused matrix, whose parts stand one above the other."""
+    """Yields the fused matrix, concatenated from its parts along the rows."""
     name = canonical_weight(layer, linear)
     owner, dtype = name.removesuffix("weight"), getattr(torch, layout.dtype(layer, linear))
     data = torch.cat([output.load(owner + key).view(torch.uint8) for key in linear.keys]).view(dtype)
@@ -80,10 +80,10 @@ def load_linear(layout: Layout, output: OpenedOutput, layer: int, linear: Linear
 
 
 def check_magnitudes(output: OpenedOutput) -> Iterator[str]:
-    """A line for each `_amax` of a weight that is not 448 times its `_scale`; MX has none."""
+    """Yields a line for each weight whose `_amax` is not 448 times its `_scale`; MX weights have no `_amax`."""
     for name in output.specs:
         scale = f"{name.removesuffix('_amax')}_scale"
         if not name.endswith(".weight_quantizer._amax") or scale not in output.specs:
             continue
         if not torch.equal(scale_of(output.load(name)).flatten(), output.load(scale).flatten()):
-            yield f"{name} is not 448 times {scale}: ModelOpt would restore other numbers by one than by the other"
+            yield f"{name} is not 448 times {scale}: ModelOpt would restore different weights from each"

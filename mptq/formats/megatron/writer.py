@@ -1,8 +1,9 @@
-"""The Megatron form: torch_dist with one key per layer and ModelOpt's state, which megatron-core + ModelOpt restores.
+"""Writes the Megatron format: torch_dist with one key per layer and ModelOpt state, for megatron-core with ModelOpt.
 
 Keys and shapes are those of a model that ModelOpt quantized and compressed and megatron-core saved (one key per layer and
-expert, gated fc1 split into `weight_w` and `weight_v`, quantizer tensors, `_extra_state/shard_0_1`). A file a layer, in which
-each tensor is a whole `torch.save` file and each byte item just its bytes (torch/distributed/checkpoint/filesystem.py).
+expert, gated fc1 split into `weight_w` and `weight_v`, quantizer tensors, `_extra_state/shard_0_1`). There is one file per
+unit, in which each tensor is a complete `torch.save` archive and each byte item is stored as raw bytes
+(torch/distributed/checkpoint/filesystem.py).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from mptq.types import LayerOutput
 
 
 class _MetadataPickler(pickle.Pickler):
-    """Leaves out the strides that torch 2.15 added to TensorProperties: torch 2.14 and earlier cannot read them."""
+    """Omits the strides that torch 2.15 added to TensorProperties: torch 2.14 and earlier cannot read them."""
 
     def reducer_override(self, value: Any) -> Any:
         if type(value) is not TensorProperties:
@@ -45,14 +46,14 @@ class _MetadataPickler(pickle.Pickler):
 BACKEND = json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}).encode()
 """`metadata.json` of a torch_dist checkpoint."""
 Account = dict[str, list[Any]]
-"""Name in a unit's file -> offset, length, and of a tensor (no byte item) its dtype and shape."""
+"""Name in a unit's file -> offset and length in bytes; for tensors also dtype and shape."""
 
 
 class MegatronWriter(Writer):
-    """Writes `iter_*` under `directory`, a checkpoint root, a file for each unit. Memory: a tensor that is a part of another.
+    """Writes `iter_*` under `directory`, the checkpoint root, with one file per unit. Memory: a copy of a tensor view.
 
-    `rest` gives the files that belong to the whole checkpoint, by their names in its directory, once all units are written.
-    `accounts` are those of the units that an earlier run has written, by number.
+    `rest` returns the files of the whole checkpoint by name; it is called once all units are written. `accounts` are the
+    accounts of units that an earlier run has written, by number.
     """
 
     def __init__(
@@ -72,14 +73,14 @@ class MegatronWriter(Writer):
 
     @property
     def complete(self) -> list[Path]:
-        """The files that an earlier run has completed."""
+        """The files that an earlier run completed."""
         return [self._file(unit) for unit in self._accounts]
 
     def _file(self, unit: int) -> Path:
         return self.directory / f"__{unit}_0.distcp"
 
     def write(self, output: LayerOutput) -> list[Path]:
-        """Write tensors and byte items; the last of a unit's waits until they are on the disk, and its file is returned."""
+        """Writes tensors and byte items; after the last of a unit, waits until its file is on disk and returns it."""
         file = self._file(output.index)
         if self._open is None:
             self._open, self._account = io.BufferedWriter(PieceFile(file, "wb")), {}
@@ -100,15 +101,15 @@ class MegatronWriter(Writer):
         return [file]
 
     def account(self) -> Account:
-        """What the journal must know of the unit that was written last."""
+        """The account of the last written unit, for the journal."""
         return self._account
 
     def join(self, accounts: Mapping[int, Account]) -> None:
-        """All units are written, by whatever process."""
+        """Takes the accounts of all units once all processes have written theirs."""
         self._accounts = dict(accounts)
 
     def _metadata(self) -> Metadata:
-        """The metadata of all units: made of the accounts alone, it is the same however often the run was stopped."""
+        """Builds the metadata from the accounts alone, so that it does not depend on how often the run was stopped."""
         entries: dict[str, Any] = {}
         places: dict[MetadataIndex, _StorageInfo] = {}
         for unit in sorted(self._accounts):
@@ -125,8 +126,8 @@ class MegatronWriter(Writer):
         return Metadata(state_dict_metadata=entries, storage_data=places)
 
     def finish(self) -> list[Path]:
-        """Write the metadata, ModelOpt's state and the training run's arguments (`common.pt` as it was); return all files."""
-        # Not by torch's FileSystemWriter, which adds the path and a random id: the same input must give the same bytes.
+        """Writes the metadata, ModelOpt's state and the training arguments (unchanged), and returns all files."""
+        # torch's FileSystemWriter would add the path and a random id, but the same input must give the same bytes.
         with (self.directory / ".metadata").open("wb") as file:
             _MetadataPickler(file).dump(self._metadata())
         files = {
@@ -139,23 +140,23 @@ class MegatronWriter(Writer):
         return [*self.complete, self.directory / ".metadata", *files]
 
     def abort(self) -> None:
-        """Close what is open, as it is: to write the rest of it would fail once more on a disk that is full."""
+        """Closes the open file without flushing, which would fail again on a full disk."""
         if self._open is not None:
             self._open.raw.close()
             self._open = None
 
 
 def _save(tensor: torch.Tensor, file: io.BufferedWriter) -> None:
-    """`torch.save` of the tensor; raises OSError where the file cannot be written."""
+    """Saves the tensor with `torch.save`; raises OSError if the file cannot be written."""
     try:
         torch.save(_alone(tensor), file)
     except RuntimeError as error:
-        # torch ends its archive where a write has failed too, and raises that this is not possible either.
+        # After a failed write, torch still tries to finish its archive and raises that second error.
         if isinstance(error.__context__, OSError):
             raise error.__context__ from error
         raise
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with a storage that has nothing else: torch.save writes the whole of it."""
+    """Returns the tensor with its own storage, because torch.save writes the whole storage."""
     return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor

@@ -1,12 +1,12 @@
-"""What people read of a report."""
+"""Human-readable tables of a report."""
 
 from mptq.cli import tables
 from tests.support.report_documents import document
 
 
-def test_documents_left_out_are_counted():
+def test_skipped_documents_are_counted():
     made = document()
-    assert tables.left_out(made) == ["left out    documents: 4 empty (null or blank), 6 copies of held-out ones"]
+    assert tables.left_out(made) == ["skipped     documents: 4 empty (null or blank), 6 copies of held-out documents"]
     for row in made["calibration"]["datasets"]:
         row["empty"] = row["copies"] = 0
     assert tables.left_out(made) == []

@@ -19,19 +19,19 @@ def test_complete_or_absent(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_nothing_is_left_of_a_run_that_failed(tmp_path, error):
+def test_a_failed_run_leaves_nothing(tmp_path, error):
     with pytest.raises(error), OutputDirectory(tmp_path / "out") as target:
         (target.partial / "a").write_text("1")
         raise error
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_error_of_a_run_is_not_replaced_by_what_goes_wrong_after_it(tmp_path, monkeypatch):
-    """Neither by a damaged journal nor by a disk that cannot be read; what is there stays."""
+def test_the_error_of_a_run_is_not_replaced_by_errors_of_the_cleanup(tmp_path, monkeypatch):
+    """Neither a damaged journal nor an unreadable disk replaces it; the files stay."""
     with pytest.raises(KeyboardInterrupt) as caught, OutputDirectory(tmp_path / "out") as target:
         (target.partial / ".journal").write_text("no JSON\n")
         raise KeyboardInterrupt
-    assert [note for note in caught.value.__notes__ if ".out.partial is left as it is (" in note and "is damaged" in note]
+    assert [note for note in caught.value.__notes__ if ".out.partial is left unchanged (" in note and "is damaged" in note]
 
     def failing(_path):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -44,10 +44,10 @@ def test_the_error_of_a_run_is_not_replaced_by_what_goes_wrong_after_it(tmp_path
     assert "Input/output error" in caught.value.__notes__[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", ".two.partial"]
     with (tmp_path / ".two.partial" / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given back
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released
 
 
-def test_an_output_that_cannot_be_completed_is_one_line(tmp_path, monkeypatch):
+def test_a_failed_rename_is_a_one_line_error(tmp_path, monkeypatch):
     def failing(path, _target):
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
@@ -60,7 +60,7 @@ def test_an_output_that_cannot_be_completed_is_one_line(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_run_left_is_removed(tmp_path):
+def test_files_of_a_killed_run_are_removed(tmp_path):
     stale = tmp_path / ".out.partial" / "hf"
     stale.mkdir(parents=True)
     (stale / "half").write_text("x")
@@ -88,7 +88,7 @@ def test_two_runs_on_one_output(tmp_path):
             pass
 
 
-def test_place_that_cannot_be_written(tmp_path):
+def test_a_parent_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with (
         pytest.raises(OutputError, match="cannot be written: Not a directory"),
@@ -99,8 +99,8 @@ def test_place_that_cannot_be_written(tmp_path):
         check_output(tmp_path / "file" / "out", tmp_path / "src", 0, overwrite=False)
 
 
-def test_place_without_permission(tmp_path, monkeypatch):
-    """Root may write anywhere, so the system's answers are played."""
+def test_a_parent_without_permission_is_refused(tmp_path, monkeypatch):
+    """Tests may run as root, which can write anywhere, so the system calls are mocked."""
     monkeypatch.setattr(os, "access", lambda _path, _mode: False)
     with pytest.raises(OutputError, match="is not writable"):
         check_output(tmp_path / "out", tmp_path / "src", 0, overwrite=False)
@@ -113,7 +113,7 @@ def test_place_without_permission(tmp_path, monkeypatch):
         pass
 
 
-def test_checks(tmp_path, monkeypatch):
+def test_output_paths_that_are_refused(tmp_path, monkeypatch):
     source = tmp_path / "src"
     source.mkdir()
     out = tmp_path / "out"
@@ -124,7 +124,7 @@ def test_checks(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="contains the checkpoint"):
         check_output(tmp_path, source, 0, overwrite=True)
     out.mkdir()
-    check_output(out, source, 0, overwrite=False)  # an empty directory is nobody's
+    check_output(out, source, 0, overwrite=False)  # an empty directory can be replaced
     (out / "thesis.tex").touch()
     with pytest.raises(OutputError, match="exists: choose another -o, or pass --overwrite"):
         check_output(out, source, 0, overwrite=False)

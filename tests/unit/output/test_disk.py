@@ -1,4 +1,4 @@
-"""What is begun early is the same as what is waited for: the bytes, and what goes wrong."""
+"""Early syncing changes neither the bytes nor the errors; writes are split into pieces."""
 
 import io
 import os
@@ -6,7 +6,7 @@ import os
 from mptq.output import disk
 
 
-def test_bytes_of_a_file_that_the_disk_began_with(tmp_path):
+def test_a_file_can_change_after_an_early_sync(tmp_path):
     with (tmp_path / "file").open("wb") as file:
         file.write(bytes(range(256)) * 1000)
         file.flush()
@@ -17,7 +17,7 @@ def test_bytes_of_a_file_that_the_disk_began_with(tmp_path):
     assert (tmp_path / "file").read_bytes()[495:510] == bytes(range(239, 244)) + b"later" + bytes(range(249, 254))
 
 
-def test_systems_that_cannot_be_told(monkeypatch, tmp_path):
+def test_systems_without_sync_file_range(monkeypatch, tmp_path):
     monkeypatch.setattr(disk.ctypes, "CDLL", lambda _name: object())
     disk._sync_file_range.cache_clear()
     with (tmp_path / "file").open("wb") as file:
@@ -25,7 +25,7 @@ def test_systems_that_cannot_be_told(monkeypatch, tmp_path):
     disk._sync_file_range.cache_clear()
 
 
-def test_a_file_that_takes_a_piece_at_a_time(tmp_path):
+def test_a_piece_file_writes_a_piece_at_a_time(tmp_path):
     content = os.urandom(3 * disk.PIECE_BYTES + 17)
     with disk.PieceFile(tmp_path / "raw", "wb") as file:
         assert file.write(content) == disk.PIECE_BYTES

@@ -130,10 +130,10 @@ def test_misaligned_weights_can_have_per_channel_scales():
         "block": 8,
         "row": 6,
     }
-    assert "gate_proj, up_proj, down_proj: not multiples of 128, so they get one scale a row" in estimates.warnings(plan)[0]
+    assert "gate_proj, up_proj, down_proj: not multiples of 128, so they get one scale per row" in estimates.warnings(plan)[0]
     whole = plan_source(source(256, 384, 4, 2, 128), recipe_from(fields, "x"), ("hf",))
     assert whole.layouts["hf"].dialect_name == "deepseek-fp8"
-    with pytest.raises(RecipeError, match=r"model\.layers\.0\.mlp\.gate_proj.* are not whole blocks"):
+    with pytest.raises(RecipeError, match=r"model\.layers\.0\.mlp\.gate_proj.* have sizes that are not multiples of the block"):
         plan_source(source(256, 320, 4, 2, 64), recipe_from(fields | {"misaligned": "error"}, "x"), ("hf",))
     small = plan_source(source(576, 1536, 9, 3, 64), recipe_from(fields, "x"), ("hf",))
     assert (small.layouts["hf"].dialect_name, small.layouts["hf"].excluded) == ("compressed-tensors", ["lm_head"])
@@ -232,7 +232,7 @@ def test_a_compressed_query_is_quantized_in_blocks_with_the_latent():
     prefix = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
     shapes = {spec.name: spec.shape for spec in plan.layouts["hf"].specs}
     assert (shapes[prefix], shapes[f"{prefix}_scale_inv"]) == ((576, 256), (5, 2))
-    note = "kv_a_proj_with_mqa: 576 rows end in a part of a block, as in DeepSeek's own checkpoints"
+    note = "kv_a_proj_with_mqa: 576 rows end in a partial block, as in DeepSeek's own checkpoints"
     assert any(warning.startswith(note) for warning in estimates.warnings(plan))
     fields = BLOCK.model_dump()
     for misaligned in ("per-channel", "error"):
@@ -287,7 +287,7 @@ def test_one_scale_per_tensor_is_shared_by_what_engines_fuse():
 def test_mixtures_that_no_engine_reads_are_refused_for_hf():
     fields = load_recipe("mxfp8").model_dump() | {"overrides": [{"pattern": "*.mlp.*", "recipe": "fp8-per-channel"}]}
     recipe = recipe_from(fields, "x")
-    with pytest.raises(RecipeError, match="no Hugging Face form that engines read holds mx and row weights together"):
+    with pytest.raises(RecipeError, match="no Hugging Face quantization format can mix mx and row weights"):
         plan_source(source(256, 384, 4, 2, 128), recipe, ("hf",))
     assert plan_source(source(256, 384, 4, 2, 128), recipe, ("megatron",)).layouts["megatron"].nbytes
 
@@ -311,7 +311,7 @@ def test_without_quantization_the_checkpoint_is_converted():
     assert {spec.dtype for spec in plan.layouts["hf"].specs} == {"bfloat16"}
     assert not [spec.name for spec in plan.layouts["hf"].specs if "scale" in spec.name]
     assert plan.layouts["hf"].nbytes == bytes_in(plan) - 2 * 24 * 576 * 2
-    with pytest.raises(RecipeError, match="none converts to Hugging Face's form, and the checkpoint is Megatron's"):
+    with pytest.raises(RecipeError, match="none converts to Hugging Face, but the checkpoint is already in Megatron format"):
         plan_source(checkpoint, none, ("hf", "megatron"))
 
 

@@ -1,4 +1,4 @@
-"""The page as text: escaped, the same every time, small, and without the network."""
+"""The HTML page: contents, escaping, determinism, size, and no network access."""
 
 import copy
 import os
@@ -55,7 +55,7 @@ def test_parts_without_data_are_absent(pages):
     assert "<details" not in html.render(bare).partition('id="run"')[0]
 
 
-def test_experts(pages):
+def test_plots_of_a_model_with_experts(pages):
     page = pages["experts"]
     assert "Calibration tokens of each expert" in titles(page)
     assert [title for title in titles(page) if title.startswith("Signal")] == [
@@ -65,7 +65,7 @@ def test_experts(pages):
     rows = [row["experts"] for row in document(SHAPES["experts"])["layers"] if row["experts"]]
     counts = sorted(count for row in rows for count in row["tokens"])
     assert f"from {counts[0]} to {counts[-1]}, median {counts[4]}" in page
-    assert f"and {sum(len(row['fallback']) for row in rows)} have the layer&#39;s largest scale" in page
+    assert f"and {sum(len(row['fallback']) for row in rows)} use the layer&#39;s largest scale" in page
 
 
 def test_extremes_are_drawn():
@@ -78,7 +78,7 @@ def test_extremes_are_drawn():
     found["fidelity"]["kl"] = {"mean": 0.0, "standard_error": 0.0}
     Report.model_validate(found)
     page = html.render(found)
-    assert "2 of 2 experts saw none, and 2 have" in page
+    assert "2 of 2 experts received none, and 2 use" in page
     assert not [title for title in titles(page) if "Signal" in title or "amax" in title]
     alone = html.render(document(Shape(layers=1)))
     assert "(layer 0) to" in alone
@@ -102,7 +102,7 @@ def test_key_figures_gates_and_calibration(pages):
     assert "KL divergence: not measured" in html.render(unmeasured)
 
 
-def test_every_plot_has_words_labels_and_its_own_ids(pages):
+def test_every_plot_has_alt_text_labels_and_unique_ids(pages):
     for page in pages.values():
         drawings = re.findall(r'<div class="drawing" role="img" aria-label="([^"]+)"><svg viewBox=.*?</svg></div>', page, re.S)
         assert len(drawings) == len(titles(page))
@@ -110,12 +110,12 @@ def test_every_plot_has_words_labels_and_its_own_ids(pages):
         ids = re.findall(r' id="([^"]*)"', page)
         assert len(ids) == len(set(ids))
         assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', page)) <= set(ids)
-        assert not re.search(r"#010[0-9a-f]{3}", page)  # a color that stands for a role
+        assert not re.search(r"#010[0-9a-f]{3}", page)  # a placeholder color
         for label in ("layer", "relative error [%]", "SNR [dB]", "time [s]"):
             assert f">{label}</text>" in page
 
 
-def test_nothing_comes_from_elsewhere(pages):
+def test_the_page_loads_no_external_resources(pages):
     for page in pages.values():
         assert not re.search(r"(?:src|href|action|data)\s*=\s*[\"']?\s*(?:https?:)?//", page)
         assert not re.search(r"url\(\s*[\"']?(?!#)|@import|http", page.replace("http-equiv", ""))
@@ -142,7 +142,7 @@ def test_names_are_escaped():
     assert page.count("<script") == 1
     assert EVIL not in page
     assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") > 15
-    assert "$\\frac{1}" in page  # and not a formula
+    assert "$\\frac{1}" in page  # not rendered as a formula
 
 
 def test_the_same_document_gives_the_same_bytes(pages):

@@ -1,4 +1,4 @@
-"""The schema of report.json: what it takes, what it refuses, and its reference in docs/."""
+"""The schema of report.json: what it accepts and rejects, and its generated reference in docs/."""
 
 import copy
 import json
@@ -37,7 +37,7 @@ def at(content, path):
 
 
 def parts(content, path=()):
-    """Paths of every mapping that the schema names the keys of."""
+    """Paths of every mapping whose keys the schema defines."""
     free = {"recipe", "model", "components", "actions", "schemes", "quantized_linears", "dropped", "relative_error"}
     if isinstance(content, list):
         if content and isinstance(content[0], dict):
@@ -51,10 +51,10 @@ def parts(content, path=()):
 
 WHOLE = document(SHAPES["experts"])
 PARTS = list(parts(WHOLE))
-OPTIONAL = {"hf", "megatron", "empty", "copies"}  # absent where the format was not written, and in reports of older versions
+OPTIONAL = {"hf", "megatron", "empty", "copies"}  # absent if the format was not written, and in reports of older versions
 
 
-def test_every_part_is_walked():
+def test_parts_finds_every_part():
     assert len(PARTS) == 17
     assert ("calibration", "datasets", 1) in PARTS
     assert ("fidelity", "kl") in PARTS
@@ -106,17 +106,17 @@ INVALID = {
 
 
 @pytest.mark.parametrize("content", INVALID.values(), ids=INVALID)
-def test_what_cannot_be_read_again_is_not_written(tmp_path, content):
-    with pytest.raises(OutputError, match=r"report\.json is damaged: .*: this is a fault of mptq"):
+def test_invalid_documents_are_not_written(tmp_path, content):
+    with pytest.raises(OutputError, match=r"report\.json is damaged: .*: this is a bug in mptq"):
         write(tmp_path, content)
-    with pytest.raises(OutputError, match=r"manifest\.json is damaged: .*: this is a fault of mptq"):
+    with pytest.raises(OutputError, match=r"manifest\.json is damaged: .*: this is a bug in mptq"):
         write_manifest(tmp_path, {"formats": []})
     assert list(tmp_path.iterdir()) == []
     write(tmp_path, WHOLE)
     assert read(tmp_path) == json.loads(json.dumps(WHOLE))
 
 
-def test_a_run_that_read_nothing_has_no_speed_of_it(tmp_path):
+def test_a_run_that_read_and_wrote_nothing_has_no_throughput(tmp_path):
     write(tmp_path, WHOLE | {"bytes_per_second": {"read": None, "write": None}})
     page = render(read(tmp_path))
     assert "/s</" not in page

@@ -1,4 +1,4 @@
-"""What the page shows of the tensors, its tables, and its numbers."""
+"""Views, tables and number formats of the page."""
 
 import math
 
@@ -24,7 +24,7 @@ def test_place(name, place):
     assert views.place({"name": name}) == place
 
 
-def test_grid_takes_the_worst_of_experts_and_leaves_gaps():
+def test_grid_picks_the_worst_expert_and_leaves_gaps():
     rows = [
         {"name": f"model.layers.1.mlp.experts.{expert}.up_proj.weight", "sqnr_db": value}
         for expert, value in enumerate((31.0, None, 29.5, 30.0))
@@ -57,7 +57,7 @@ def test_names_are_grouped_with_counts_and_reasons():
     assert tables.names("Excluded", []) is None
 
 
-def test_worst_tensors_come_first_and_no_more_than_fit():
+def test_worst_tensors_come_first_up_to_the_limit():
     found = document(Shape(layers=40, formats=("hf", "megatron")))
     table = tables.tensors(found)
     assert len(found["tensors"]) == 440
@@ -85,12 +85,12 @@ def test_component_totals():
         "parameters",
         "checkpoint",
         "Hugging Face",
-        "what happened to it",
+        "action",
     ]
     assert len(table.foot) == len(table.columns)
 
 
-def test_numbers_for_people():
+def test_number_formats():
     assert uncertain(0.00832, 0.00009) == "0.008320 ± 0.000090"
     assert uncertain(12.3456, 0.5) == "12.35 ± 0.50"
     assert uncertain(1234.5, 120) == "1234 ± 120"

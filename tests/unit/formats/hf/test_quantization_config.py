@@ -9,11 +9,11 @@ BLOCK, ROW, TENSOR, MX = (SCHEMES[scale] for scale in ("block", "row", "tensor",
 STATIC = SCHEMES["tensor-static"]
 
 
-def test_every_dialect_of_recipes_is_here():
+def test_every_dialect_of_the_schemes_is_defined():
     assert DIALECTS.keys() == {"plain", *(dialect for scheme in SCHEMES.values() for dialect in scheme.forms)}
 
 
-def test_deepseek_form():
+def test_deepseek_config_and_tensors():
     dialect = DIALECTS["deepseek-fp8"]
     contents = Contents({BLOCK: ["a"]}, ["lm_head", "model.layers.0.mlp.up_proj"])
     expected = {
@@ -35,7 +35,7 @@ def compressed(groups, kv_cache=False):
     return QuantizationConfig(**{key: value for key, value in config.items() if key != "quant_method"})
 
 
-def test_compressed_tensors_reads_its_form():
+def test_compressed_tensors_parses_the_config():
     dialect = DIALECTS["compressed-tensors"]
     parsed = compressed({ROW: ["a", "b"]})
     group = parsed.config_groups["group_0"]
@@ -53,7 +53,7 @@ def test_compressed_tensors_reads_its_form():
     assert [spec.name for spec in dialect.kv_scales("l.")] == ["l.self_attn.k_scale", "l.self_attn.v_scale"]
 
 
-def test_compressed_tensors_reads_groups_of_several_schemes():
+def test_compressed_tensors_parses_groups_of_several_schemes():
     parsed = compressed({BLOCK: ["a", "b"], ROW: ["c"], STATIC: ["d"]}, kv_cache=True)
     groups = parsed.config_groups
     assert [group.targets for group in groups.values()] == [["a", "b"], ["c"], ["d"]]
@@ -64,7 +64,7 @@ def test_compressed_tensors_reads_groups_of_several_schemes():
     assert parsed.kv_cache_scheme.num_bits == 8
 
 
-def test_modelopt_form():
+def test_modelopt_config_and_tensors():
     dialect = DIALECTS["modelopt"]
     config = dialect.config(Contents({STATIC: ["a"]}, ["lm_head"], kv_cache=True))
     assert (config["quant_method"], config["quant_algo"], config["ignore"]) == ("modelopt", "FP8", ["lm_head"])
@@ -76,7 +76,7 @@ def test_modelopt_form():
     assert dialect.scale("m", STATIC, 300, 128) == TensorSpec("m.weight_scale", "float32", ())
 
 
-def test_modelopt_form_of_mxfp8():
+def test_modelopt_config_of_mxfp8():
     dialect = DIALECTS["modelopt"]
     config = dialect.config(Contents({MX: ["a"]}, ["lm_head"]))
     assert (config["quant_algo"], config["group_size"]) == ("MXFP8", 32)
@@ -85,7 +85,7 @@ def test_modelopt_form_of_mxfp8():
     assert dialect.scale("m", MX, 300, 128) == TensorSpec("m.weight_scale", "uint8", (300, 4))
 
 
-def test_plain_form_says_nothing_of_quantization():
+def test_plain_form_has_no_quantization_config():
     dialect, contents = DIALECTS["plain"], Contents({}, ["lm_head"])
     assert dialect.config(contents) is None
     assert dialect.files(contents) == {}

@@ -38,7 +38,7 @@ def test_same_bytes_as_the_library_in_any_order(tmp_path_factory, entries, rando
     assert (folder / "ours").read_bytes() == (folder / "theirs").read_bytes()
 
 
-def test_library_reads_it(tmp_path):
+def test_library_reads_the_file(tmp_path):
     weight = torch.randn(3, 5).to(torch.float8_e4m3fn)
     shard = ShardFile(tmp_path / "x", [TensorSpec("w", "float8_e4m3fn", (3, 5)), TensorSpec("s", "float32", (1, 1))])
     shard.write("w", weight)
@@ -49,7 +49,7 @@ def test_library_reads_it(tmp_path):
         assert file.get_tensor("s").item() == 0.5
 
 
-def test_rows_one_after_the_other(tmp_path):
+def test_rows_can_be_written_in_any_order(tmp_path):
     weight = torch.randn(5, 3).bfloat16()
     shard = ShardFile(tmp_path / "x", [TensorSpec("w", "bfloat16", (5, 3)), TensorSpec("v", "uint8", (1,))])
     shard.write("v", torch.ones(1, dtype=torch.uint8))
@@ -62,7 +62,7 @@ def test_rows_one_after_the_other(tmp_path):
         assert torch.equal(file.get_tensor("w"), weight)
 
 
-def test_a_tensor_must_be_what_was_announced(tmp_path):
+def test_a_tensor_must_match_its_spec(tmp_path):
     shard = ShardFile(tmp_path / "x", [TensorSpec("w", "float32", (2, 2))])
     with pytest.raises(AssertionError):
         shard.write("w", torch.ones(2, 3))

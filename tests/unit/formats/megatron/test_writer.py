@@ -1,4 +1,4 @@
-"""The Megatron writer on a disk that is full (what it writes on one that is not: tests/integration/test_pipeline.py)."""
+"""The Megatron writer on a full disk; tests/integration/test_pipeline.py tests what it writes."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from mptq.types import LayerOutput
 
 
 def test_closing_a_file_on_a_full_disk_raises_nothing(tmp_path, monkeypatch):
-    """The error of the run is that of the write that failed, whatever it ended: Ctrl-C among others."""
+    """The run must report the error of the failed write, not one from closing the file."""
 
     def full(_file, _data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
