@@ -206,7 +206,7 @@ class HiddenStatePair:
     def load(self, path: Path) -> None:
         """Restores what `save` wrote, on any number of ranks; raises OutputError for a file of the wrong size."""
         if path.stat().st_size != self.bytes:
-            raise OutputError(f"{path} does not have the expected size: pass --overwrite instead of --resume to begin again")
+            raise OutputError(f"{path} does not have the expected size: pass --overwrite instead of --resume to start over")
         with path.open("rb", buffering=0) as file:
             for place, states in self._bytes():
                 file.seek(place)

@@ -10,7 +10,7 @@ from mptq.cli import console
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Recipe to show in full.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Recipe to show in full.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List recipes, or show one."""

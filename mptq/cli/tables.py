@@ -113,7 +113,8 @@ def gate(row: Mapping[str, Any]) -> str:
     """The measured value of a fidelity limit, and the limit, in words."""
     words = {"max_kl": ("the KL divergence is", " nats"), "max_ppl_increase": ("the perplexity increase is", " %")}
     what, unit = words[row["name"]]
-    return f"{what} {row['value']:.4g}{unit} (limit {row['limit']:.4g}{unit})"
+    value = "not measured" if row["value"] is None else f"{row['value']:.4g}{unit}"
+    return f"{what} {value} (limit {row['limit']:.4g}{unit})"
 
 
 def fidelity(document: Mapping[str, Any]) -> list[str]:

@@ -87,7 +87,7 @@ class Committer:
         if other:
             raise OutputError(
                 f"unfinished output {self.folder} differs in {' and '.join(other)}: resume with the same options, or pass "
-                "--overwrite instead of --resume to begin again"
+                "--overwrite instead of --resume to start over"
             )
         return committed(self.folder)
 

@@ -63,11 +63,11 @@ def relative_error(rows: Iterable[Mapping[str, Any]]) -> float | None:
 _MEASURED = ("hidden_relative_error", "hidden_cosine", "kv_cache", "experts")
 
 
-def layer_rows(record: RunLog, layers: int) -> list[dict[str, Any]]:
+def layer_rows(log: RunLog, layers: int) -> list[dict[str, Any]]:
     """Returns the weight error by format and the activation measurements of each layer."""
-    measured = {row["layer"]: row for row in record.layers}
+    measured = {row["layer"]: row for row in log.layers}
     by_layer: dict[int, dict[str, list[Mapping[str, Any]]]] = {layer: {} for layer in range(layers)}
-    for row in record.rows:
+    for row in log.rows:
         layer = int(row["source"].split(".")[2])
         by_layer[layer].setdefault(row["format"], []).append(row)
     return [
@@ -139,9 +139,9 @@ class QualityLimits:
 
 @dataclass(frozen=True)
 class Measured:
-    """Results of a run: its record, warnings, calibration data, and activation budget."""
+    """Results of a run: its log, warnings, calibration data, and activation budget."""
 
-    record: RunLog
+    log: RunLog
     notes: list[str]
     calibration: dict[str, Any] | None
     work: estimates.ActivationBudget | None
@@ -149,27 +149,27 @@ class Measured:
 
 def build(plan: Plan, measured: Measured, gates: QualityLimits) -> dict[str, Any]:
     """Returns the complete report of a run."""
-    record = measured.record
-    seconds = {stage: round(spent, 3) for stage, spent in record.seconds.items()}
+    log = measured.log
+    seconds = {stage: round(spent, 3) for stage, spent in log.seconds.items()}
     return describe(plan, measured.work) | {
         "warnings": measured.notes,
-        "relative_error": {form: relative_error(row for row in record.rows if row["format"] == form) for form in plan.formats},
+        "relative_error": {form: relative_error(row for row in log.rows if row["format"] == form) for form in plan.formats},
         "calibration": measured.calibration,
-        "fidelity": record.fidelity,
-        "gates": gates.check(record.fidelity),
-        "layers": layer_rows(record, plan.model.num_layers),
-        "tensors": record.rows,
-        "seconds": seconds | {"total": round(record.elapsed, 3)},
-        "bytes_per_second": {stage: _speed(record, stage) for stage in ("read", "write")},
+        "fidelity": log.fidelity,
+        "gates": gates.check(log.fidelity),
+        "layers": layer_rows(log, plan.model.num_layers),
+        "tensors": log.rows,
+        "seconds": seconds | {"total": round(log.elapsed, 3)},
+        "bytes_per_second": {stage: _speed(log, stage) for stage in ("read", "write")},
         "peak_rss_bytes": peak_rss(),
-        "ranks": [record.ranks[rank] for rank in sorted(record.ranks)],
+        "ranks": [log.ranks[rank] for rank in sorted(log.ranks)],
         "versions": versions(),
     }
 
 
-def _speed(record: RunLog, stage: str) -> int | None:
+def _speed(log: RunLog, stage: str) -> int | None:
     """Returns bytes per second of a stage; None if it had no work, as in a resumed run with all units written."""
-    count, seconds = record.bytes.get(stage, 0), record.seconds.get(stage, 0.0)
+    count, seconds = log.bytes.get(stage, 0), log.seconds.get(stage, 0.0)
     return round(count / seconds) if count and seconds else None
 
 

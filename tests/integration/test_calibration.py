@@ -93,7 +93,7 @@ def test_static_activations_are_rounded_with_the_scales_of_the_output(model, kv_
     assert apart[len(apart) // 2] < 2e-5
     assert apart[-1] < 2e-2
     assert distance(unrounded, expected) > 2e-2
-    check_fidelity(driven.record.fidelity, source_logits(folder), expected, close=1e-3 if apart[-1] < 2e-5 else 1e-2)
+    check_fidelity(driven.log.fidelity, source_logits(folder), expected, close=1e-3 if apart[-1] < 2e-5 else 1e-2)
 
 
 @pytest.mark.parametrize("propagate", ["reference", "quantized"])
@@ -101,8 +101,8 @@ def test_held_out_tokens_do_not_affect_calibration(crossing, propagate, tmp_path
     plan = make_plan(crossing, recipe_with(propagate))
     one, other = (Driven(plan, tokens_of(ids, calibration=OTHERS), tmp_path) for ids in (IDS, IDS[:0]))
     assert same(one.tensors["hf"], other.tensors["hf"])
-    assert one.record.fidelity is not None
-    assert other.record.fidelity is None
+    assert one.log.fidelity is not None
+    assert other.log.fidelity is None
 
 
 def recipe_with(propagate, kv_cache="fp8"):
@@ -163,7 +163,7 @@ def test_hidden_states_in_files_give_the_same_output_as_in_memory(mixtral, propa
     memory, files = (Driven(plan, tokens_of(IDS, calibration=OTHERS), tmp_path, memory=size) for size in (10**9, 0))
     assert (memory.streams.on_disk, files.streams.on_disk) == (False, True)
     assert all(same(memory.tensors[form], files.tensors[form]) for form in plan.formats)
-    assert (memory.record.fidelity, memory.record.layers) == (files.record.fidelity, files.record.layers)
+    assert (memory.log.fidelity, memory.log.layers) == (files.log.fidelity, files.log.layers)
     assert all(torch.equal(left, right) for left, right in zip(memory.streams.hidden, files.streams.hidden, strict=True))
     assert not list(tmp_path.iterdir())
 

@@ -98,7 +98,7 @@ def test_one_scale_for_k_and_v_from_what_the_whole_model_caches(zoo, name, tmp_p
     for scale, least in zip(scales_of(driven, "k"), wanted, strict=True):
         assert scale == bfloat16_above(scale)
         assert least * (1 - 5e-6) <= scale <= least * (1 + 2**-7)
-    assert [row["kv_cache"] for row in driven.record.layers] == [{"k_scale": s, "v_scale": s} for s in scales_of(driven, "k")]
+    assert [row["kv_cache"] for row in driven.log.layers] == [{"k_scale": s, "v_scale": s} for s in scales_of(driven, "k")]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -161,7 +161,7 @@ def test_the_report_shows_the_rounding(zoo, tmp_path, enlarged):
     ids = observed(zoo("deepseek-v3"))["ids"]
     tokens, checkpoint = tokens_of(ids, calibration=ids), zoo("deepseek-v3") / "ckpt"
     plain, right, clipped = (
-        Driven(plan_of(checkpoint, cache), tokens, tmp_path, kind=kind).record
+        Driven(plan_of(checkpoint, cache), tokens, tmp_path, kind=kind).log
         for cache, kind in (("none", Kept), ("fp8", Kept), ("fp8", Clipping))
     )
     assert 1.05 < right.layers[0]["hidden_relative_error"] / plain.layers[0]["hidden_relative_error"] < 1.3
@@ -200,5 +200,5 @@ def test_megatrons_scales_are_those_of_its_quantizers_inputs(zoo, tmp_path):
                 assert float(output.tensors["megatron"][key]) == bfloat16_above(largest[kind] / 448) * 448
     assert seen[:3] == seen[3:]
     # The stream follows the Hugging Face format if it is written.
-    assert [row["kv_cache"] for row in outputs[0].record.layers] != [row["kv_cache"] for row in outputs[1].record.layers]
-    assert outputs[0].record.layers[0]["kv_cache"]["k_scale"] == outputs[0].record.layers[0]["kv_cache"]["v_scale"]
+    assert [row["kv_cache"] for row in outputs[0].log.layers] != [row["kv_cache"] for row in outputs[1].log.layers]
+    assert outputs[0].log.layers[0]["kv_cache"]["k_scale"] == outputs[0].log.layers[0]["kv_cache"]["v_scale"]

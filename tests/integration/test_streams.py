@@ -113,7 +113,7 @@ def test_the_quantized_stream_matches_the_output(sources, model, recipe, formats
     expected = logits_of(transformers_model(request.getfixturevalue(f"{model}_hf"), weights), IDS)
     assert distance(driven.streams.logits[1], expected) < 2e-5
     assert distance(expected, sources(model)) > 1e-3
-    check_fidelity(driven.record.fidelity, sources(model), expected)
+    check_fidelity(driven.log.fidelity, sources(model), expected)
 
 
 def test_the_quantized_stream_matches_a_megatron_output(crossing, crossing_hf, tmp_path):

@@ -39,12 +39,12 @@ class Kept(HiddenStatePair):
 
 
 class Driven:
-    """A plan, run as in the pipeline: the tensors of all outputs, the record, the streams."""
+    """A plan, run as in the pipeline: the tensors of all outputs, the log, the streams."""
 
     def __init__(self, plan, tokens, folder, memory=10**9, batch_size=2, kind=Kept):
-        self.record, self.tensors = RunLog(), {form: {} for form in plan.formats}
+        self.log, self.tensors = RunLog(), {form: {} for form in plan.formats}
         self.streams = kind(plan, tokens, HiddenStateOptions(CPU, batch_size, memory, folder, 0))
-        for output in LayerStream(RunContext(plan, CPU, self.record, Silent(), self.streams)).outputs():
+        for output in LayerStream(RunContext(plan, CPU, self.log, Silent(), self.streams)).outputs():
             for form, tensors in output.tensors.items():
                 self.tensors[form] |= tensors
 

@@ -13,3 +13,9 @@ def test_skipped_documents_are_counted():
     for row in made["calibration"]["datasets"]:
         del row["empty"], row["copies"]  # a report of an older version
     assert tables.left_out(made | {"calibration": None}) == tables.left_out(made) == []
+
+
+def test_a_limit_without_a_measured_value():
+    row = {"name": "max_kl", "limit": 0.1, "value": None, "met": False}
+    assert tables.gate(row) == "the KL divergence is not measured (limit 0.1 nats)"
+    assert tables.gate(row | {"value": 0.25}) == "the KL divergence is 0.25 nats (limit 0.1 nats)"
