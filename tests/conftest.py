@@ -1,14 +1,18 @@
-"""Checkpoints written by megatron-core's own code, in separate processes, once per session."""
+"""Checkpoints written by megatron-core's own code, in separate processes, once per session for all workers."""
 
+import gc
+import itertools
 import json
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.support.processes import checked, python
+from tests.support.sharing import Outputs, Shared
 from tests.support.zoo import Builder
 
 ROOT = Path(__file__).parent.parent
@@ -110,32 +114,46 @@ def make_mixtral(folder: Path, fields: dict, seed: int) -> Path:
 
 
 @pytest.fixture(scope="session")
-def aligned_hf(tmp_path_factory) -> Path:
-    return make_llama(tmp_path_factory.mktemp("hf") / "aligned", ALIGNED, seed=1)
+def shared(tmp_path_factory, worker_id) -> Shared:
+    """`shared(name, make)` is a folder that is made once, whichever worker needs it first; no test may change it."""
+    base = tmp_path_factory.getbasetemp()
+    return Shared((base if worker_id == "master" else base.parent) / "shared")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast_collections() -> None:
+    """Collections of a run, one per layer, skip what was imported before: else each takes 0.3 s."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
-def crossing_hf(tmp_path_factory) -> Path:
-    return make_llama(tmp_path_factory.mktemp("hf") / "crossing", CROSSING, seed=2)
+def aligned_hf(shared) -> Path:
+    return shared("hf/aligned", lambda folder: make_llama(folder, ALIGNED, seed=1))
 
 
 @pytest.fixture(scope="session")
-def aligned(aligned_hf, tmp_path_factory) -> Path:
+def crossing_hf(shared) -> Path:
+    return shared("hf/crossing", lambda folder: make_llama(folder, CROSSING, seed=2))
+
+
+@pytest.fixture(scope="session")
+def aligned(aligned_hf, shared) -> Path:
     """Megatron checkpoint of a model whose sizes fit blocks."""
-    return make_checkpoint(aligned_hf, tmp_path_factory.mktemp("ckpt") / "aligned")
+    return shared("ckpt/aligned", lambda folder: make_checkpoint(aligned_hf, folder))
 
 
 @pytest.fixture(scope="session")
-def crossing(crossing_hf, tmp_path_factory) -> Path:
+def crossing(crossing_hf, shared) -> Path:
     """Megatron checkpoint of a model whose QKV blocks cross heads and whose MLP has ragged blocks."""
-    return make_checkpoint(crossing_hf, tmp_path_factory.mktemp("ckpt") / "crossing")
+    return shared("ckpt/crossing", lambda folder: make_checkpoint(crossing_hf, folder))
 
 
 RECIPES = ("fp8", "fp8-blockwise", "fp8-per-channel", "fp8-per-tensor", "mxfp8")
 
 
 @pytest.fixture(scope="session")
-def tokens(tmp_path_factory) -> Path:
+def tokens(shared) -> Path:
     """Megatron's indexed dataset of random ids below 500: data without a tokenizer."""
     import numpy as np
 
@@ -143,7 +161,12 @@ def tokens(tmp_path_factory) -> Path:
 
     draw = np.random.default_rng(0)
     documents = [[draw.integers(0, 500, draw.integers(20, 60)).tolist()] for _ in range(40)]
-    return write_indexed(tmp_path_factory.mktemp("tokens") / "random", documents)
+
+    def make(folder):
+        folder.mkdir()
+        write_indexed(folder / "random", documents)
+
+    return shared("tokens", make) / "random"
 
 
 @pytest.fixture(scope="session")
@@ -167,64 +190,70 @@ def tokenizer(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def quantized(aligned, crossing, options, tmp_path_factory) -> dict[tuple[str, str], Path]:
+def quantized(aligned, crossing, options, shared) -> Mapping[tuple[str, str], Path]:
     """Outputs in both formats, by model and recipe; the crossing model's have scales for an FP8 cache."""
     from mptq import make_plan, run
     from mptq.recipes.recipe import load_recipe
 
-    made = {}
-    for name, checkpoint in (("aligned", aligned), ("crossing", crossing)):
-        for recipe in RECIPES:
-            out = tmp_path_factory.mktemp("out") / f"{name}-{recipe}"
-            changed = load_recipe(recipe).changed(kv_cache="fp8" if name == "crossing" else "none")
-            run(make_plan(checkpoint, changed, ("hf", "megatron")), out, options)
-            made[name, recipe] = out
-    return made
+    checkpoints = {"aligned": aligned, "crossing": crossing}
+
+    def make(key):
+        name, recipe = key
+        changed = load_recipe(recipe).changed(kv_cache="fp8" if name == "crossing" else "none")
+        plan = make_plan(checkpoints[name], changed, ("hf", "megatron"))
+        return shared(f"out/{name}-{recipe}", lambda out: run(plan, out, options))
+
+    return Outputs(itertools.product(checkpoints, RECIPES), make)
 
 
 @pytest.fixture(scope="session")
-def mixtral_hf(tmp_path_factory) -> Path:
-    return make_mixtral(tmp_path_factory.mktemp("hf") / "mixtral", MIXTRAL, seed=3)
+def mixtral_hf(shared) -> Path:
+    return shared("hf/mixtral", lambda folder: make_mixtral(folder, MIXTRAL, seed=3))
 
 
 @pytest.fixture(scope="session")
-def mixtral(mixtral_hf, tmp_path_factory) -> Path:
+def mixtral(mixtral_hf, shared) -> Path:
     """Megatron checkpoint of a mixture of experts."""
-    return make_checkpoint(mixtral_hf, tmp_path_factory.mktemp("ckpt") / "mixtral")
+    return shared("ckpt/mixtral", lambda folder: make_checkpoint(mixtral_hf, folder))
 
 
 @pytest.fixture(scope="session")
-def quantized_mixtral(mixtral, options, tmp_path_factory) -> dict[str, Path]:
+def quantized_mixtral(mixtral, options, shared) -> Mapping[str, Path]:
     """Outputs of the mixture of experts in both formats, by recipe."""
     from mptq import make_plan, run
 
-    made = {}
-    for recipe in ("fp8", "fp8-blockwise", "fp8-per-channel", "fp8-per-tensor"):
-        made[recipe] = tmp_path_factory.mktemp("out") / f"mixtral-{recipe}"
-        run(make_plan(mixtral, recipe, ("hf", "megatron")), made[recipe], options)
-    return made
+    def make(recipe):
+        plan = make_plan(mixtral, recipe, ("hf", "megatron"))
+        return shared(f"out/mixtral-{recipe}", lambda out: run(plan, out, options))
+
+    return Outputs(("fp8", "fp8-blockwise", "fp8-per-channel", "fp8-per-tensor"), make)
 
 
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory) -> dict[int, Path]:
+def smollm2(shared) -> Mapping[int, Path]:
     """SmolLM2-135M-Instruct as Hugging Face directories: unchanged (576 wide) and widened to 768."""
-    folder = tmp_path_factory.mktemp("smollm2")
-    for hidden in (576, 768):
-        checked(python(SCRIPTS / "smollm2.py", "--out", folder / str(hidden), "--hidden", hidden))
-    return {hidden: folder / str(hidden) for hidden in (576, 768)}
+
+    def make(hidden):
+        script = SCRIPTS / "smollm2.py"
+        return shared(f"hf/smollm2-{hidden}", lambda folder: checked(python(script, "--out", folder, "--hidden", hidden)))
+
+    return Outputs((576, 768), make)
 
 
 @pytest.fixture(scope="session")
-def smollm2_checkpoints(smollm2, tmp_path_factory) -> dict[int, Path]:
+def smollm2_checkpoints(smollm2, shared) -> Mapping[int, Path]:
     """The same as Megatron checkpoints."""
-    folder = tmp_path_factory.mktemp("smollm2-ckpt")
-    return {hidden: make_checkpoint(hf, folder / str(hidden)) for hidden, hf in smollm2.items()}
+
+    def make(hidden):
+        return shared(f"ckpt/smollm2-{hidden}", lambda folder: make_checkpoint(smollm2[hidden], folder))
+
+    return Outputs((576, 768), make)
 
 
 @pytest.fixture(scope="session")
-def zoo(tmp_path_factory) -> Builder:
+def zoo(shared) -> Builder:
     """`zoo(name)` returns the folder of a tiny model of tests/support/zoo.py, built by megatron-core: checkpoint and logits."""
-    return Builder(tmp_path_factory.mktemp("zoo"))
+    return Builder(shared)
 
 
 def files(root: Path) -> dict[str, bytes]:

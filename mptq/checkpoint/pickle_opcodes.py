@@ -27,7 +27,7 @@ _OPERANDS = (
     rb"[hKq].",  # BINGET, BININT1, BINPUT
     rb"M..",  # BININT2
     rb"J....",  # BININT
-    _counted(rb"\x8a", range(17)),  # LONG1, of up to 128 bits
+    _counted(rb"\x8a", range(18)),  # LONG1, of up to 128 bits and a sign, as in the state of numpy's PCG64
     _counted(rb"\x8c", range(256)),  # SHORT_BINUNICODE
     rb"\x95.{8}",  # FRAME
     rb"G.{8}",  # BINFLOAT

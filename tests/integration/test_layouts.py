@@ -361,7 +361,7 @@ def test_a_quantized_checkpoint_is_inspected_but_not_quantized_again(aligned, sp
 def test_main_params_are_not_weights(aligned, state, tmp_path):
     root = copied(aligned, tmp_path / "copy")
     renamed(iteration_of(root), lambda key: f"chained_0.optimizer.{state.format(key)}" if key.endswith("weight") else key)
-    with pytest.raises(CheckpointError, match=r"only as the optimizer's main params .* save it with the model's weights"):
+    with pytest.raises(CheckpointError, match=r"only as the optimizer's main params .* save it with the model weights"):
         make_plan(root, "fp8-blockwise")
 
 

@@ -72,11 +72,11 @@ def main():
         parser.add_argument(f"--{kind}", type=int, default=1, help="parallel size (with torchrun)")
     parser.add_argument("--per-layer", action="store_true", help="one key per layer instead of stacked layers")
     options = parser.parse_args()
-    zoo_mamba.install()
     make_checkpoint.without_cuda()
     make_checkpoint.stand_alone()
-    for name in options.names:
-        make(name, options)
+    with zoo_mamba.installed():
+        for name in options.names:
+            make(name, options)
     torch.distributed.destroy_process_group()
 
 

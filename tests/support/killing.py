@@ -1,4 +1,4 @@
-"""Runs that are killed and resumed, forked from one process so that the imports are done.
+"""Runs that are killed and resumed, forked from one process in which everything is imported and compiled.
 
     python -m tests.support.killing moments|points CHECKPOINT WORK [--seed 0] [--recipe fp8] [--dataset PREFIX] [--kills 20]
 
@@ -7,6 +7,7 @@ Prints the number of kills and of units that were written at each kill; fails if
 
 import argparse
 import contextlib
+import gc
 import os
 import random
 import shutil
@@ -17,16 +18,12 @@ from pathlib import Path
 
 import torch
 
-import mptq.calibration.hidden_state_pair  # imports of a run
-import mptq.calibration.tokens
-import mptq.pipeline.commit
-import mptq.pipeline.layer_stream
 import mptq.pipeline.run
 import mptq.report
 from mptq import Options, make_plan, run
 from mptq.calibration.datasets.options import DataOptions
-from mptq.output.directory import unfinished
-from mptq.output.journal import Journal
+from mptq.output.directory import partial_of, unfinished
+from mptq.output.journal import NAME, Journal
 from mptq.recipes.recipe import load_recipe
 
 DIFFERENT = ("report.json", "report.html")
@@ -84,11 +81,17 @@ def check(out, whole, apart=()):
 
 
 def uninterrupted(options):
-    """The output of an uninterrupted run, and its time in seconds."""
-    out = options.work / "whole" / "out"
+    """The output of an uninterrupted run, and the time in seconds of a run forked from a process that has run once."""
+    quantize(options, options.work / "whole" / "out")
+    gc.collect()
+    gc.freeze()
     start = time.perf_counter()
-    assert ended(forked(lambda: quantize(options, out))) == 0
-    return comparable(out), time.perf_counter() - start
+    assert ended(forked(lambda: quantize(options, options.work / "killed" / "out"))) == 0
+    seconds = time.perf_counter() - start
+    whole = comparable(options.work / "whole" / "out")
+    check(options.work / "killed" / "out", whole)
+    shutil.rmtree(options.work / "killed" / "out")
+    return whole, seconds
 
 
 def moments(options):
@@ -97,7 +100,12 @@ def moments(options):
     draw, kills, found, out = random.Random(options.seed), 0, [], options.work / "killed" / "out"
     while kills < options.kills:
         child = forked(lambda: quantize(options, out))
-        time.sleep(draw.uniform(0, seconds))
+        if draw.random() < 0.3:
+            time.sleep(draw.uniform(0, seconds))
+        else:  # from the moment when its journal exists; units are written in a small part of the time
+            while not (partial_of(out) / NAME).exists():
+                time.sleep(0.001)
+            time.sleep(draw.uniform(0, seconds / 10))
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
         how = ended(child)
@@ -175,9 +183,4 @@ if __name__ == "__main__":
     parser.add_argument("--dataset", type=Path)
     parser.add_argument("--kills", type=int, default=20)
     options = parser.parse_args()
-    if options.dataset:
-        import mptq.layers.transformer_layer  # imports megatron-core, for the activations
-    import mptq.formats.megatron.writer
-    import mptq.quantize.modelopt
-
     sys.exit(globals()[options.mode](options))

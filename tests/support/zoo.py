@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.support.processes import checked, python
+from tests.support.sharing import Shared
 
 if TYPE_CHECKING:
     import torch
@@ -255,8 +256,8 @@ for _name in ("mixtral", "moe-freq-list", "deepseek-v2-lite", "deepseek-v3-mtp")
 class Builder:
     """Builds each model once, in separate processes."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.built = folder, set[Path]()
+    def __init__(self, shared: Shared) -> None:
+        self.shared = shared
 
     def __call__(self, name: str, *, tp: int = 1, pp: int = 1, ep: int = 1, per_layer: bool = False) -> Path:
         """The folder of the model: `ckpt`, and `logits.pt` if it was built in one process.
@@ -264,17 +265,16 @@ class Builder:
         Models that take one process are built together with the rest of their group, others alone.
         """
         sizes = {"tp": tp, "pp": pp, "ep": ep}
-        folder = self.folder / "-".join([*map(str, sizes.values()), "layers" if per_layer else "stacks"])
-        if folder / name not in self.built:
-            alone = per_layer or max(sizes.values()) > 1
-            names = [name] if alone else [other for other, row in ZOO.items() if row.group == ZOO[name].group]
-            options = [f"--{kind}={size}" for kind, size in sizes.items()] + ["--per-layer"] * per_layer
-            self._build(names, folder, options, processes=tp * pp * ep)
-        return folder / name
+        options = [f"--{kind}={size}" for kind, size in sizes.items()] + ["--per-layer"] * per_layer
+        alone = per_layer or max(sizes.values()) > 1
+        names = [name] if alone else [other for other, row in ZOO.items() if row.group == ZOO[name].group]
+        layout = "-".join([*map(str, sizes.values()), "layers" if per_layer else "stacks"])
 
-    def _build(self, names: list[str], folder: Path, options: list[str], processes: int) -> None:
-        checked(python("-m", "tests.support.build_zoo", *names, "--out", folder, *options, processes=processes))
-        self.built |= {folder / name for name in names}
+        def build(folder: Path) -> None:
+            module = "tests.support.build_zoo"
+            checked(python("-m", module, *names, "--out", folder, *options, processes=tp * pp * ep))
+
+        return self.shared(f"zoo/{layout}-{names[0]}", build) / name
 
 
 def observed(folder: Path) -> dict[str, torch.Tensor]:

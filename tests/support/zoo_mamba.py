@@ -5,6 +5,7 @@ Installing mamba-ssm requires CUDA. Its replacement computes the same in torch, 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from functools import partial
 from types import ModuleType
@@ -48,8 +49,9 @@ def mamba_split_conv1d_scan_combined(*_args, **_kwargs):
     raise NotImplementedError
 
 
-def install():
-    """Make megatron-core import this module's replacements as mamba-ssm."""
+@contextlib.contextmanager
+def installed():
+    """Inside, megatron-core imports this module's replacements as mamba-ssm: what it finds at its own import is what it has."""
     contents = {
         "layernorm_gated": {"RMSNorm": RMSNormGated},
         "ssd_combined": {
@@ -57,11 +59,14 @@ def install():
             "mamba_split_conv1d_scan_combined": mamba_split_conv1d_scan_combined,
         },
     }
-    for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton"):
-        sys.modules.setdefault(name, ModuleType(name))
+    modules = {name: ModuleType(name) for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton")}
     for name, members in contents.items():
-        module = sys.modules[f"mamba_ssm.ops.triton.{name}"] = ModuleType(f"mamba_ssm.ops.triton.{name}")
+        module = modules[f"mamba_ssm.ops.triton.{name}"] = ModuleType(f"mamba_ssm.ops.triton.{name}")
         vars(module).update(members)
+    sys.modules.update(modules)
+    yield
+    for name in modules:
+        del sys.modules[name]
 
 
 def stack_spec():

@@ -163,7 +163,7 @@ def test_any_one_of_eight_experts_alone_may_be_static(eight, tmp_path):
     """Some experts see three tokens. Each gets the same scale as when all experts are static."""
     tokens = tokens_of([], calibration=torch.tensor([[7, 77, 277]]))
     every = Driven(make_plan(eight, "fp8", ("megatron",)), tokens, tmp_path)
-    counts = [row["experts"]["tokens"] for row in every.record.layers]
+    counts = [row["experts"]["tokens"] for row in every.log.layers]
     assert [sum(layer) for layer in counts] == [6, 6]
     for expert in range(8):
         override = Override(pattern=f"*.mlp.experts.experts.{expert}.*", recipe="fp8")
@@ -174,7 +174,7 @@ def test_any_one_of_eight_experts_alone_may_be_static(eight, tmp_path):
         assert len(found) == 4
         assert sum(name.endswith("input_quantizer._amax") for name in alone.tensors["megatron"]) == 4
         fallback = [[expert] if layer[expert] == 0 else [] for layer in counts]
-        assert [row["experts"]["fallback"] for row in alone.record.layers] == fallback
+        assert [row["experts"]["fallback"] for row in alone.log.layers] == fallback
     assert any(0 in layer for layer in counts)
 
 

@@ -134,11 +134,10 @@ def test_deep_nesting_does_not_crash_the_process(data):
     assert (done.returncode, done.stdout, done.stderr) == (0, b"done\n", b"")
 
 
+integers = st.integers(-(1 << 128), (1 << 128) - 1)
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers(-(1 << 100), 1 << 100) | st.floats(allow_nan=False) | st.text() | st.binary(),
-    lambda inner: (
-        st.lists(inner) | st.dictionaries(st.text() | st.integers(), inner) | st.tuples(inner, inner) | st.sets(st.integers())
-    ),
+    st.none() | st.booleans() | integers | st.floats(allow_nan=False) | st.text() | st.binary(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text() | integers, inner) | st.tuples(inner, inner) | st.sets(integers),
     max_leaves=30,
 )
 
