@@ -1,7 +1,13 @@
 #!/usr/bin/env bash
-# Run every check: lint, formatting, types, tests. Arguments are passed to pytest (-m "not slow" skips the long tests).
+# Run every check: lint, formatting, types, tests. With --fast, only the unit tests without the slow ones (2 minutes).
+# Other arguments are passed to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+if [ "${1:-}" = --fast ]; then
+    shift
+    set -- tests/unit -m "not slow" "$@"
+    fast=1
+fi
 
 # report.html is tested in a browser. Without one that test is skipped, or fails if CI is set.
 find_chromium() {
@@ -22,7 +28,7 @@ find_chromium() {
     rm -f "$log"
 }
 
-find_chromium
+[ "${fast:-}" ] || find_chromium
 scripts/setup.sh
 source .venv/bin/activate
 ruff check --quiet .

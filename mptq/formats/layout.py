@@ -48,17 +48,18 @@ class Layout(ABC):
         """The model's config."""
         return self.source.model
 
-    @abstractmethod
     def scheme(self, layer: int, linear: LinearSpec) -> Scheme | None:
-        """The scheme in which the output stores a linear, or None for an unquantized one."""
+        """The scheme in which the output stores a linear, or None for an unquantized one: by default the recipe's."""
+        return self.assignment.scheme(layer, linear)
 
     @abstractmethod
     def linear(self, layer: int, linear: LinearSpec) -> tuple[TensorSpec, ...]:
         """The tensors of a linear: weights, scales and static input scales."""
 
-    @abstractmethod
     def unquantized(self, tensor: UnquantizedTensor, layer: int | None = None) -> tuple[TensorSpec, ...]:
-        """The tensors that store an unquantized tensor; `layer` is None outside the layers."""
+        """The tensors that store an unquantized tensor, by default itself; `layer` is None outside the layers."""
+        name = ("" if layer is None else megatron_layer(layer)) + tensor.megatron
+        return (TensorSpec(name, self.source.dtype(name), tensor.shape),)
 
     @abstractmethod
     def kv_cache(self, layer: int) -> tuple[TensorSpec, ...]:
@@ -85,13 +86,14 @@ class Layout(ABC):
     def by_canonical_name(self) -> Iterator[tuple[str, tuple[TensorSpec, ...]]]:
         """All tensors by source name, in write order; KV cache scales are listed under their core attention."""
         before, after = outer_copies(self.model)
+        layers = [(layer_copies(self.model, layer), layer_linears(self.model, layer)) for layer in range(self.model.num_layers)]
         for tensor in before:
             yield tensor.megatron, self.unquantized(tensor)
-        for layer in range(self.model.num_layers):
+        for layer, (copies, linears) in enumerate(layers):
             prefix = megatron_layer(layer)
-            for tensor in layer_copies(self.model, layer):
+            for tensor in copies:
                 yield prefix + tensor.megatron, self.unquantized(tensor, layer)
-            for linear in layer_linears(self.model, layer):
+            for linear in linears:
                 yield canonical_weight(layer, linear), self.linear(layer, linear)
             if self.assignment.has_cache(layer):
                 yield prefix + CORE_ATTENTION, self.kv_cache(layer)

@@ -147,11 +147,15 @@ class Format(ABC):
     def store_linear(self, layout: Layout, linear: QuantizedLinear) -> Stored:
         """Returns what the format stores for a linear, quantized or not."""
 
-    @abstractmethod
     def store_unquantized(
-        self, tensor: UnquantizedTensor, specs: Sequence[TensorSpec], values: torch.Tensor, first: int
+        self, _tensor: UnquantizedTensor, specs: Sequence[TensorSpec], values: torch.Tensor, _first: int
     ) -> Stored:
-        """Returns what it stores, as `specs`, for an unquantized tensor; `values` are its rows from `first` on."""
+        """Returns what it stores, as `specs`, for an unquantized tensor; `values` are its rows from `first` on.
+
+        By default these are all rows, divided among the specs.
+        """
+        parts = values.split([spec.shape[0] for spec in specs])
+        return Stored({spec.name: part for spec, part in zip(specs, parts, strict=True)})
 
     @abstractmethod
     def store_kv_cache(self, layout: Layout, layer: int, amax: Sequence[torch.Tensor]) -> Stored:

@@ -14,7 +14,7 @@ from mptq.calibration.datasets.options import DataOptions
 from mptq.checkpoint.index import ends_of_shards
 from mptq.files import sha256
 from mptq.formats import FORMATS
-from mptq.formats.hf.tokenizer import tokenizer_files
+from mptq.formats.hf.tokenizer import tokenizer_hashes
 
 if TYPE_CHECKING:
     from mptq.model.generation import Generation
@@ -108,16 +108,20 @@ def decisive(
     """
     checkpoint, made = plan.source.checkpoint, report.manifest_of(plan, {}, {})
     keys = {part.key for parts in plan.source.places.values() for part in parts}
-    sharded, texts = (any(getattr(FORMATS[form], name) for form in plan.formats) for name in ("is_sharded", "has_tokenizer"))
+    sharded, has_texts = (
+        any(getattr(FORMATS[form], name) for form in plan.formats) for name in ("is_sharded", "has_tokenizer")
+    )
+    texts = tokenizer_hashes(tokenizer) if has_texts and tokenizer is not None else None
+    ends = ends_of_shards(checkpoint, keys)
     found = {
         "checkpoint": made["source"],
-        "shards": {"sha256": ends_of_shards(checkpoint, keys)},
+        "shards": {"sha256": ends},
         "model": _digest(made["model"]),
         "recipe": {"sha256": plan.recipe.fingerprint},
         "format": list(plan.formats),
         "tensors": _digest([made["tensors"], made["kv_cache"], made["dialect"]]),
-        "tokenizer": _tokenizer(tokenizer) if texts and tokenizer is not None else None,
-        "generation": _digest(dict(generation.fields)) if texts else None,
+        "tokenizer": None if texts is None else _digest(texts),
+        "generation": _digest(dict(generation.fields)) if has_texts else None,
         "max_shard_size": options.max_shard_bytes if sharded else None,
         "device": device,
         "eval_size": 0 if data is None else data["held_out"]["sequences"],
@@ -156,9 +160,3 @@ def _words(key: str, made: Any, wanted: Any) -> str:
 
 def _digest(content: Any) -> dict[str, str]:
     return {"sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
-
-
-def _tokenizer(directory: Path) -> dict[str, str]:
-    """Returns a SHA-256 of the files that are copied from a tokenizer's directory."""
-    files = [*tokenizer_files(directory), directory / "generation_config.json"]
-    return _digest({file.name: sha256(file) for file in files if file.is_file()})

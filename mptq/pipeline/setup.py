@@ -64,10 +64,10 @@ def prepared(plan: Plan, place: Place, checked: Preflight, options: Options, pro
         with log.timed("data"):
             tokens = tokens_of(plan, checked, options)
             states = _hidden_states(plan, tokens, options, device, place)
-        committer = Committer(plan, place.partial, log, place.ranks)
-        stack.callback(committer.close)
         account = None if tokens is None else tokens.account
         depends = place.ranks.broadcast_object(lambda: depends_on(plan, options, checked, account))
+        committer = Committer(plan, place.partial, log, place.ranks)
+        stack.callback(committer.close)
         settings = WriterOptions(options.max_shard_bytes, checked.tokenizer, checked.generation)
         done = committer.begin(depends | {"versions": report.versions()}, partial(_writers, plan, place.partial, settings))
         if states is not None:

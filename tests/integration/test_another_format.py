@@ -15,17 +15,10 @@ from tests.conftest import files
 
 
 class NpyLayout(Layout):
-    def scheme(self, layer, linear):
-        return self.assignment.scheme(layer, linear)
-
     def linear(self, layer, linear):
         name, scheme = canonical_weight(layer, linear), self.scheme(layer, linear)
         scale = [TensorSpec(f"{name}.scale", scheme.scale_dtype, scheme.grid(*linear.shape))] if scheme else []
         return TensorSpec(name, self.dtype(layer, linear), linear.shape), *scale
-
-    def unquantized(self, tensor, layer=None):
-        name = tensor.megatron if layer is None else megatron_layer(layer) + tensor.megatron
-        return (TensorSpec(name, self.source.dtype(name), tensor.shape),)
 
     def kv_cache(self, layer):
         return tuple(TensorSpec(f"{megatron_layer(layer)}{CORE_ATTENTION}.{kind}", "float32", ()) for kind in "kv")
@@ -58,9 +51,6 @@ class NpyFormat(Format):
         parts = (weight.data, weight.scale) if linear.weights else (weight,)
         return Stored({spec.name: part for spec, part in zip(layout.linear(linear.layer, linear.spec), parts, strict=True)})
 
-    def store_unquantized(self, _tensor, specs, values, _first):
-        return Stored({specs[0].name: values})
-
     def store_kv_cache(self, layout, layer, amax):
         return Stored({spec.name: value for spec, value in zip(layout.kv_cache(layer), amax, strict=True)})
 
@@ -74,9 +64,8 @@ class NpyFormat(Format):
             raw = torch.from_numpy(np.load(directory / f"{name}.npy"))
             return raw.view(getattr(torch, specs[name].dtype)).reshape(specs[name].shape)
 
-        return OpenedOutput(
-            "npy", directory, {name: specs[name] for name in specs if (directory / f"{name}.npy").is_file()}, load
-        )
+        found = {name: specs[name] for name in specs if (directory / f"{name}.npy").is_file()}
+        return OpenedOutput("npy", directory, found, load)
 
     def scales(self, canonical, weights, scheme, _manifest):
         yield TensorSpec(f"{canonical}.scale", scheme.scale_dtype, scheme.grid(*weights[0]["shape"]))

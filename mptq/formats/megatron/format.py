@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from mptq.formats.layout import Layout
     from mptq.formats.protocol import LoadedWeight, QuantizedLinear, Resumed, Stored, Writer, WriterOptions
-    from mptq.model.tensors import LinearSpec, UnquantizedTensor
+    from mptq.model.tensors import LinearSpec
     from mptq.recipes.schemes import Scheme
 
 
@@ -55,14 +55,6 @@ class MegatronFormat(Format):
 
         assert isinstance(layout, MegatronLayout)
         return store.store_linear(layout, linear)
-
-    def store_unquantized(
-        self, _tensor: UnquantizedTensor, specs: Sequence[TensorSpec], values: torch.Tensor, _first: int
-    ) -> Stored:
-        """Returns the tensor, or its parts."""
-        from mptq.formats.megatron import store
-
-        return store.store_unquantized(specs, values)
 
     def store_kv_cache(self, _layout: Layout, layer: int, amax: Sequence[torch.Tensor]) -> Stored:
         """Returns the amax of ModelOpt's K and V quantizers."""

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from mptq.formats.megatron.layout import MegatronLayout
     from mptq.model.source import Source
     from mptq.model.tensors import LinearSpec
-    from mptq.types import TensorSpec
 
 _STATE = "_extra_state/shard_0_1"
 
@@ -40,11 +39,6 @@ def store_linear(layout: MegatronLayout, linear: QuantizedLinear) -> Stored:
         weight = fused.data
     found |= zip(spec.keys, weight.split(spec.key_rows), strict=True)
     return Stored({owner + key: tensor.cpu() for key, tensor in found.items()}, {owner + _STATE: blob})
-
-
-def store_unquantized(specs: Sequence[TensorSpec], values: torch.Tensor) -> Stored:
-    """Returns the tensor, or its parts."""
-    return Stored({spec.name: part for spec, part in zip(specs, values.split([spec.shape[0] for spec in specs]), strict=True)})
 
 
 def store_kv_cache(layer: int, amax: Sequence[torch.Tensor]) -> Stored:

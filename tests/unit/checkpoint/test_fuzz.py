@@ -21,7 +21,11 @@ from mptq.inspection import inspect
 from tests.support.synthetic_checkpoints import SHARD, Maker, saved, small
 
 NAME = "decoder.layers.weight"
-fuzzing = settings(max_examples=150)
+
+
+def fuzzing(test):
+    """Marks a property test of many examples."""
+    return pytest.mark.slow(settings(max_examples=150)(test))
 
 
 @functools.cache

@@ -101,6 +101,7 @@ def test_equals_modelopts_fp8_tensor_on_float32(weight):
         assert torch.equal(ours.data.view(torch.uint8), theirs._quantized_data.view(torch.uint8))
 
 
+@pytest.mark.slow
 def test_state_does_not_depend_on_the_hash_seed():
     """ModelOpt keeps its attributes in sets; the same run must give the same bytes."""
     import subprocess
