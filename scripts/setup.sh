@@ -5,6 +5,7 @@ cd "$(dirname "$0")/.."
 
 runs_312() { "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null; }
 
+# Behind the links of an active environment, which may be the one that is about to be replaced.
 # A pyenv shim called python3.12 exists before it runs, so every candidate is tried.
 find_python() {
     local candidate
@@ -12,7 +13,7 @@ find_python() {
         "$({ pyenv root 2>/dev/null || echo "$HOME/.pyenv"; } | tail -n 1)"/versions/3.12*/bin/python3.12 \
         "$(uv python find 3.12 2>/dev/null || true)"; do
         if [ -n "$candidate" ] && runs_312 "$candidate"; then
-            "$candidate" -c 'import sys; print(sys.executable)'
+            "$candidate" -c 'import os, sys; print(os.path.realpath(sys.executable))'
             return
         fi
     done

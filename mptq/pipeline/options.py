@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from mptq import report
 from mptq.calibration.datasets.options import DataOptions
 from mptq.checkpoint.index import ends_of_shards
-from mptq.files import sha256
 from mptq.formats import FORMATS
 from mptq.formats.hf.tokenizer import tokenizer_hashes
 

@@ -1,5 +1,6 @@
 import io
 
+import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
