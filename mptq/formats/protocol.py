@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mptq.formats.layout import Layout
     from mptq.model.generation import Generation
     from mptq.model.tensors import LinearSpec, UnquantizedTensor
-    from mptq.quantize.projections import Quantized
+    from mptq.quantize.compressed_linears import Compressed
     from mptq.recipes.schemes import Scheme
     from mptq.types import LayerOutput, TensorSpec
 
@@ -34,14 +34,16 @@ class Stored:
 class QuantizedLinear:
     """A linear to store.
 
-    `source` is Megatron's fused weight [out, in]. `weights` are the quantized projections, or the fused matrix if the layout
-    does not split it; None if the format does not quantize it. `input_amax` is float32 [], None without a static scale.
+    `source` is Megatron's fused weight [out, in]. `weights` are the compressed projections, or the fused matrix if the layout
+    does not split it; None if the format does not quantize it. `modules` are ModelOpt's, in the same order, also if they
+    are left alone. `input_amax` is float32 [], None without a static scale.
     """
 
     layer: int
     spec: LinearSpec
     source: torch.Tensor
-    weights: Quantized | None
+    weights: Sequence[Compressed] | None
+    modules: Sequence[Any] = ()
     input_amax: torch.Tensor | None = None
 
 
@@ -133,8 +135,6 @@ class Format(ABC):
     """Whether `--max-shard-size` limits its files."""
     input_scale: ClassVar[str] = ""
     """Name suffix of static input scales (or input amax); "" if it has none."""
-    needs_modelopt: ClassVar[bool] = False
-    """Whether writing it imports megatron-core and ModelOpt."""
 
     def check(self, layout: Layout) -> None:
         """Raises RecipeError or UnsupportedModelError if the format cannot store the model with this recipe."""

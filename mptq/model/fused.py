@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,22 +35,14 @@ class Fusion:
         """Whether there is only one member."""
         return self.repeat == len(self.widths) == 1
 
-    def coarsen(self, block: int) -> Fusion:
-        """Returns the layout of the grid of block scales for a matrix that is `aligned` to `block` rows."""
-        assert self.aligned(block)
-        return Fusion(self.repeat, tuple(-(-width // block) for width in self.widths))
-
-    def runs(self, fused: torch.Tensor) -> list[list[torch.Tensor]]:
-        """Returns the rows of each member as views of `fused`; concatenated, they are the member."""
-        rows = fused.split(self.widths * self.repeat)
-        return [list(rows[member :: len(self.widths)]) for member in range(len(self.widths))]
-
     def split(self, fused: torch.Tensor) -> list[torch.Tensor]:
         """Returns the members of `fused` [sum of rows, ...], each contiguous and of shape [its rows, ...]."""
-        if self.plain:
-            return [fused.contiguous()]
+        return list(self.members(fused))
+
+    def members(self, fused: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yields the members as `split` returns them; those that are not rows in sequence are copied one at a time."""
         grouped = fused.unflatten(0, (self.repeat, sum(self.widths)))
-        return [part.flatten(0, 1).contiguous() for part in grouped.split(self.widths, dim=1)]
+        return (part.flatten(0, 1).contiguous() for part in grouped.split(self.widths, dim=1))
 
     def merge(self, members: list[torch.Tensor]) -> torch.Tensor:
         """Merges the members into the fused matrix; the inverse of `split`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,8 @@ from mptq.formats.protocol import QuantizedLinear
 from mptq.model.tensors import megatron_layer
 from mptq.pipeline.stored import add, empty, store_unquantized
 from mptq.quantize import quantizer
+from mptq.quantize.compressed_linears import Compressed, CompressedLinears, drop
 from mptq.quantize.fp8 import dequantize, scale_of
-from mptq.quantize.projections import Quantized, fused_members, member_pieces, quantized_members
 from mptq.quantize.quantizer import require_finite
 from mptq.types import LayerOutput, TensorSpec
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
     from mptq.calibration.hidden_state_pair import Calibrated, HiddenStatePair
+    from mptq.formats.layout import Layout
     from mptq.model.tensors import LinearSpec
     from mptq.pipeline.context import PlannedReader, RunContext
     from mptq.plan.units import Unit
@@ -39,6 +40,13 @@ def place(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
     held = module.get_submodule(owner)
     buffer = attribute in held._buffers
     setattr(held, attribute, tensor if buffer else torch.nn.Parameter(tensor, requires_grad=False))
+
+
+def _matrices(layout: Layout, layer: int, linear: LinearSpec) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Yields name and shape [out, in] of the projections of a linear, or of the fused matrix, as an output stores them."""
+    shapes = [shape for _, shape in linear.members] if layout.splits else [linear.shape]
+    names = (name.removesuffix(".weight") for name in layout.weights(layer, linear))
+    return zip(names, shapes, strict=True)
 
 
 class LayerQuantizer:
@@ -62,10 +70,13 @@ class LayerQuantizer:
         ranks = enumerate(shares(sizes, context.ranks.size))
         self.owners = {number: rank for rank, share in ranks for number in share}
         self.rows: list[tuple[int, dict[str, Any]]] = []
+        self.linears: dict[str, CompressedLinears] = {}
 
     def outputs(self) -> Iterator[LayerOutput]:
         """Yields what the formats store of the layer: first the tensors that keep their precision, then each linear."""
         yield self._unquantized()
+        with self.context.log.timed("convert"):
+            self.linears = {form: self._converted(layout) for form, layout in self.plan.layouts.items()}
         states = self.context.hidden_states
         if states:
             self._calibrate(states)
@@ -77,6 +88,16 @@ class LayerQuantizer:
         self.context.log.rows.extend(row for _, row in sorted(rows, key=itemgetter(0)))
         if states:
             self._compare(states)
+
+    def _converted(self, layout: Layout) -> CompressedLinears:
+        """Returns the layer's linears as an output stores them, converted by ModelOpt and without weights."""
+        shapes: dict[str, tuple[int, int]] = {}
+        schemes: dict[str, Scheme | None] = {}
+        for linear in self.plan.linears(self.layer):
+            matrices = dict(_matrices(layout, self.layer, linear))
+            shapes |= matrices
+            schemes |= dict.fromkeys(matrices, layout.scheme(self.layer, linear))
+        return CompressedLinears(shapes, schemes, self.context.dtype)
 
     def _unquantized(self) -> LayerOutput:
         output, prefix = empty(self.plan, self.unit), megatron_layer(self.layer)
@@ -119,16 +140,20 @@ class LayerQuantizer:
     def _linear(self, linear: LinearSpec, number: int) -> LayerOutput:
         """Quantizes the linear with that number in the layer; returns what each format stores of it."""
         output, source = empty(self.plan, self.unit), self._source(linear)
-        made = self._quantized(linear, source, self.owners[number])
+        made: dict[str, list[Compressed]] = {}
         for form in reversed(self.plan.formats):  # the order of rows in the report
             layout = self.plan.layouts[form]
-            scheme, weights = layout.scheme(self.layer, linear), made.get(form)
-            input_amax = self._input_amax(linear) if scheme is not None and scheme.static else None
-            stored = FORMATS[form].store_linear(layout, QuantizedLinear(self.layer, linear, source, weights, input_amax))
-            add(output, form, stored)
-            if scheme is not None and weights is not None:
+            scheme, weights = layout.scheme(self.layer, linear), None
+            if scheme is not None:
+                weights = made[form] = self._compressed(form, linear, source, self.owners[number])
                 self._report(number, form, linear, weights)
+            input_amax = self._input_amax(linear) if scheme is not None and scheme.static else None
+            modules = [self.linears[form].linear(name) for name, _ in _matrices(layout, self.layer, linear)]
+            given = QuantizedLinear(self.layer, linear, source, weights, modules, input_amax)
+            add(output, form, FORMATS[form].store_linear(layout, given))
         self._show(linear, source, made)
+        for weights in made.values():
+            drop(weights)
         return output
 
     def _source(self, linear: LinearSpec) -> torch.Tensor:
@@ -156,46 +181,24 @@ class LayerQuantizer:
             found = [quantizer.amax_of(sources[one.megatron], canonical_weight(self.layer, one)) for one in group]
             return torch.stack(found).amax()
 
-    def _quantized(self, linear: LinearSpec, source: torch.Tensor, owner: int) -> dict[str, Quantized]:
-        """Returns, for each format that quantizes the linear, its quantized projections or the single fused matrix.
+    def _compressed(self, form: str, linear: LinearSpec, source: torch.Tensor, owner: int) -> list[Compressed]:
+        """Returns what a format stores of the linear: its compressed projections, or the single fused matrix.
 
-        Projections are quantized once for all formats with the same scheme. A fused matrix with the same numbers is
-        merged from them.
+        Rank `owner` rounds them, and the others receive them.
         """
-        found: dict[str, Quantized] = {}
-        made: dict[tuple[Scheme, bool], Quantized] = {}
-        for form, layout in sorted(self.plan.layouts.items(), key=lambda item: not item[1].splits):
-            scheme = layout.scheme(self.layer, linear)
-            if scheme is None:
-                continue
-            key = scheme, layout.splits
-            if key not in made and not layout.splits and (scheme, True) in made and not linear.crosses(scheme.block):
-                with self.context.log.timed("quantize"):
-                    made[key] = [fused_members(made[scheme, True], linear.fusion, scheme)]
-            elif key not in made:
-                made[key] = self._made(linear, source, scheme, layout.splits, owner)
-            found[form] = made[key]
-        return found
-
-    def _made(self, linear: LinearSpec, source: torch.Tensor, scheme: Scheme, splits: bool, owner: int) -> Quantized:
-        name = canonical_weight(self.layer, linear)
-        if not splits:
-            return self._shared(scheme, [[source]], lambda: [quantizer.quantize(source, scheme, name, self.amax)], owner)
-        pieces = member_pieces(source, linear, scheme)
-        return self._shared(scheme, pieces, lambda: quantized_members(pieces, linear, scheme, name, self.amax), owner)
-
-    def _shared(
-        self, scheme: Scheme, sources: Sequence[Sequence[torch.Tensor]], quantize: Callable[[], Quantized], owner: int
-    ) -> Quantized:
-        """Calls `quantize` on rank `owner` and returns its weights on every rank, with errors only on the owner."""
-        ranks = self.context.ranks
+        layout, linears, ranks = self.plan.layouts[form], self.linears[form], self.context.ranks
+        label, found = canonical_weight(self.layer, linear), []
         with self.context.log.timed("quantize"):
-            made = quantize() if owner == ranks.rank else [(quantizer.unfilled(source, scheme), None) for source in sources]
-            for weight, _ in made:
-                for tensor in (weight.data, weight.scale, weight.amax):
-                    if tensor is not None:
-                        ranks.broadcast(tensor, owner)
-        return made
+            parts = linear.fusion.members(source) if layout.splits else iter([source])
+            for (name, _), part in zip(_matrices(layout, self.layer, linear), parts, strict=True):
+                if owner == ranks.rank:
+                    found.append(linears.compress(name, part, f"{label} ({name})" if layout.splits else label, self.amax))
+                else:
+                    found.append(linears.receive(name, self.context.device))
+            for tensor in (part for made in found for part in (made.weight.data, made.weight.scale, made.weight.amax)):
+                if tensor is not None:
+                    ranks.broadcast(tensor, owner)
+        return found
 
     def _kv_cache(self) -> LayerOutput:
         """Returns the scales of the KV cache; the report has those of the first format, as in the quantized stream."""
@@ -208,7 +211,7 @@ class LayerQuantizer:
         self.row["kv_cache"] = {name: float(scale_of(value)) for name, value in shown}
         return output
 
-    def _show(self, linear: LinearSpec, source: torch.Tensor, made: Mapping[str, Quantized]) -> None:
+    def _show(self, linear: LinearSpec, source: torch.Tensor, made: Mapping[str, Sequence[Compressed]]) -> None:
         """Replaces the live weight of a linear with what the first format stores, for the quantized hidden states."""
         if self.live is None:
             return
@@ -218,21 +221,21 @@ class LayerQuantizer:
         if scheme is None or weights is None:
             out.copy_(source)
         elif layout.splits:
-            out.copy_(linear.fusion.merge([dequantize(weight, scheme) for weight, _ in weights]))
+            out.copy_(linear.fusion.merge([dequantize(made.weight, scheme) for made in weights]))
         else:
-            ((fused, _),) = weights
-            dequantize(fused, scheme, out)
+            (fused,) = weights
+            dequantize(fused.weight, scheme, out)
 
-    def _report(self, number: int, form: str, linear: LinearSpec, weights: Quantized) -> None:
+    def _report(self, number: int, form: str, linear: LinearSpec, weights: Sequence[Compressed]) -> None:
         """Adds a row to the report for each stored weight; weights without an error are reported by another rank."""
         layout = self.plan.layouts[form]
         scheme, source = layout.scheme(self.layer, linear), canonical_weight(self.layer, linear)
         assert scheme is not None
-        for name, (weight, error) in zip(layout.weights(self.layer, linear), weights, strict=True):
-            if error is None:
+        for name, made in zip(layout.weights(self.layer, linear), weights, strict=True):
+            if made.error is None:
                 continue
-            before = TensorSpec(source, self.plan.source.dtype(source), tuple(weight.data.shape))
-            row = report.tensor_row(form, name, before, scheme, error)
+            before = TensorSpec(source, self.plan.source.dtype(source), tuple(made.weight.data.shape))
+            row = report.tensor_row(form, name, before, scheme, made.error)
             row["input_amax"] = float(self._input_amax(linear)) if scheme.static else None
             self.rows.append((number, row))
             self.context.progress.tensor(row)

@@ -10,7 +10,6 @@ from mptq.checkpoint.contents import foreign_code
 from mptq.formats import FORMATS
 from mptq.formats.layout import canonical_weight
 from mptq.model import tensors
-from mptq.model.architectures.registry import family_of
 from mptq.model.settings.from_run_config import unread
 from mptq.types import DTYPE_BYTES, TensorSpec
 
@@ -18,14 +17,9 @@ if TYPE_CHECKING:
     from mptq.model.tensors import LinearSpec
     from mptq.plan.plan import Plan
 
-IMPORTS_BYTES = 690_000_000
-"""Resident memory of a process that reads and quantizes: torch, and the compiled loops (scripts/bench_memory.py)."""
-LAYER_BYTES = 440_000_000
-"""Memory that megatron-core's layer and ModelOpt (which imports transformers) add."""
-CONFIG_BYTES = 30_000_000
-"""Memory that transformers adds if it is only imported for the configs of the output."""
-_MORE_CONFIG_BYTES = {"LlamaConfig": 170_000_000}
-"""Memory of what some config classes import (in transformers 5.23, LlamaConfig imports generation and image code)."""
+IMPORTS_BYTES = 1_130_000_000
+"""Resident memory of a process that quantizes: torch, the compiled loops, and ModelOpt, which imports megatron-core and
+transformers (scripts/bench_memory.py)."""
 END_BYTES = 180_000_000
 """Memory added at the end by the report's plots, and by libraries, whose file pages are read in on exit."""
 PIECE_BYTES = 1 << 26
@@ -73,24 +67,17 @@ def peak_memory(plan: Plan, work: ActivationBudget | None = None) -> int:
     output layer with its logits. Imports at the end of the run and the exit of the process come after that, and may
     exceed it.
     """
-    with_layers = work is not None or any(FORMATS[form].needs_modelopt for form in plan.formats)
-    imports = IMPORTS_BYTES + LAYER_BYTES * with_layers
     kinds = {kind: layer for layer, kind in enumerate(plan.model.kinds)}.values()
     if work is None:
         running = _outer_memory(plan, max(_window(_items(plan, layer)) for layer in kinds))
     else:
         running = work.stored_bytes + max(_head_memory(plan, work), *(_live_memory(plan, layer, work) for layer in kinds))
-    return imports + max(running, END_BYTES + (0 if with_layers else _config_memory(plan)))
-
-
-def _config_memory(plan: Plan) -> int:
-    family = family_of(plan.model)
-    return CONFIG_BYTES + (_MORE_CONFIG_BYTES.get(family.config_class, 0) if family else 0)
+    return IMPORTS_BYTES + max(running, END_BYTES)
 
 
 @dataclass(frozen=True)
 class _Item:
-    """A tensor of a layer: its bytes as read, the bytes of the results, and those of a temporary copy."""
+    """A tensor of a layer: its bytes as read, the bytes of the results, and those of the largest projection's copy."""
 
     source: int
     made: int = 0
@@ -111,10 +98,9 @@ def _item(plan: Plan, layer: int, linear: LinearSpec) -> _Item:
     kept = [weight.nbytes if layout.splits and not linear.fusion.plain else 0 for layout in layouts]
     schemes = [layout.scheme(layer, linear) for layout in layouts]
     made = [bytes_ if scheme is None else weight.numel for bytes_, scheme in zip(kept, schemes, strict=True)]
-    shared = linear.fusion.plain and len(made) > 1 and plan.same_numbers(layer, linear)
-    split = next((layout.scheme(layer, linear) for layout in layouts if layout.splits), None)
-    crossing = split is not None and linear.fusion.repeat > 1 and not linear.fusion.aligned(split.block or 1)
-    return _Item(weight.nbytes, max(made) if shared else sum(made), weight.nbytes if crossing else 0)
+    copies = linear.fusion.repeat > 1 and any(layout.splits and layout.scheme(layer, linear) for layout in layouts)
+    copied = weight.nbytes * max(linear.fusion.widths) // sum(linear.fusion.widths) if copies else 0
+    return _Item(weight.nbytes, sum(made), copied)
 
 
 def _window(items: list[_Item]) -> int:

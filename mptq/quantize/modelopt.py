@@ -1,9 +1,4 @@
-"""ModelOpt's quantizer tensors and state of quantized linears, as its restore expects them.
-
-The quantized weights are those of quantizer.py, which match ModelOpt bit for bit
-(tests/unit/quantize/test_quantizer.py). The state is what `mtq.quantize` and `mtq.compress` leave in a module, taken
-from a small module that has been through both.
-"""
+"""`mtq.quantize` and `mtq.compress` of a layer's linears, and the state that they leave, as ModelOpt's restore expects it."""
 
 from __future__ import annotations
 
@@ -11,7 +6,6 @@ import contextlib
 import io
 import warnings
 from collections.abc import Iterator, Mapping
-from functools import cache
 from types import MappingProxyType
 from typing import Any
 
@@ -25,11 +19,9 @@ with quiet_imports():
     from modelopt.torch.opt.plugins.mcore_dist_checkpointing import remove_per_module_state
     from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry, TensorQuantizer
     from modelopt.torch.quantization.plugins.megatron import quant_module_get_extra_state
-    from modelopt.torch.quantization.qtensor.base_qtensor import QTensorWrapper
     from modelopt.torch.utils.serialization import safe_save
 
 from mptq.recipes.schemes import Scheme
-from mptq.types import Fp8Weight
 
 
 class _Cache(torch.nn.Module):
@@ -60,7 +52,7 @@ def _rules(scheme: Scheme | None, module: str = "*") -> list[dict[str, Any]]:
 def quant_config(
     scheme: Scheme | None, kv_cache: bool = False, others: Mapping[str, Scheme | None] = MappingProxyType({})
 ) -> dict[str, Any]:
-    """Returns a ModelOpt quant config: `scheme` for all linears but `others` (by module) and the output layer."""
+    """Returns a ModelOpt quant config: `scheme` for all linears but `others` (by name) and the output layer."""
     rules = [{"quantizer_name": "*", "enable": False}, *_rules(scheme)]
     for module, other in others.items():
         rules += _rules(None, f"*{module}.") + (_rules(other, f"*{module}.") if other else [])
@@ -78,64 +70,33 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _convert(module: torch.nn.Module, config: dict[str, Any]) -> torch.nn.ModuleDict:
-    """Quantizes and compresses `module` in place; returns its parent, which has ModelOpt's record of the conversion."""
-    holder = torch.nn.ModuleDict({"linear": module})
+def convert(module: torch.nn.Module, config: dict[str, Any]) -> None:
+    """Quantizes and compresses the linears in `module`, in place; afterwards it has ModelOpt's record of it."""
     with _quiet():
-        mtq.quantize(holder, config)
-        mtq.compress(holder)
-    return holder
+        mtq.quantize(module, config)
+        mtq.compress(module)
 
 
-def _linear(rows: int = 2, columns: int = 32) -> torch.nn.Linear:
-    """Returns a linear with a weight [rows, columns] of ones: a random one would advance the host's generator."""
-    linear: torch.nn.Linear = torch.nn.utils.skip_init(torch.nn.Linear, columns, rows, bias=False).requires_grad_(False)
-    linear.weight.fill_(1)
-    return linear
+def linear_state(linear: Any, input_amax: torch.Tensor | None = None) -> tuple[dict[str, torch.Tensor], bytes]:
+    """Returns what a Megatron checkpoint stores of a compressed linear besides its weight: tensors, and `_extra_state`.
 
-
-@cache
-def _example(scheme: Scheme | None, rows: int = 2, columns: int = 32) -> Any:
-    """Returns a linear that ModelOpt has quantized and compressed, or left alone if `scheme` is None."""
-    linear = _linear(rows, columns)
-    _convert(linear, quant_config(scheme))
-    return linear
-
-
-def linear_state(
-    scheme: Scheme, weight: Fp8Weight, dtype: torch.dtype, input_amax: torch.Tensor | None = None
-) -> tuple[dict[str, torch.Tensor], bytes]:
-    """Returns what a Megatron checkpoint stores of a linear besides `weight`: quantizer tensors, and `_extra_state`.
-
-    `dtype` is the dtype that ModelOpt dequantizes to; `input_amax` is the calibrated amax of the input, for a static
-    scheme. Shapes and encoding follow modelopt/torch/quantization/plugins/megatron.py and opt/plugins/megatron.py: the
-    amax of blocks without its unit axes, of rows as [rows, 1], a single one as [1], and the state as torch.save of a
-    list with one byte tensor. Memory: a linear of the weight's size in each dimension that is not a multiple of the
-    block, and of one block in the others.
+    `input_amax` float32 [] is the calibrated amax of the input, for a static scheme. Shapes and encoding follow
+    modelopt/torch/quantization/plugins/megatron.py and opt/plugins/megatron.py: the amax of blocks without its unit
+    axes, of rows as [rows, 1], a single one as [1], and the state as torch.save of a list with one byte tensor.
     """
-    example = _example(scheme)
-    if scheme.block:  # the state has the size of a dimension that is not a multiple of the block
-        example = _example(scheme, *(size if size % scheme.block else scheme.block for size in weight.data.shape))
-    metadata = example.weight.metadata | {"shape": weight.data.shape, "dtype": dtype}
-    example.weight = QTensorWrapper(weight.data.to("meta"), metadata)
-    quantizer, tensors = example.weight_quantizer, {"weight_quantizer._scale": weight.scale}
-    quantizer._scale = weight.scale.to("meta")
-    if weight.amax is not None:
-        single = weight.amax.numel() == 1
-        tensors["weight_quantizer._amax"] = weight.amax.reshape(1) if single else weight.amax
-        if scheme.block:  # ModelOpt treats a single block as per-tensor
-            quantizer._amax = (weight.amax.reshape(()) if single else weight.amax[:, None, :, None]).to("meta")
-        else:
-            quantizer._amax = weight.amax.to("meta")
     if input_amax is not None:
-        example.input_quantizer.amax = input_amax
-        tensors["input_quantizer._amax"] = input_amax.reshape(1)
-    return tensors, _extra_state(example)
+        linear.input_quantizer.amax = input_amax
+    tensors = {}
+    for kind in ("weight", "input"):
+        for name, buffer in sorted(getattr(linear, f"{kind}_quantizer").named_buffers(), reverse=True):  # scales first
+            tensors[f"{kind}_quantizer.{name}"] = _saved_amax(buffer) if name == "_amax" else buffer
+    return tensors, _extra_state(linear)
 
 
-def kept_state() -> bytes:
-    """Returns the `_extra_state` of a linear that keeps its precision: every quantizer is disabled."""
-    return _extra_state(_example(None))
+def _saved_amax(amax: torch.Tensor) -> torch.Tensor:
+    if amax.numel() == 1:
+        return amax.reshape(1)
+    return amax[:, 0, :, 0] if amax.dim() == 4 else amax
 
 
 def attention_state(k_amax: torch.Tensor, v_amax: torch.Tensor) -> tuple[dict[str, torch.Tensor], bytes]:
@@ -175,6 +136,8 @@ def modelopt_state(scheme: Scheme, kv_cache: bool = False, others: Mapping[str, 
     It holds the modes and their configs; the state of each module is in its `_extra_state`. `others` are the modules
     with another scheme than `scheme`.
     """
-    state = mto.modelopt_state(_convert(_linear(), quant_config(scheme, kv_cache, others)))
+    holder = torch.nn.ModuleDict({"linear": torch.nn.Linear(32, 2, bias=False, device="meta")})
+    convert(holder, quant_config(scheme, kv_cache, others))
+    state = mto.modelopt_state(holder)
     remove_per_module_state(state)
     return _saved(state)

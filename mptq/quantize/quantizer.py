@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
-from itertools import accumulate
 from threading import Thread
 from types import ModuleType
 from typing import Any
@@ -19,7 +18,6 @@ from typing import Any
 import torch
 
 from mptq.errors import CheckpointError
-from mptq.model.fused import Fusion
 from mptq.quantize import mx
 from mptq.quantize.error_statistics import Sums
 from mptq.quantize.fp8 import floored, powers_of_two, scale_of
@@ -46,7 +44,7 @@ def amax_of(tensor: torch.Tensor, name: str) -> torch.Tensor:
     if not tensor.numel():
         return torch.zeros((), device=tensor.device)
     magnitudes, matrix = _arithmetic(tensor.device).magnitudes, tensor.reshape(len(tensor) if tensor.dim() > 1 else 1, -1)
-    amax = torch.stack(list(_each_strip([matrix], lambda _rows, strip: magnitudes(strip, *strip.shape)))).amax()
+    amax = torch.stack(list(_each_strip(matrix, lambda _rows, strip: magnitudes(strip, *strip.shape)))).amax()
     if not torch.isfinite(amax):
         bad = torch.nonzero(~torch.isfinite(tensor))
         raise CheckpointError(
@@ -61,31 +59,31 @@ def require_finite(tensor: torch.Tensor, name: str) -> None:
 
 
 def quantize(
-    weight: torch.Tensor | Sequence[torch.Tensor], scheme: Scheme, name: str, amax: torch.Tensor | None = None
+    weight: torch.Tensor, scheme: Scheme, name: str, amax: torch.Tensor | None = None
 ) -> tuple[Fp8Weight, WeightError]:
     """Quantizes `weight` [out, in], of any float dtype, to FP8; returns the result and its error.
 
-    The weight may be given as several pieces (views of rows of a larger matrix), concatenated along rows; all but the
-    last must be whole cells. With one scale per tensor, `amax` is the magnitude to scale for, that of a fused group;
-    None uses the weight's own. Raises CheckpointError with `name` for a weight that is not finite. Peak memory: the
-    result, plus 4 MB per thread for float16, or 0.4 GB on a GPU.
+    `amax`, float32 of the shape of the scales, are the magnitudes to scale for, such as that of a fused group; None
+    uses the weight's own. Raises CheckpointError with `name` for a weight that is not finite. Peak memory: the result,
+    plus 4 MB per thread for float16, or 0.4 GB on a GPU.
     """
-    pieces = [weight] if isinstance(weight, torch.Tensor) else weight
-    made = unfilled(pieces, scheme)
-    if scheme.shared:
-        _store(torch.stack([amax_of(piece, name) for piece in pieces]).amax() if amax is None else amax, made, ...)
+    assert amax is None or not scheme.exponents, "the scales of MX follow from the weight"
+    made = unfilled(tuple(weight.shape), scheme, weight.device)
+    if scheme.shared and amax is None:
+        amax = amax_of(weight, name)
+    if amax is not None:
+        _store(amax, made, ...)
     sums, largest = Sums(), 0.0
-    for more, magnitude in _each_strip(pieces, partial(_strip, made, scheme)):
+    for more, magnitude in _each_strip(weight, partial(_strip, made, scheme, amax is not None)):
         sums.add(more)
         largest = max(largest, magnitude)
     if not math.isfinite(sums.signal):
-        require_finite(torch.cat(list(pieces)), name)
+        require_finite(weight, name)
     return made, _error(made, scheme, sums, largest)
 
 
-def unfilled(pieces: Sequence[torch.Tensor], scheme: Scheme) -> Fp8Weight:
-    """Allocates, uninitialized, the quantized weight of `pieces`."""
-    shape, device = (sum(len(piece) for piece in pieces), pieces[0].shape[1]), pieces[0].device
+def unfilled(shape: tuple[int, ...], scheme: Scheme, device: torch.device) -> Fp8Weight:
+    """Allocates, uninitialized, a quantized weight of `shape` [out, in]."""
     grid = scheme.grid(*shape)
     data = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
     if scheme.exponents:
@@ -101,43 +99,31 @@ def _store(amax: torch.Tensor, made: Fp8Weight, at: Any) -> torch.Tensor:
     return made.scale[at]
 
 
-def in_place(fusion: Fusion, scheme: Scheme, weight: torch.Tensor) -> bool:
-    """Whether the members' rows are quantized as views of the fused `weight`, where that is faster than copying them.
-
-    No cell may span two members, and contiguous rows of a member must be enough for a strip.
-    """
-    if fusion.repeat == 1:
-        return True
-    large = min(fusion.widths) * weight.shape[1] >= _STRIP[weight.device.type] // 8
-    return large and fusion.aligned(scheme.unit[0])
+def _each_strip[Found](weight: torch.Tensor, work: Callable[[slice, torch.Tensor], Found]) -> Iterator[Found]:
+    """Yields `work(rows, strip)` for the strips of `weight`, in order; on a CPU, strips are processed in parallel."""
+    height = max(1, _STRIP[weight.device.type] // (weight.shape[1] * STRIP_ROWS)) * STRIP_ROWS
+    strips, starts = weight.split(height), range(0, len(weight), height)
+    share = _pool().map if weight.device.type == "cpu" and len(strips) > 1 else map
+    return share(lambda strip, start: work(slice(start, start + len(strip)), strip), strips, starts)
 
 
-def _each_strip[Found](pieces: Sequence[torch.Tensor], work: Callable[[slice, torch.Tensor], Found]) -> Iterator[Found]:
-    """Yields `work(rows, strip)` for the strips of all pieces, in order; on a CPU, strips are processed in parallel."""
-    height = max(1, _STRIP[pieces[0].device.type] // (pieces[0].shape[1] * STRIP_ROWS)) * STRIP_ROWS
-    strips = [strip for piece in pieces for strip in piece.split(height)]
-    ends = list(accumulate(map(len, strips)))
-    share = _pool().map if pieces[0].device.type == "cpu" and len(strips) > 1 else map
-    return share(lambda strip, end: work(slice(end - len(strip), end), strip), strips, ends)
-
-
-def _scales(amax: torch.Tensor, made: Fp8Weight, scheme: Scheme, rows: slice) -> torch.Tensor:
-    """Returns the scales of a strip's cells. Unless shared, computes them from `amax` and stores them for `rows`."""
+def _scales(amax: torch.Tensor, made: Fp8Weight, scheme: Scheme, rows: slice, known: bool) -> torch.Tensor:
+    """Returns the scales of a strip's cells. Unless `known`, computes them from `amax` and stores them for `rows`."""
     if scheme.shared:
         return made.scale.view(1, 1)
     first = rows.start // scheme.cell[0]
     cells = slice(first, first + len(amax))
     if scheme.exponents:
         return powers_of_two(made.scale[cells].copy_(mx.scale(amax)))
-    return _store(amax, made, cells)
+    return made.scale[cells] if known else _store(amax, made, cells)
 
 
-def _strip(made: Fp8Weight, scheme: Scheme, rows: slice, strip: torch.Tensor) -> tuple[Sums, float]:
+def _strip(made: Fp8Weight, scheme: Scheme, known: bool, rows: slice, strip: torch.Tensor) -> tuple[Sums, float]:
     """Quantizes `strip`, the `rows` of a weight, into `made`; returns error statistics and the largest magnitude."""
     height, width = (size or whole for size, whole in zip(scheme.cell, strip.shape, strict=True))
     arithmetic = _arithmetic(strip.device)
     amax = arithmetic.magnitudes(strip, height, width)
-    scale = _scales(amax, made, scheme, rows)
+    scale = _scales(amax, made, scheme, rows, known)
     return arithmetic.cast(strip, scale, (height, width), made.data[rows]), float(amax.max())
 
 

@@ -47,8 +47,8 @@ class NpyFormat(Format):
     name, label, short, layout = "npy", "NumPy", "NumPy", NpyLayout
 
     def store_linear(self, layout, linear):
-        ((weight, _),) = linear.weights or [(linear.source, None)]
-        parts = (weight.data, weight.scale) if linear.weights else (weight,)
+        (made,) = linear.weights or [None]
+        parts = (made.weight.data, made.weight.scale) if made else (linear.source,)
         return Stored({spec.name: part for spec, part in zip(layout.linear(linear.layer, linear.spec), parts, strict=True)})
 
     def store_kv_cache(self, layout, layer, amax):

@@ -27,8 +27,8 @@ def store_linear(layout: HfLayout, linear: QuantizedLinear) -> Stored:
         for stored, part in zip(specs, spec.fusion.split(linear.source), strict=True):
             found[stored.name] = part.to(getattr(torch, stored.dtype)).cpu()
         return Stored(found)
-    for weight, _ in linear.weights:
-        data, scale = next(specs), next(specs)
+    for made in linear.weights:
+        data, scale, weight = next(specs), next(specs), made.weight
         found[data.name] = weight.data.cpu()
         # contiguous() would keep the stride of a single element, and writers need the raw bytes.
         found[scale.name] = weight.scale.expand(scale.shape).clone(memory_format=torch.contiguous_format).cpu()

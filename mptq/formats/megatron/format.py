@@ -29,7 +29,6 @@ class MegatronFormat(Format):
     label = short = "Megatron"
     layout = MegatronLayout
     input_scale = ".input_quantizer._amax"
-    needs_modelopt = True
 
     def check(self, layout: Layout) -> None:
         """Raises RecipeError for a recipe that only converts: the checkpoint is already in Megatron format."""

@@ -13,7 +13,7 @@ from mptq.formats.megatron.writer import BACKEND
 from mptq.formats.protocol import LoadedWeight, OpenedOutput, QuantizedLinear, Stored
 from mptq.model.tensors import CORE_ATTENTION, megatron_layer
 from mptq.quantize.fp8 import scale_of
-from mptq.quantize.modelopt import attention_state, kept_state, linear_state, modelopt_state
+from mptq.quantize.modelopt import attention_state, linear_state, modelopt_state
 from mptq.quantize.quantizer import require_finite
 
 if TYPE_CHECKING:
@@ -28,15 +28,14 @@ _STATE = "_extra_state/shard_0_1"
 def store_linear(layout: MegatronLayout, linear: QuantizedLinear) -> Stored:
     """Returns the fused matrix, quantized or not, with the state from which ModelOpt restores it."""
     spec, name = linear.spec, canonical_weight(linear.layer, linear.spec)
-    owner, scheme = name.removesuffix("weight"), layout.scheme(linear.layer, spec)
-    found: dict[str, torch.Tensor] = {}
-    if scheme is None or linear.weights is None:
+    owner, (module,) = name.removesuffix("weight"), linear.modules
+    found, blob = linear_state(module, linear.input_amax)
+    if linear.weights is None:
         require_finite(linear.source, name)
-        weight, blob = linear.source.to(getattr(torch, layout.source.dtype(name))), kept_state()
+        weight = linear.source.to(getattr(torch, layout.source.dtype(name)))
     else:
-        ((fused, _),) = linear.weights
-        found, blob = linear_state(scheme, fused, getattr(torch, layout.model.dtype), linear.input_amax)
-        weight = fused.data
+        (fused,) = linear.weights
+        weight = fused.weight.data
     found |= zip(spec.keys, weight.split(spec.key_rows), strict=True)
     return Stored({owner + key: tensor.cpu() for key, tensor in found.items()}, {owner + _STATE: blob})
 

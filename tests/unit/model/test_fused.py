@@ -21,14 +21,6 @@ def test_split_and_merge_are_inverses(fusion, columns):
     assert all(torch.equal(left, right) for left, right in zip(members, again, strict=True))
 
 
-@given(fusions)
-def test_runs_are_views_of_the_members(fusion):
-    fused = torch.arange(sum(fusion.rows))[:, None]
-    for runs, member in zip(fusion.runs(fused), fusion.split(fused), strict=True):
-        assert torch.equal(torch.cat(runs), member)
-        assert all(run.untyped_storage().data_ptr() == fused.untyped_storage().data_ptr() for run in runs)
-
-
 def test_split_of_grouped_query_attention_matches_megatron():
     # Two groups, each of two query heads, a key and a value head, of head_dim 3: rows named group.kind.
     fused = torch.tensor([10 * group + kind for group in (1, 2) for kind in (0, 0, 1, 2) for _ in range(3)])
@@ -38,23 +30,11 @@ def test_split_of_grouped_query_attention_matches_megatron():
     assert value.flatten().tolist() == [12] * 3 + [22] * 3
 
 
-@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 2))
-def test_splitting_commutes_with_computing_block_scales(groups, heads, blocks):
-    width = 128 * blocks
-    fusion = Fusion(groups, (heads * width, width, width))
-    fused = torch.randn(sum(fusion.rows), 1)
-    grid = fused.abs().unflatten(0, (-1, 128)).amax(dim=(1, 2))
-    expected = [member.abs().unflatten(0, (-1, 128)).amax(dim=(1, 2)) for member in fusion.split(fused)]
-    found = fusion.coarsen(128).split(grid)
-    assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
-
-
 def test_alignment():
     assert Fusion(1, (100,)).aligned(128)  # a single member
     assert Fusion(1, (256, 128)).aligned(128)
     assert not Fusion(1, (320, 320)).aligned(128)
     assert not Fusion(3, (192, 64, 64)).aligned(128)
-    assert Fusion(1, (100,)).coarsen(128).rows == (1,)
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 8), st.integers(1, 5), st.booleans())

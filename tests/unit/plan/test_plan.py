@@ -366,25 +366,20 @@ def test_predicted_memory_does_not_depend_on_the_number_of_layers():
     assert estimates.peak_memory(few) == estimates.IMPORTS_BYTES + 2 * (fc1 + fc2 + 8192) + fc1 + proj
     both = plan_source(source(8192, 28672, 64, 8, 128), BLOCK, ("hf", "megatron"))
     outer = 2 * both.model.padded_vocab_size * 8192
-    # proj is the same in both outputs; meanwhile the largest tensor outside the layers is written.
-    with_layers = estimates.IMPORTS_BYTES + estimates.LAYER_BYTES
-    assert estimates.peak_memory(both) == with_layers + outer + 2 * (fc1 + fc2 + 8192) + 2 * fc1 + proj
+    # Meanwhile the largest tensor outside the layers is written.
+    assert estimates.peak_memory(both) == estimates.IMPORTS_BYTES + outer + 2 * (fc1 + fc2 + 8192) + 2 * fc1 + 2 * proj
     assert qkv < fc1
 
 
 def test_memory_of_small_models_is_that_of_imports():
-    small = source(256, 384, 4, 2, 128)
-    end = estimates.IMPORTS_BYTES + estimates.CONFIG_BYTES + estimates.END_BYTES
-    assert estimates.peak_memory(plan_source(small, BLOCK, ("hf",))) == end + 170_000_000  # LlamaConfig
-    mixtral = source(256, 384, 4, 2, 128, tied=False, experts=4)
-    assert estimates.peak_memory(plan_source(mixtral, BLOCK, ("hf",))) == end
-    end = estimates.IMPORTS_BYTES + estimates.LAYER_BYTES + estimates.END_BYTES
-    assert estimates.peak_memory(plan_source(small, BLOCK, ("hf", "megatron"))) == end
+    small, mixtral = source(256, 384, 4, 2, 128), source(256, 384, 4, 2, 128, tied=False, experts=4)
+    for one, formats in ((small, ("hf",)), (mixtral, ("hf",)), (small, ("hf", "megatron"))):
+        assert estimates.peak_memory(plan_source(one, BLOCK, formats)) == estimates.IMPORTS_BYTES + estimates.END_BYTES
 
 
 def test_predicted_memory_with_activations():
     """First the output layer with logits or quantizing a linear is the largest part, then a forward pass."""
-    imports = estimates.IMPORTS_BYTES + estimates.LAYER_BYTES
+    imports = estimates.IMPORTS_BYTES
     plan = plan_source(source(2048, 8192, 16, 16, 128, tied=False), BLOCK, ("hf",))
     vocabulary, padded = plan.model.vocab_size, plan.model.padded_vocab_size
     found = estimates.peak_memory(plan, estimates.ActivationBudget(10**6, 0, 512, 512, compares=True))

@@ -8,8 +8,9 @@ from modelopt.torch.quantization.plugins.megatron import quant_module_get_extra_
 from modelopt.torch.quantization.qtensor import FP8QTensor
 
 from mptq.quantize import quantizer as quantize_quantizer
+from mptq.quantize.compressed_linears import CompressedLinears
 from mptq.quantize.fp8 import dequantize
-from mptq.quantize.modelopt import _ordered, kept_state, linear_state, modelopt_state, quant_config
+from mptq.quantize.modelopt import _ordered, linear_state, modelopt_state, quant_config
 from mptq.recipes.schemes import SCHEMES
 from tests.support.compressing import compress
 
@@ -75,7 +76,8 @@ def test_modelopt_computes_the_same_scale_from_amax(weight, exponent, scheme):
 @given(st.integers(2, 300), st.integers(2, 300), st.sampled_from([BLOCK, TENSOR, ROW, MX]))
 def test_state_equals_that_of_a_linear_quantized_by_modelopt(rows, columns, scheme):
     weight = torch.randn(rows, columns * 32 if scheme is MX else columns)
-    tensors, state = linear_state(scheme, quantize_quantizer.quantize(weight, scheme, "w")[0], torch.float32)
+    ours = CompressedLinears({"linear": weight.shape}, {"linear": scheme}, torch.float32)
+    tensors, state = linear_state(ours.compress("linear", weight, "w").linear)
     theirs = converted(weight, scheme)
     expected = _ordered(quant_module_get_extra_state(theirs))
     (packed,) = torch.load(io.BytesIO(state))
@@ -85,7 +87,10 @@ def test_state_equals_that_of_a_linear_quantized_by_modelopt(rows, columns, sche
 
 
 def test_state_of_a_linear_that_is_left_alone():
-    (packed,) = torch.load(io.BytesIO(kept_state()))
+    ours = CompressedLinears({"linear": (3, 4)}, {"linear": None}, torch.float32)
+    tensors, blob = linear_state(ours.linear("linear"))
+    (packed,) = torch.load(io.BytesIO(blob))
+    assert tensors == {}
     state = torch.load(io.BytesIO(packed.numpy().tobytes()))
     assert all(quantizer["_disabled"] for quantizer in state["modelopt_quantizer_state"].values())
     assert "modelopt_q_tensor_state" not in state or not state["modelopt_q_tensor_state"]
@@ -110,8 +115,9 @@ def test_state_does_not_depend_on_the_hash_seed():
 
     code = (
         "import torch, hashlib; from mptq.quantize.modelopt import *; from mptq.recipes.schemes import SCHEMES; "
-        "from mptq.quantize.quantizer import quantize; r = SCHEMES['block']; w = quantize(torch.ones(8, 8), r, 'w')[0]; "
-        "print(hashlib.sha256(linear_state(r, w, torch.bfloat16)[1] + modelopt_state(r)).hexdigest())"
+        "from mptq.quantize.compressed_linears import CompressedLinears; r = SCHEMES['block']; "
+        "made = CompressedLinears({'a': (8, 8)}, {'a': r}, torch.bfloat16).compress('a', torch.ones(8, 8), 'w'); "
+        "print(hashlib.sha256(linear_state(made.linear)[1] + modelopt_state(r)).hexdigest())"
     )
     prints = {
         subprocess.run(

@@ -2,7 +2,6 @@
 
 import math
 import re
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mptq.errors import CheckpointError
-from mptq.model.fused import Fusion
 from mptq.quantize import cpu_kernels, quantizer, torch_kernels
 from mptq.quantize.fp8 import dequantize, first_out_of_bound, powers_of_two, reference_scale
 from mptq.recipes.schemes import SCHEMES
@@ -67,50 +65,19 @@ def test_error_equals_that_of_the_whole_matrix_in_float64(weight, kind):
     assert (error.scale_min, error.scale_max) == (found.scale.min(), found.scale.max())
 
 
-@settings(max_examples=40)
-@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 300), st.sampled_from(list(SCHEMES)), st.integers(0, 99))
-def test_members_are_quantized_where_they_are(groups, heads, columns, kind, seed):
-    torch.manual_seed(seed)
-    fusion = Fusion(groups, tuple(width * (128 if kind == "block" else 5) for width in (heads, 1, 1)))
-    fused = torch.randn(sum(fusion.rows), columns * 32 if kind == "mx" else columns)
-    for pieces, member in zip(fusion.runs(fused), fusion.split(fused), strict=True):
-        (found, error), (whole, same_error) = (quantizer.quantize(rows, SCHEMES[kind], "w") for rows in (pieces, member))
-        assert same(found, whole.data, whole.scale)
-        assert vars_of(error) == pytest.approx(vars_of(same_error), rel=1e-12)
-
-
-def vars_of(error):
-    return {name: value for name, value in asdict(error).items() if value is not None}
-
-
-def test_when_members_are_copied():
-    wide = 1 << 13
-    attention, gated = Fusion(4, (256, 128, 128)), Fusion(1, (100, 100))
-    for kind, scheme in SCHEMES.items():
-        assert quantizer.in_place(attention, scheme, torch.empty(2048, wide))
-        assert quantizer.in_place(gated, scheme, torch.empty(200, 8))
-        assert not quantizer.in_place(attention, scheme, torch.empty(2048, 8))  # many small strips
-        assert quantizer.in_place(Fusion(4, (192, 64, 64)), scheme, torch.empty(1280, wide)) == (kind != "block")
-
-
-def test_a_member_that_is_not_finite():
-    fused = torch.zeros(512, 256)
-    fused[300, 7] = math.nan
-    pieces = Fusion(2, (128, 128)).runs(fused)
-    with pytest.raises(
-        CheckpointError, match=re.escape("q [256, 256] has 1 values that are NaN or infinite, the first at [172, 7]")
-    ):
-        quantizer.quantize(pieces[0], SCHEMES["block"], "q")
-    quantizer.quantize(pieces[1], SCHEMES["block"], "k")
-
-
-def test_one_scale_of_a_group():
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_scales_of_given_magnitudes(kind):
     torch.manual_seed(0)
     weight = torch.randn(130, 200)
-    amax = torch.tensor(9.0)
-    found, _ = quantizer.quantize(weight, SCHEMES["tensor"], "w", amax)
-    assert found.scale == amax / 448
-    assert torch.equal(found.data.view(torch.uint8), (weight / found.scale).to(torch.float8_e4m3fn).view(torch.uint8))
+    amax = torch.rand(SCHEMES[kind].grid(130, 200)) * 5
+    found, _ = quantizer.quantize(weight, SCHEMES[kind], "w", amax)
+    assert torch.equal(found.scale, amax / 448)
+    side = 128 if kind == "block" else 1
+    scale = (
+        found.scale.expand(-(-130 // side), -(-200 // side)).repeat_interleave(side, 0).repeat_interleave(side, 1)[:130, :200]
+    )
+    wanted = (weight / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(found.data.view(torch.uint8), wanted.view(torch.uint8))
 
 
 @settings(max_examples=60)
