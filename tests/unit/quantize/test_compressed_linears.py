@@ -26,11 +26,8 @@ def test_assigned_weights_are_rounded_with_mptqs_kernels(scheme):
     made = linears(scheme, None, scheme).compress(NAMES[2], weight, "w")
     expected, error = quantizer.quantize(weight, scheme, "w")
     assert made.error == error
-    for found, wanted in (
-        (made.weight.data.view(torch.uint8), expected.data.view(torch.uint8)),
-        (made.weight.scale, expected.scale),
-    ):
-        assert torch.equal(found, wanted)
+    assert torch.equal(made.weight.data.view(torch.uint8), expected.data.view(torch.uint8))
+    assert torch.equal(made.weight.scale, expected.scale)
     assert made.weight.amax is expected.amax is None or torch.equal(made.weight.amax, expected.amax)
     assert not made.linear.weight.requires_grad
     dequantized = made.linear.weight_quantizer(made.linear.weight)
@@ -69,15 +66,11 @@ def test_a_weight_of_another_rank_has_the_same_state():
     made = linears(scheme, None, None).compress(NAMES[0], weight, "w")
     received = linears(scheme, None, None).receive(NAMES[0], torch.device("cpu"))
     assert received.error is None
-    for mine, theirs in zip((received.weight.data, received.weight.scale, received.weight.amax), vars_of(made), strict=True):
-        mine.copy_(theirs)
-    for (tensors, blob), (others, other) in ((linear_state(received.linear), linear_state(made.linear)),):
-        assert blob == other
-        assert all(torch.equal(tensors[name], others[name]) for name in tensors.keys() | others.keys())
-
-
-def vars_of(made):
-    return made.weight.data, made.weight.scale, made.weight.amax
+    for part in ("data", "scale", "amax"):
+        getattr(received.weight, part).copy_(getattr(made.weight, part))
+    (tensors, blob), (others, other) = linear_state(received.linear), linear_state(made.linear)
+    assert blob == other
+    assert all(torch.equal(tensors[name], others[name]) for name in tensors.keys() | others.keys())
 
 
 def test_values_that_are_not_finite_are_named():
