@@ -1,6 +1,7 @@
 """mptq: quantize Megatron distributed checkpoints to FP8, one layer at a time.
 
-These are the functions that the command line calls. Importing the package imports neither torch nor Megatron.
+These are the functions that the command line calls, and layers for a megatron-core layer spec. Importing the package
+imports neither torch nor Megatron.
 """
 
 from __future__ import annotations
@@ -10,16 +11,38 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
     from mptq.inspection import inspect as inspect
+    from mptq.layers.linear import Linear as Linear
+    from mptq.layers.norm import Norm as Norm
+    from mptq.layers.real_quant import BlockwiseFP8WeightTransformerLayer as BlockwiseFP8WeightTransformerLayer
+    from mptq.layers.real_quant import FP8WeightTransformerLayer as FP8WeightTransformerLayer
+    from mptq.layers.real_quant import RealQuantTransformerLayer as RealQuantTransformerLayer
     from mptq.pipeline.options import Options as Options
     from mptq.pipeline.run import run as run
     from mptq.plan.plan import make_plan as make_plan
     from mptq.recipes.recipe import load_recipe as load_recipe
     from mptq.verification.structure import verify as verify
 
-__all__ = ["Options", "inspect", "load_recipe", "make_plan", "run", "verify"]
+__all__ = [
+    "BlockwiseFP8WeightTransformerLayer",
+    "FP8WeightTransformerLayer",
+    "Linear",
+    "Norm",
+    "Options",
+    "RealQuantTransformerLayer",
+    "inspect",
+    "load_recipe",
+    "make_plan",
+    "run",
+    "verify",
+]
 
 _MODULES = {
+    "BlockwiseFP8WeightTransformerLayer": "mptq.layers.real_quant",
+    "FP8WeightTransformerLayer": "mptq.layers.real_quant",
+    "Linear": "mptq.layers.linear",
+    "Norm": "mptq.layers.norm",
     "Options": "mptq.pipeline.options",
+    "RealQuantTransformerLayer": "mptq.layers.real_quant",
     "inspect": "mptq.inspection",
     "load_recipe": "mptq.recipes.recipe",
     "make_plan": "mptq.plan.plan",

@@ -123,8 +123,8 @@ def initialize(args: Any) -> None:
     tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)
 
 
-def build(args: Any) -> Any:
-    """This rank's part of the model, as Megatron's `pretrain_gpt.py` builds it."""
+def build(args: Any, layer_spec: Any = None) -> Any:
+    """This rank's part of the model, as Megatron's `pretrain_gpt.py` builds it; `layer_spec` replaces the local one."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -132,7 +132,7 @@ def build(args: Any) -> Any:
 
     return GPTModel(
         config=core_transformer_config_from_args(args),
-        transformer_layer_spec=get_gpt_layer_local_spec(num_experts=args.num_experts, normalization="RMSNorm"),
+        transformer_layer_spec=layer_spec or get_gpt_layer_local_spec(args.num_experts, normalization="RMSNorm"),
         vocab_size=args.padded_vocab_size,
         max_sequence_length=args.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),

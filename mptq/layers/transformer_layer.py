@@ -1,4 +1,4 @@
-"""Builds a megatron-core TransformerLayer without Transformer Engine, apex or a GPU.
+"""Builds megatron-core's layers without Transformer Engine, apex or a GPU.
 
 Its parts have the interface of megatron-core's own (megatron/core/post_training/modelopt/layers.py) and the parameter
 names of its local layer spec, so checkpoints trained with either load.
@@ -16,6 +16,7 @@ import torch
 from mptq.layers.attention import attention_spec
 from mptq.layers.linear import Linear
 from mptq.layers.norm import Norm
+from mptq.layers.real_quant import RealQuantTransformerLayer
 from mptq.layers.rope import ALONE, Positions
 from mptq.layers.router import Router
 from mptq.layers.transformer_config import transformer_config
@@ -29,17 +30,17 @@ with quiet_imports():
     from megatron.core.transformer.moe.experts import SequentialMLP
     from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
     from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
-    from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+    from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 if TYPE_CHECKING:
     from mptq.model.config import LayerKind, ModelConfig
 
 
-def build_layer(config: ModelConfig, index: int) -> TransformerLayer:
-    """Builds layer `index` (from 0) of the model on the meta device: modules and shapes, no memory for weights."""
+def submodules(config: ModelConfig, index: int) -> TransformerLayerSubmodules:
+    """Returns what layer `index` (from 0) of the model consists of, for a megatron-core layer spec."""
     kind = config.kinds[index]
     assert kind.mixer != "mamba", "megatron-core builds a Mamba layer only where mamba-ssm is installed"
-    spec = TransformerLayerSubmodules(
+    return TransformerLayerSubmodules(
         input_layernorm=Norm if kind.mixer else IdentityOp,
         self_attention=attention_spec(config, kind) if kind.mixer else IdentityOp,
         self_attn_bda=get_bias_dropout_add if kind.mixer else IdentityFuncOp,
@@ -47,12 +48,17 @@ def build_layer(config: ModelConfig, index: int) -> TransformerLayer:
         mlp=_mlp(kind),
         mlp_bda=get_bias_dropout_add if kind.ffn else IdentityFuncOp,
     )
+
+
+def build_layer(config: ModelConfig, index: int) -> RealQuantTransformerLayer:
+    """Builds layer `index` (from 0) of the model on the meta device: modules and shapes, no memory for weights."""
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about options that mptq does not set
-        layer = TransformerLayer(
-            transformer_config(config), spec, layer_number=index + 1, pg_collection=_single_process()
-        ).eval()
-    if kind.mixer == "mla":
+        layer = RealQuantTransformerLayer(
+            transformer_config(config), submodules(config, index), layer_number=index + 1, pg_collection=_single_process()
+        )
+    layer.eval()
+    if config.kinds[index].mixer == "mla":
         layer.self_attention.rotary_pos_emb = Positions(config)
     return layer
 

@@ -11,7 +11,7 @@ import torch
 
 from mptq.quantize.modelopt import convert, quant_config
 from mptq.quantize.quantizer import unfilled
-from mptq.quantize.weight_quantizer import Rounding, quantizes_with_strips
+from mptq.quantize.weight_quantizer import Rounding, assign, quantizes_with_strips
 from mptq.quiet import quiet_imports
 from mptq.types import Fp8Weight, WeightError
 
@@ -84,12 +84,8 @@ class CompressedLinears:
         not finite.
         """
         linear = self.linear(name)
-        quantizer = linear.weight_quantizer
-        quantizer.rounding = Rounding(label, amax, self.dtype)
-        linear._parameters["weight"] = weight
-        found = Compressed(self._weight(linear, name), quantizer.error, linear)
-        quantizer.rounding = Rounding()
-        return found
+        assign(linear, weight, Rounding(label, amax, self.dtype))
+        return Compressed(self._weight(linear, name), linear.weight_quantizer.error, linear)
 
     def receive(self, name: str, device: torch.device) -> Compressed:
         """Returns a compressed linear with uninitialized tensors, for a weight that another rank rounds."""

@@ -19,6 +19,7 @@ with quiet_imports():
     from modelopt.torch.opt.plugins.mcore_dist_checkpointing import remove_per_module_state
     from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry, TensorQuantizer
     from modelopt.torch.quantization.plugins.megatron import quant_module_get_extra_state
+    from modelopt.torch.utils.distributed import ParallelState
     from modelopt.torch.utils.serialization import safe_save
 
 from mptq.recipes.schemes import Scheme
@@ -68,6 +69,11 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
+
+
+def single_process() -> ParallelState:
+    """Returns ModelOpt's parallel state of a module that is not parallel."""
+    return ParallelState(data_parallel_group=-1)
 
 
 def convert(module: torch.nn.Module, config: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ with quiet_imports():
     from modelopt.torch.quantization.nn.modules.quant_module import QuantLinearConvBase
     from modelopt.torch.quantization.qtensor import FP8QTensor, MXFP8QTensor
 
+from mptq.errors import CheckpointError
 from mptq.quantize import quantizer
 from mptq.recipes.schemes import SCHEMES, Scheme
 
@@ -111,6 +112,24 @@ class WeightQuantizer(TensorQuantizer):  # type: ignore[misc]
         if not self._block_sizes:
             return made.amax
         return made.amax.reshape(()) if made.amax.numel() == 1 else made.amax[:, None, :, None]
+
+
+def assign(linear: Any, weight: torch.Tensor, rounding: Rounding = Rounding()) -> None:
+    """Gives a linear that was compressed on the meta device its weight [out, in], which ModelOpt rounds.
+
+    Raises CheckpointError if it has one: ModelOpt would take the values of a second one for FP8 codes.
+    """
+    if not linear.weight.is_meta:
+        raise CheckpointError(f"{rounding.name}: the linear has a compressed weight already: load into a new layer")
+    linear.weight_quantizer.rounding = rounding
+    linear._parameters["weight"] = weight
+    linear.weight_quantizer.rounding = Rounding()
+
+
+def is_compressed(module: torch.nn.Module) -> bool:
+    """Whether a module is a linear that `mtq.compress` has converted, and that rounds the weight that it is given."""
+    found = getattr(module, "weight_quantizer", None)
+    return isinstance(found, WeightQuantizer) and found.is_enabled and not found._fake_quant
 
 
 def quantizes_with_strips(linear: type[torch.nn.Linear], name: str) -> type[QuantLinearConvBase]:

@@ -11,6 +11,7 @@ layers      the BF16 GPTModel with mptq's whole layers, compressed in the same w
 attention   the BF16 GPTModel with mptq's core attention
 observed    the same, and the values seen on the way: the hidden states, and the largest magnitude of each linear's input
             (for the second linear of an expert, before the router's weights are applied)
+spec        a GPTModel with mptq's real-quant layers in its layer spec, which has loaded the BF16 GPTModel's state; its tensors
 built       the BF16 GPTModel with mptq's layers, which have its weights, instead of its own
 dequantized a float32 GPTModel with the output's weights dequantized to float32
 reference   the unmodified BF16 GPTModel
@@ -99,6 +100,25 @@ def layers(model, options):
     for index, module in enumerate(_layers(options)):
         assert not any(parameter.requires_grad for parameter in module.parameters())
         model.decoder.layers[index] = module
+
+
+def spec(model, options):
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    from mptq import BlockwiseFP8WeightTransformerLayer, FP8WeightTransformerLayer, make_plan
+    from mptq.layers.transformer_layer import submodules
+
+    kinds = {"fp8-blockwise": BlockwiseFP8WeightTransformerLayer, "fp8-per-tensor": FP8WeightTransformerLayer}
+    parts = submodules(make_plan(options.checkpoint, options.recipe, ("megatron",)).model, 0)
+    quantized = make_checkpoint.build(options.args, ModuleSpec(module=kinds[options.recipe], submodules=parts)).eval()
+    assert quantized.decoder.layers[0].self_attention.linear_qkv.weight.is_meta
+    quantized.load_state_dict(model.state_dict(), strict=False)
+    logits = forward(quantized, options.ids)
+    table = {row[0]: row[1:] for row in quantized.decoder.layers[0].tensor_table()}
+    tensors = {name: tensor for name, tensor in quantized.state_dict().items() if isinstance(tensor, torch.Tensor)}
+    assert not any(parameter.requires_grad for parameter in quantized.decoder.layers.parameters())
+    assert not [module for module in quantized.modules() if hasattr(module, "_modelopt_state")]
+    return {"tensors": tensors, "table": table, "logits_of_spec": logits}
 
 
 def restored_cache(model, options):
@@ -222,6 +242,14 @@ def reference(_model, _options):
 
 
 @torch.no_grad()
+def forward(model, ids):
+    """The logits of token ids [sequences, length]."""
+    length = ids.shape[1]
+    mask = torch.triu(torch.ones(1, 1, length, length, dtype=torch.bool), 1)
+    return model(ids, torch.arange(length).expand(len(ids), -1), mask)
+
+
+@torch.no_grad()
 def continued(model, hf, prompt, tokens=2):
     from transformers import AutoTokenizer
 
@@ -237,8 +265,8 @@ def continued(model, hf, prompt, tokens=2):
 
 def main():
     parser = argparse.ArgumentParser()
-    every = (restored, restored_cache, inprocess, inprocess_cache, layers, attention, observed, built, dequantized, reference)
-    modes = {function.__name__: function for function in every}
+    quantized = (restored, restored_cache, inprocess, inprocess_cache, layers, spec, dequantized)
+    modes = {function.__name__: function for function in (*quantized, attention, observed, built, reference)}
     parser.add_argument("modes", nargs="+", choices=modes)
     parser.add_argument("--hf", type=Path, required=True)
     parser.add_argument("--recipe", nargs="+", default=["fp8-blockwise"])
@@ -257,16 +285,13 @@ def main():
     make_checkpoint.initialize(args)
     torch.manual_seed(0)
     ids = torch.randint(0, config["vocab_size"], (2, 17))
-    length = ids.shape[1]
-    mask = torch.triu(torch.ones(1, 1, length, length, dtype=torch.bool), 1)
+    options.args, options.ids = args, ids
     for mode, (recipe, checkpoint) in product(options.modes, zip(options.recipe, options.checkpoint, strict=True)):
         options.mode, options.recipe, options.checkpoint = mode, recipe, checkpoint
         model = make_checkpoint.build(args).eval()
         make_checkpoint.fill(model, weights, args)
         seen = modes[mode](model, options) or {}
-        with torch.no_grad():
-            logits = model(ids, torch.arange(length).expand(2, -1), mask)
-        found = {"ids": ids, "logits": logits[..., : config["vocab_size"]]} | seen
+        found = {"ids": ids, "logits": forward(model, ids)[..., : config["vocab_size"]]} | seen
         if options.prompt:
             found["text"] = continued(model, options.hf, options.prompt)
         folder = options.out / Path(recipe).stem
