@@ -1,5 +1,7 @@
 """mptq's real-quant layers in a megatron-core GPTModel: loading a checkpoint gives the bytes that `mptq quantize` writes."""
 
+import re
+
 import pytest
 import torch
 
@@ -26,14 +28,16 @@ def test_a_gptmodel_of_real_quant_layers_has_the_bytes_of_the_output(request, mo
     found = torch.load(tmp_path / recipe / "spec.pt")
     restored = torch.load(tmp_path / recipe / "restored.pt")["logits"]
     assert distance(found["logits_of_spec"][..., : restored.shape[-1]], restored) < 2e-2
-    stored = [name for name in output.tensors if "linear_" in name and "layer_norm" not in name]
-    assert len(stored) > 20
-    for name in stored:
-        spec = output.tensors[name].spec
-        expected = Reader(output).read(name, torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)))
-        mine = found["tensors"][name.replace("experts.experts", "experts.local_experts")]
-        assert mine.dtype == expected.dtype
-        assert torch.equal(mine.flatten().view(torch.uint8), expected.flatten().view(torch.uint8)), name
+    reader, parts = Reader(output), {}
+    for name, tensor in output.tensors.items():
+        if "linear_" in name and "layer_norm" not in name:
+            value = reader.read(name, torch.empty(tensor.spec.shape, dtype=getattr(torch, tensor.spec.dtype)))
+            module = name.replace("experts.experts", "experts.local_experts")
+            parts.setdefault(re.sub("weight_[wv]$", "weight", module), {})[name] = value.flatten()
+    assert len(parts) > 20
+    for name, values in parts.items():
+        expected = torch.cat([values[part].view(torch.uint8) for part in sorted(values, reverse=True)])  # weight_w, weight_v
+        assert torch.equal(found["tensors"][name].flatten().view(torch.uint8), expected), name
     before, shape, after, same = found["table"]["self_attention.linear_qkv.weight"]
     assert (before, after, shape) == ("bfloat16", "float8_e4m3fn", same)
     assert found["table"]["self_attention.linear_qkv.weight_quantizer._scale"][:3] == ("-", "-", "float32")
