@@ -112,9 +112,9 @@ class BlockwiseFP8WeightTransformerLayer(RealQuantTransformerLayer):
 
 
 def _specs(layer: torch.nn.Module) -> list[TensorSpec]:
-    found = layer.state_dict().items()
-    tensors = {name: value for name, value in found if isinstance(value, torch.Tensor)}
-    return [TensorSpec(name, str(value.dtype).removeprefix("torch."), tuple(value.shape)) for name, value in tensors.items()]
+    """Returns the tensors without `state_dict`, in which ModelOpt waits for a GPU."""
+    tensors = [*layer.named_parameters(), *layer.named_buffers()]
+    return [TensorSpec(name, str(value.dtype).removeprefix("torch."), tuple(value.shape)) for name, value in tensors]
 
 
 def _is_first_rank() -> bool:

@@ -22,8 +22,16 @@ from mptq.pipeline.layer_quantizer import place
 from mptq.quantize import mx
 from mptq.quantize.modelopt import quant_config
 
-# ModelOpt matches subclasses only if they keep the forward of their base class.
-QuantModuleRegistry.register({Linear: "mptq.Linear"})(_QuantLinear)
+
+class StockLinear(Linear):
+    """mptq's linear with ModelOpt's own quantizers, which round without mptq's kernels."""
+
+    def forward(self, x):
+        """As in `Linear`. ModelOpt tells classes apart by their `forward`."""
+        return super().forward(x)
+
+
+QuantModuleRegistry.register({StockLinear: "tests.StockLinear"})(_QuantLinear)
 
 
 @QuantModuleRegistry.register({CoreAttention: "mptq.CoreAttention"})
@@ -61,6 +69,8 @@ def convert(module, config):
 
 def compress(linear, weight, scheme, input_amax):
     """Give `linear` the `weight` [out, in], quantized by `scheme`; None keeps its precision."""
+    if type(linear) is Linear:
+        linear.__class__ = StockLinear
     dtype = linear.weight.dtype
     source = weight if scheme is None else weight.float()
     linear.weight = torch.nn.Parameter(source.clone(), requires_grad=False)
