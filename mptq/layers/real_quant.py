@@ -1,6 +1,6 @@
 """Layers whose linears ModelOpt has quantized and compressed, with the interface of megatron-core's own.
 
-Source: megatron/core/post_training/modelopt/layers.py, whose classes need Transformer Engine, and whose two configs
+Source: megatron/core/post_training/modelopt/layers.py, whose `Norm` needs Transformer Engine, and whose two configs
 quantize nothing with ModelOpt 0.44 and later (docs/upstream.md).
 """
 
