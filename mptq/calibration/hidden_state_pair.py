@@ -114,16 +114,17 @@ class HiddenStatePair:
             weigh_output(layer.get_submodule(expert))
         cached = {form: layout.cached(index) for form, layout in self.plan.layouts.items()}
         of_cache = tuple(dict.fromkeys(chain.from_iterable(cached.values())))
-        observers = ActivationQuantizers((linear.module for linear in seen), of_cache, self.plan.recipe.calibration)
+        modules = [linear.module for linear in seen]
+        observers = ActivationQuantizers(layer, modules, of_cache, self.plan.recipe.calibration, where)
         coverage = ExpertCoverage(linears)
-        with observers.collecting(layer), coverage.counting(layer):
-            self._collect(layer)
+        with coverage.counting(layer):
+            observers.calibrate(self._collect)
         # Without calibration data, the report counts the held-out tokens of each expert.
         with nullcontext() if self.calibrates else coverage.counting(layer):
             for batch in self.held_out:
                 self.reference.write(batch, self._run(layer, self.reference, batch))
         coverage.join(self.options.ranks.all_gather(coverage.tokens))
-        magnitudes = self._largest(observers.magnitudes(where))
+        magnitudes = self._largest(observers.magnitudes())
         amax = {name: floored(found) for name, found in magnitudes.items()}
         modules = [linear.module for linear in static]
         experts = coverage.complete(amax, self.options.moe_min_tokens, modules)
@@ -142,7 +143,7 @@ class HiddenStatePair:
         together = self.options.ranks.all_reduce_max(torch.stack(found) if found else nothing[None][:0])
         return {name: one for name, one in zip(magnitudes, together, strict=True) if one >= 0}
 
-    def _collect(self, layer: TransformerLayer) -> None:
+    def _collect(self, layer: torch.nn.Module) -> None:
         """Runs the calibration sequences through a layer with its original weights."""
         source = self.quantized if self.propagates else self.reference
         for batch in self.calibration:
@@ -156,12 +157,12 @@ class HiddenStatePair:
         Returns None without held-out tokens. Raises CheckpointError for activations that are not finite.
         """
         deviation = Deviation()
-        with calibrated.observers.quantizing(layer, {name: calibrated.amax[name] for name in calibrated.rounded}):
-            for batch in [*self.held_out, *(self.calibration if self.propagates else ())]:
-                out = self._run(layer, self.quantized, batch)
-                self.quantized.write(batch, out)
-                if batch.tokens.stop <= len(self.reference.states):
-                    deviation.add(self.reference.read(batch, out.device), out)
+        calibrated.observers.round_with({name: calibrated.amax[name] for name in calibrated.rounded})
+        for batch in [*self.held_out, *(self.calibration if self.propagates else ())]:
+            out = self._run(layer, self.quantized, batch)
+            self.quantized.write(batch, out)
+            if batch.tokens.stop <= len(self.reference.states):
+                deviation.add(self.reference.read(batch, out.device), out)
         deviation.batches = [*chain.from_iterable(self.options.ranks.all_gather(deviation.batches))]
         if not deviation.finite:
             raise CheckpointError(f"layer {index}: the held-out data produces activations that are not finite")
@@ -230,7 +231,7 @@ class HiddenStatePair:
         self.reference.close()
         self.quantized.close()
 
-    def _run(self, layer: TransformerLayer, stream: HiddenStates, batch: Batch) -> torch.Tensor:
+    def _run(self, layer: torch.nn.Module, stream: HiddenStates, batch: Batch) -> torch.Tensor:
         return run_layer(layer, self.config, stream.read(batch, self.options.device))
 
     def _piece(

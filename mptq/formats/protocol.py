@@ -48,6 +48,18 @@ class QuantizedLinear:
 
 
 @dataclass(frozen=True, slots=True)
+class QuantizedCache:
+    """The KV cache of a layer to store: float32 [] amax, in the order of `Layout.cached`, and its core attention.
+
+    `attention` is ModelOpt's module, whose quantizers have been calibrated.
+    """
+
+    layer: int
+    amax: Sequence[torch.Tensor]
+    attention: Any
+
+
+@dataclass(frozen=True, slots=True)
 class WriterOptions:
     """How to write an output: maximum file size in bytes, tokenizer to copy, and generation settings (bos/eos ids)."""
 
@@ -158,8 +170,8 @@ class Format(ABC):
         return Stored({spec.name: part for spec, part in zip(specs, parts, strict=True)})
 
     @abstractmethod
-    def store_kv_cache(self, layout: Layout, layer: int, amax: Sequence[torch.Tensor]) -> Stored:
-        """Returns what it stores for a layer's KV cache; `amax` are float32 [], in the order of `Layout.cached`."""
+    def store_kv_cache(self, layout: Layout, cache: QuantizedCache) -> Stored:
+        """Returns what it stores for the scales of a layer's KV cache."""
 
     def store_rest(self, _layout: Layout) -> Stored:
         """Returns what it stores in addition to the model's tensors."""

@@ -17,8 +17,6 @@ from mptq.layers.rope import angles
 from mptq.layers.transformer_config import transformer_config
 
 if TYPE_CHECKING:
-    from megatron.core.transformer.transformer_layer import TransformerLayer
-
     from mptq.model.config import ModelConfig
 
 
@@ -52,7 +50,7 @@ def _in_fixed_order() -> Iterator[None]:
 
 
 @torch.no_grad()
-def run_layer(layer: TransformerLayer, config: ModelConfig, hidden: torch.Tensor) -> torch.Tensor:
+def run_layer(layer: torch.nn.Module, config: ModelConfig, hidden: torch.Tensor) -> torch.Tensor:
     """Runs a layer on hidden states [sequences, length, hidden]; each sequence is separate, from position 0 on."""
     rotary = None
     if config.get("position_embedding_type") in ("rope", "yarn") and not config.latent:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from mptq.errors import OptionError
+from mptq.layers.attention import CoreAttention, LatentAttention
 from mptq.layers.linear import Linear
+from mptq.quantize.activation_quantizers import has_cache, has_latent_cache
 from mptq.quantize.modelopt import convert, quant_config, single_process
 from mptq.quantize.weight_quantizer import Rounding, assign, is_compressed, quantizes_with_strips
 from mptq.quiet import quiet_imports
@@ -26,6 +28,8 @@ with quiet_imports():
 
 logger = logging.getLogger(__name__)
 quantizes_with_strips(Linear, "mptq.Linear")
+has_cache(CoreAttention, "mptq.CoreAttention")
+has_latent_cache(LatentAttention, "mptq.LatentAttention")
 
 REAL_QUANT_SCHEMES = {"fp8_real_quant": SCHEMES["tensor"], "fp8_blockwise_real_quant": SCHEMES["block"]}
 """`real_quant_cfg` -> how the weights are stored; inputs are not quantized."""

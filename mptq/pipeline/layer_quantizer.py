@@ -14,11 +14,11 @@ from mptq import report
 from mptq.distributed import shares
 from mptq.formats import FORMATS
 from mptq.formats.layout import canonical_weight
-from mptq.formats.protocol import QuantizedLinear
-from mptq.model.tensors import megatron_layer
+from mptq.formats.protocol import QuantizedCache, QuantizedLinear
+from mptq.model.tensors import CORE_ATTENTION, megatron_layer
 from mptq.pipeline.stored import add, empty, store_unquantized
 from mptq.quantize import quantizer
-from mptq.quantize.compressed_linears import Compressed, CompressedLinears, drop
+from mptq.quantize.compressed_linears import Compressed, CompressedLinears, drop, release
 from mptq.quantize.fp8 import dequantize, scale_of
 from mptq.quantize.quantizer import require_finite
 from mptq.types import LayerOutput, TensorSpec
@@ -135,6 +135,7 @@ class LayerQuantizer:
         self.context.progress.doing("running the quantized layer")
         with self.context.log.timed("forward"):
             self.row |= states.compare(self.layer, self.live, self.calibrated) or {}
+        release(self.live)
         self.context.log.layers.append(self.row)
 
     def _linear(self, linear: LinearSpec, number: int) -> LayerOutput:
@@ -203,10 +204,12 @@ class LayerQuantizer:
     def _kv_cache(self) -> LayerOutput:
         """Returns the scales of the KV cache; the report has those of the first format, as in the quantized stream."""
         assert self.calibrated is not None
+        assert self.live is not None
         output, found = empty(self.plan, self.unit), dict[str, list[torch.Tensor]]()
+        attention = self.live.get_submodule(CORE_ATTENTION)
         for form, layout in self.plan.layouts.items():
             found[form] = [self.calibrated.amax[name] for name in layout.cached(self.layer)]
-            add(output, form, FORMATS[form].store_kv_cache(layout, self.layer, found[form]))
+            add(output, form, FORMATS[form].store_kv_cache(layout, QuantizedCache(self.layer, found[form], attention)))
         shown = zip(("k_scale", "v_scale"), found[self.plan.formats[0]], strict=True)
         self.row["kv_cache"] = {name: float(scale_of(value)) for name, value in shown}
         return output

@@ -109,6 +109,13 @@ def drop(made: Sequence[Compressed]) -> None:
         one.linear.weight_quantizer._buffers.clear()
 
 
+def release(layer: torch.nn.Module) -> None:
+    """Frees the tensors of a layer that is done with, for the same reason."""
+    for module in layer.modules():
+        module._parameters.clear()
+        module._buffers.clear()
+
+
 def _place(root: torch.nn.Module, name: str, linear: torch.nn.Module) -> None:
     """Puts `linear` into `root` under a name with dots, as in the model."""
     owner, *inner = name.split(".")

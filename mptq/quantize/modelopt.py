@@ -17,27 +17,14 @@ with quiet_imports():
     import modelopt.torch.opt as mto
     import modelopt.torch.quantization as mtq
     from modelopt.torch.opt.plugins.mcore_dist_checkpointing import remove_per_module_state
-    from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry, TensorQuantizer
     from modelopt.torch.quantization.plugins.megatron import quant_module_get_extra_state
     from modelopt.torch.utils.distributed import ParallelState
     from modelopt.torch.utils.serialization import safe_save
 
 from mptq.recipes.schemes import Scheme
 
-
-class _Cache(torch.nn.Module):
-    """Stands in for a core attention, in which only the quantizers have state."""
-
-
-@QuantModuleRegistry.register({_Cache: "mptq.Cache"})
-class _QuantCache(QuantModule):  # type: ignore[misc]
-    """Has the same quantizers, and so the same state, as ModelOpt's class for Transformer Engine's core attention."""
-
-    def _setup(self) -> None:
-        self.q_bmm_quantizer, self.k_bmm_quantizer, self.v_bmm_quantizer = (TensorQuantizer() for _ in range(3))
-
-
-_E4M3: dict[str, Any] = {"num_bits": (4, 3), "axis": None}
+E4M3: dict[str, Any] = {"num_bits": (4, 3), "axis": None}
+"""ModelOpt's attributes of a quantizer with one static scale."""
 
 
 def _rules(scheme: Scheme | None, module: str = "*") -> list[dict[str, Any]]:
@@ -46,7 +33,7 @@ def _rules(scheme: Scheme | None, module: str = "*") -> list[dict[str, Any]]:
         return [{"quantizer_name": f"{module}{kind}_quantizer", "enable": False} for kind in ("weight", "input")]
     rules: list[dict[str, Any]] = [{"quantizer_name": f"{module}weight_quantizer", "cfg": dict(scheme.modelopt)}]
     if scheme.static:
-        rules.append({"quantizer_name": f"{module}input_quantizer", "cfg": _E4M3})
+        rules.append({"quantizer_name": f"{module}input_quantizer", "cfg": E4M3})
     return rules
 
 
@@ -58,13 +45,13 @@ def quant_config(
     for module, other in others.items():
         rules += _rules(None, f"*{module}.") + (_rules(other, f"*{module}.") if other else [])
     if kv_cache:
-        rules.append({"quantizer_name": "*[kv]_bmm_quantizer", "cfg": _E4M3})
+        rules.append({"quantizer_name": "*[kv]_bmm_quantizer", "cfg": E4M3})
     rules.append({"quantizer_name": "*output_layer*", "enable": False})
     return {"quant_cfg": rules, "algorithm": "max" if scheme is None or not scheme.exponents else None}
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def silenced() -> Iterator[None]:
     """Silences ModelOpt, which prints to stdout (reserved for results) and warns that compression is experimental."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -78,7 +65,7 @@ def single_process() -> ParallelState:
 
 def convert(module: torch.nn.Module, config: dict[str, Any]) -> None:
     """Quantizes and compresses the linears in `module`, in place; afterwards it has ModelOpt's record of it."""
-    with _quiet():
+    with silenced():
         mtq.quantize(module, config)
         mtq.compress(module)
 
@@ -105,14 +92,17 @@ def _saved_amax(amax: torch.Tensor) -> torch.Tensor:
     return amax[:, 0, :, 0] if amax.dim() == 4 else amax
 
 
-def attention_state(k_amax: torch.Tensor, v_amax: torch.Tensor) -> tuple[dict[str, torch.Tensor], bytes]:
-    """Returns what a Megatron checkpoint has of a core attention with an FP8 cache: float32 [] amax, `_extra_state`."""
-    attention: Any = _Cache()
-    with _quiet():
-        mtq.quantize(torch.nn.ModuleDict({"attention": attention}), quant_config(None, kv_cache=True))
-    attention.k_bmm_quantizer.amax, attention.v_bmm_quantizer.amax = k_amax, v_amax
-    tensors = {f"{kind}_bmm_quantizer._amax": getattr(attention, f"{kind}_bmm_quantizer")._amax for kind in "kv"}
-    return tensors, _extra_state(attention)
+def attention_state(attention: Any, k_amax: torch.Tensor, v_amax: torch.Tensor) -> tuple[dict[str, torch.Tensor], bytes]:
+    """Returns what a Megatron checkpoint has of a calibrated core attention, with float32 [] amax: tensors, `_extra_state`."""
+    quantizers = {"k_bmm_quantizer": k_amax, "v_bmm_quantizer": v_amax}
+    for name, amax in quantizers.items():
+        getattr(attention, name).round_with(amax)
+    for quantizer in attention.children():
+        quantizer._input_dtype = None  # that of the last tensor to pass while disabled, and no part of a model's state
+    state = _extra_state(attention)
+    for name in quantizers:
+        getattr(attention, name).disable()
+    return {f"{name}._amax": amax for name, amax in quantizers.items()}, state
 
 
 def _extra_state(module: Any) -> bytes:

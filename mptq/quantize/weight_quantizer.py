@@ -21,6 +21,7 @@ with quiet_imports():
 
 from mptq.errors import CheckpointError
 from mptq.quantize import quantizer
+from mptq.quantize.activation_quantizers import ActivationQuantizer
 from mptq.recipes.schemes import SCHEMES, Scheme
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def is_compressed(module: torch.nn.Module) -> bool:
 
 
 def quantizes_with_strips(linear: type[torch.nn.Linear], name: str) -> type[QuantLinearConvBase]:
-    """Registers a class of linears with ModelOpt, under `name`, to be quantized with a `WeightQuantizer`.
+    """Registers a class of linears with ModelOpt, under `name`, to be quantized with these quantizers.
 
     The class must have a `forward` of its own: ModelOpt takes classes that share one for the same.
     """
@@ -143,5 +144,6 @@ def quantizes_with_strips(linear: type[torch.nn.Linear], name: str) -> type[Quan
         def _setup(self) -> None:
             super()._setup()
             self.weight_quantizer.__class__ = WeightQuantizer
+            self.input_quantizer.__class__ = ActivationQuantizer
 
     return Quantized

@@ -51,8 +51,8 @@ class NpyFormat(Format):
         parts = (made.weight.data, made.weight.scale) if made else (linear.source,)
         return Stored({spec.name: part for spec, part in zip(layout.linear(linear.layer, linear.spec), parts, strict=True)})
 
-    def store_kv_cache(self, layout, layer, amax):
-        return Stored({spec.name: value for spec, value in zip(layout.kv_cache(layer), amax, strict=True)})
+    def store_kv_cache(self, layout, cache):
+        return Stored({spec.name: value for spec, value in zip(layout.kv_cache(cache.layer), cache.amax, strict=True)})
 
     def writer(self, layout, directory, _options, resumed):
         return NpyWriter(directory, layout.specs, resumed.names)

@@ -9,15 +9,17 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from torch.distributed import HashStore
 
 from mptq import make_plan, run
 from mptq.distributed import Ranks
 from mptq.formats import FORMATS
 from mptq.quantize import cpu_kernels, quantizer, torch_kernels
-from mptq.quantize.activation_quantizers import ActivationQuantizers
+from mptq.quantize.activation_quantizers import ActivationQuantizer
 from mptq.quantize.fp8 import dequantize, first_out_of_bound, floored, powers_of_two, reference_scale, scale_of
-from mptq.recipes.recipe import Calibration, load_recipe
+from mptq.quantize.modelopt import E4M3
+from mptq.recipes.recipe import load_recipe
 from mptq.recipes.schemes import SCHEMES
 from mptq.report import read
 from mptq.verification.structure import verify
@@ -139,13 +141,12 @@ def test_values_that_are_not_finite_are_found(kind, value):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_activations_are_rounded_as_on_the_cpu(dtype):
     states = torch.cat([every_number(dtype), torch.zeros(1, dtype=dtype)])
-    layer = torch.nn.Sequential(torch.nn.Identity())
     for amax in (448.0, 3.0, 2.0**-20):
         found = []
         for device in (GPU, "cpu"):
-            observers = ActivationQuantizers(["0"], (), Calibration())
-            with observers.quantizing(layer, {"0": torch.tensor(amax, device=device)}):
-                found.append(layer(states.to(device)))
+            quantizer = ActivationQuantizer(QuantizerAttributeConfig(**E4M3))
+            quantizer.round_with(torch.tensor(amax, device=device))
+            found.append(quantizer(states.to(device)))
         assert equal(*found), amax
 
 

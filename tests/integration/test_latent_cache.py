@@ -83,10 +83,9 @@ def test_the_magnitude_equals_the_whole_models_bit_for_bit(zoo, name):
             if part.module.startswith("self_attention"):
                 weights[f"{part.module}.weight"] = read(f"{prefix}{part.megatron}.weight")
         layer.load_state_dict(weights, assign=True)
-        observers = ActivationQuantizers((), ("latent",), Calibration())
-        with observers.collecting(layer):
-            run_layer(layer.eval(), plan.model, hidden)
-        assert float(observers.magnitudes("layer")["latent"]) == float(cached.max())
+        observers = ActivationQuantizers(layer.eval(), (), ("latent",), Calibration(), "layer")
+        observers.calibrate(lambda layer, model=plan.model, hidden=hidden: run_layer(layer, model, hidden))
+        assert float(observers.magnitudes()["latent"]) == float(cached.max())
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -9,12 +9,11 @@ import warnings
 
 import modelopt.torch.quantization as mtq
 import torch
-from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry, TensorQuantizer
+from modelopt.torch.quantization.nn import QuantModuleRegistry
 from modelopt.torch.quantization.nn.modules.quant_linear import _QuantLinear
 
 from mptq.checkpoint.reader import Reader
 from mptq.formats.layout import canonical_weight
-from mptq.layers.attention import CoreAttention
 from mptq.layers.linear import Linear
 from mptq.layers.transformer_layer import build_layer
 from mptq.model.tensors import megatron_layer
@@ -32,27 +31,6 @@ class StockLinear(Linear):
 
 
 QuantModuleRegistry.register({StockLinear: "tests.StockLinear"})(_QuantLinear)
-
-
-@QuantModuleRegistry.register({CoreAttention: "mptq.CoreAttention"})
-class _QuantCoreAttention(QuantModule):
-    """Core attention with the quantizers of ModelOpt's class for Transformer Engine's attention."""
-
-    def _setup(self):
-        self.q_bmm_quantizer, self.k_bmm_quantizer, self.v_bmm_quantizer = (TensorQuantizer() for _ in range(3))
-
-    def forward(self, query, key, value, *args, **kwargs):
-        query, key, value = self.q_bmm_quantizer(query), self.k_bmm_quantizer(key), self.v_bmm_quantizer(value)
-        return super().forward(query, key, value, *args, **kwargs)
-
-    def get_extra_state(self):
-        """Return nothing: torch requires this method on the class, and ModelOpt gives each object its own."""
-
-    def set_extra_state(self, state):
-        """Do nothing, as in `get_extra_state`."""
-
-    def modelopt_post_restore(self, prefix=""):
-        """Do nothing: there is one scale per tensor, whatever the parallel layout."""
 
 
 def convert(module, config):

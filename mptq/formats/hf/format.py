@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from mptq.formats.layout import Layout
-    from mptq.formats.protocol import LoadedWeight, QuantizedLinear, Resumed, Stored, Writer, WriterOptions
+    from mptq.formats.protocol import LoadedWeight, QuantizedCache, QuantizedLinear, Resumed, Stored, Writer, WriterOptions
     from mptq.model.tensors import LinearSpec, UnquantizedTensor
     from mptq.recipes.schemes import Scheme
 
@@ -80,12 +80,12 @@ class HfFormat(Format):
 
         return store.store_unquantized(tensor, specs, values, first)
 
-    def store_kv_cache(self, layout: Layout, layer: int, amax: Sequence[torch.Tensor]) -> Stored:
+    def store_kv_cache(self, layout: Layout, cache: QuantizedCache) -> Stored:
         """Returns k_scale and v_scale."""
         from mptq.formats.hf import store
 
         assert isinstance(layout, HfLayout)
-        return store.store_kv_cache(layout, layer, amax)
+        return store.store_kv_cache(layout, cache)
 
     def writer(self, layout: Layout, directory: Path, options: WriterOptions, resumed: Resumed) -> Writer:
         """Returns a writer of shards of at most `max_shard_bytes`."""

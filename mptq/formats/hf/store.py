@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mptq.formats.layout import canonical_weight
-from mptq.formats.protocol import LoadedWeight, OpenedOutput, QuantizedLinear, Stored
+from mptq.formats.protocol import LoadedWeight, OpenedOutput, QuantizedCache, QuantizedLinear, Stored
 from mptq.quantize.fp8 import scale_of
 from mptq.quantize.quantizer import require_finite
 
@@ -44,9 +44,9 @@ def store_unquantized(tensor: UnquantizedTensor, specs: Sequence[TensorSpec], va
     return Stored({spec.name: part for spec, part in parts if len(part)})
 
 
-def store_kv_cache(layout: HfLayout, layer: int, amax: Sequence[torch.Tensor]) -> Stored:
+def store_kv_cache(layout: HfLayout, cache: QuantizedCache) -> Stored:
     """Returns k_scale and v_scale: amax / 448, float32."""
-    pairs = zip(layout.kv_cache(layer), amax, strict=True)
+    pairs = zip(layout.kv_cache(cache.layer), cache.amax, strict=True)
     return Stored({spec.name: scale_of(value).reshape(spec.shape).cpu() for spec, value in pairs})
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from mptq.formats.layout import Layout
-    from mptq.formats.protocol import LoadedWeight, QuantizedLinear, Resumed, Stored, Writer, WriterOptions
+    from mptq.formats.protocol import LoadedWeight, QuantizedCache, QuantizedLinear, Resumed, Stored, Writer, WriterOptions
     from mptq.model.tensors import LinearSpec
     from mptq.recipes.schemes import Scheme
 
@@ -55,11 +55,11 @@ class MegatronFormat(Format):
         assert isinstance(layout, MegatronLayout)
         return store.store_linear(layout, linear)
 
-    def store_kv_cache(self, _layout: Layout, layer: int, amax: Sequence[torch.Tensor]) -> Stored:
+    def store_kv_cache(self, _layout: Layout, cache: QuantizedCache) -> Stored:
         """Returns the amax of ModelOpt's K and V quantizers."""
         from mptq.formats.megatron import store
 
-        return store.store_kv_cache(layer, amax)
+        return store.store_kv_cache(cache)
 
     def store_rest(self, layout: Layout) -> Stored:
         """Returns the training arguments."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from mptq.checkpoint.index import read_blob
 from mptq.formats.layout import canonical_weight
 from mptq.formats.megatron.writer import BACKEND
-from mptq.formats.protocol import LoadedWeight, OpenedOutput, QuantizedLinear, Stored
+from mptq.formats.protocol import LoadedWeight, OpenedOutput, QuantizedCache, QuantizedLinear, Stored
 from mptq.model.tensors import CORE_ATTENTION, megatron_layer
 from mptq.quantize.fp8 import scale_of
 from mptq.quantize.modelopt import attention_state, linear_state, modelopt_state
@@ -40,10 +40,10 @@ def store_linear(layout: MegatronLayout, linear: QuantizedLinear) -> Stored:
     return Stored({owner + key: tensor.cpu() for key, tensor in found.items()}, {owner + _STATE: blob})
 
 
-def store_kv_cache(layer: int, amax: Sequence[torch.Tensor]) -> Stored:
+def store_kv_cache(cache: QuantizedCache) -> Stored:
     """Returns the amax of ModelOpt's K and V quantizers, with their state."""
-    owner = f"{megatron_layer(layer)}{CORE_ATTENTION}."
-    tensors, blob = attention_state(*amax)
+    owner = f"{megatron_layer(cache.layer)}{CORE_ATTENTION}."
+    tensors, blob = attention_state(cache.attention, *cache.amax)
     return Stored({owner + key: tensor.cpu() for key, tensor in tensors.items()}, {owner + _STATE: blob})
 
 

@@ -4,13 +4,14 @@ import contextlib
 
 import pytest
 import torch
+from modelopt.torch.quantization.nn import TensorQuantizer
 from torch.nn.functional import linear
 
 from mptq.errors import CheckpointError
 from mptq.layers.forward import run_layer
 from mptq.layers.transformer_layer import build_layer
 from mptq.model.tensors import CORE_ATTENTION, layer_linears
-from mptq.quantize.activation_quantizers import ActivationQuantizers
+from mptq.quantize.activation_quantizers import CACHED, ActivationQuantizers
 from mptq.recipes.recipe import Calibration
 from tests.support.models import ARGS, DEEPSEEK, LATENT, MOE_ARGS, model
 from tests.unit.layers.test_transformer_layer import filled
@@ -25,9 +26,14 @@ def layer(request):
     return config, module, [linear.module for linear in layer_linears(config, 0)], batches
 
 
-def observe(module, config, batches, observers):
-    with observers.collecting(module):
-        return [run_layer(module, config, batch) for batch in batches]
+MAX = Calibration()
+
+
+def observe(module, config, batches, names, cached=(), calibration=MAX):
+    """The layer's quantizers after the batches have passed through it, and the outputs."""
+    observers, outputs = ActivationQuantizers(module, names, cached, calibration, "layer"), []
+    observers.calibrate(lambda layer: outputs.extend(run_layer(layer, config, batch) for batch in batches))
+    return observers, outputs
 
 
 @contextlib.contextmanager
@@ -53,16 +59,15 @@ def test_collecting_changes_nothing_and_finds_the_exact_amax(layer):
     config, module, names, batches = layer
     with seen(module, names) as inputs:
         plain = [run_layer(module, config, batch) for batch in batches]
-    observers = ActivationQuantizers(names, ("key", "value"), Calibration())
-    observed = observe(module, config, batches, observers)
+    observers, observed = observe(module, config, batches, names, ("key", "value"))
     assert all(torch.equal(left, right) for left, right in zip(plain, observed, strict=True))
-    found = observers.magnitudes("layer")
+    found = observers.magnitudes()
     assert found.keys() == inputs.keys()
     for name, parts in inputs.items():
         assert found[name].dtype == torch.float32
         assert found[name].shape == ()
         assert float(found[name]) == max(float(part.abs().max()) for part in parts if part.numel()), name
-    # No hook is left on the layer.
+    # The layer goes on as if it had no quantizers.
     after = run_layer(module, config, batches[0])
     assert torch.equal(after, plain[0])
 
@@ -79,11 +84,10 @@ def test_keys_are_observed_after_the_rotary_embedding(layer):
     config, module, _, batches = layer
     fused = []
     hook = module.self_attention.linear_qkv.register_forward_hook(lambda _module, _arguments, out: fused.append(out[0]))
-    observers = ActivationQuantizers((), ("key", "value"), Calibration())
-    observe(module, config, [batches[1].repeat(1, 20, 1)], observers)
+    observers, _ = observe(module, config, [batches[1].repeat(1, 20, 1)], (), ("key", "value"))
     hook.remove()
     parts = fused[0].unflatten(-1, (config.num_query_groups, -1, config.head_dim))
-    found = observers.magnitudes("layer")
+    found = observers.magnitudes()
     # Megatron rotates in BF16, with cosines and sines rounded to BF16: three roundings of 2^-9.
     close = 3 * 2.0**-9 if config.dtype == "bfloat16" else 1e-4
     largest = float(turned(parts[:, :, :, -2], config.get("rotary_base")).abs().max())
@@ -98,9 +102,10 @@ def test_percentile_is_torchs_quantile_within_a_bin(layer, percentile):
     with seen(module, names) as inputs:
         for batch in batches:
             run_layer(module, config, batch)
-    observers = ActivationQuantizers(names, ("key", "value"), Calibration(method="percentile", percentile=percentile))
-    observe(module, config, batches, observers)
-    for name, amax in observers.magnitudes("layer").items():
+    observers, _ = observe(
+        module, config, batches, names, ("key", "value"), Calibration(method="percentile", percentile=percentile)
+    )
+    for name, amax in observers.magnitudes().items():
         values = torch.cat([part.float().abs().flatten() for part in inputs[name]])
         first = next(part for part in inputs[name] if part.numel())
         width = float(first.float().abs().max()) / 2048  # ModelOpt's histogram: the first batch sets the bin width
@@ -130,39 +135,56 @@ def near(found, before, amax):
 def test_quantizing_rounds_inputs_keys_and_values_to_e4m3(layer):
     """Inputs are rounded and nothing else changes: a linear's output is that of its rounded input."""
     config, module, names, batches = layer
-    observers = ActivationQuantizers(names, ("key", "value"), Calibration())
-    observe(module, config, batches, observers)
+    observers, _ = observe(module, config, batches, names, ("key", "value"))
     # Half the amax for some: larger values saturate instead of becoming NaN.
-    amax = {
-        name: value * (0.5 if index % 2 else 1) for index, (name, value) in enumerate(observers.magnitudes("layer").items())
-    }
-    # Hooks run in the order of registration: those inside see the outputs of quantizing, those outside its inputs.
-    with seen(module, names) as raw, observers.quantizing(module, amax), seen(module, names) as handed_on:
+    amax = {name: value * (0.5 if index % 2 else 1) for index, (name, value) in enumerate(observers.magnitudes().items())}
+    plain, passed, products = run_layer(module, config, batches[1]), {name: [] for name in amax}, []
+    observers.round_with(amax)
+    for name, quantizer in observers.quantizers.items():
+        quantizer.register_forward_hook(lambda _, given, out, name=name: passed[name].append((given[0].clone(), out.clone())))
+    module.self_attention.linear_proj.register_forward_hook(lambda _module, _given, out: products.append(out[0].clone()))
+    with seen(module, names) as raw:
         out = run_layer(module, config, batches[1])
     assert out.isfinite().all()
     for name, parts in raw.items():
         assert any(part.numel() for part in parts), name
-        for before, after in zip(parts, handed_on[name], strict=True):
+        for part, (before, after) in zip([part for part in parts if part.numel()], passed[name], strict=True):
+            assert torch.equal(part, before)
             near(after, before, amax[name])
-    assert not torch.equal(out, run_layer(module, config, batches[1]))
+    assert not torch.equal(out, plain)
+    ((_, rounded_input),) = passed["self_attention.linear_proj"]
+    weight = module.self_attention.linear_proj.weight
+    assert torch.equal(products[0], linear(rounded_input.float(), weight.float()).to(weight.dtype))
 
 
 def test_a_linear_without_tokens_has_no_amax():
     config, module = filled(MOE_ARGS, "bfloat16")
     names = [linear.module for linear in layer_linears(config, 0)]
-    observers = ActivationQuantizers(names, (), Calibration())
-    observe(module, config, [torch.randn(1, 1, config.hidden_size).bfloat16()], observers)
-    found = observers.magnitudes("layer")
+    observers, _ = observe(module, config, [torch.randn(1, 1, config.hidden_size).bfloat16()], names, ())
+    found = observers.magnitudes()
     experts = {name: amax for name, amax in found.items() if "experts" in name}
     assert sum(amax is not None for amax in experts.values()) == 2 * config.moe_topk
     assert all(amax is not None for name, amax in found.items() if name not in experts)
-    assert all(
-        amax is None for amax in ActivationQuantizers(names, ("key", "value"), Calibration()).magnitudes("layer").values()
-    )
+    _, module = filled(MOE_ARGS, "bfloat16")
+    assert all(amax is None for amax in observe(module, config, [], names, ("key", "value"))[0].magnitudes().values())
 
 
 def test_nothing_to_observe():
-    assert ActivationQuantizers((), (), Calibration()).magnitudes("layer") == {}
+    config, module = filled(ARGS, "bfloat16")
+    observers, outputs = observe(module, config, [torch.randn(1, 3, config.hidden_size).bfloat16()], ())
+    assert observers.magnitudes() == {}
+    assert len(outputs) == 1
+    assert not hasattr(module, "_modelopt_state")
+
+
+def test_the_quantizers_of_some_linears_are_enabled():
+    config, module = filled(MOE_ARGS, "bfloat16")
+    names = [linear.module for linear in layer_linears(config, 0)]
+    for chosen in (names[:1], names[:-1], names[2:5]):
+        _, module = filled(MOE_ARGS, "bfloat16")
+        ActivationQuantizers(module, chosen, ("value",), MAX, "layer")
+        enabled = [name for name, part in module.named_modules() if isinstance(part, TensorQuantizer) and part.is_enabled]
+        assert sorted(enabled) == sorted([f"{name}.input_quantizer" for name in chosen] + [CACHED["value"]])
 
 
 @pytest.mark.parametrize(
@@ -171,13 +193,11 @@ def test_nothing_to_observe():
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_activations_that_are_not_finite_are_refused_by_name(calibration, value):
     config, module = filled(ARGS, "bfloat16")
-    observers = ActivationQuantizers(["self_attention.linear_proj", "mlp.linear_fc2"], (), calibration)
     hidden = torch.randn(1, 5, config.hidden_size).bfloat16()
     with torch.no_grad():
         module.mlp.linear_fc1.weight[3] = value
-    observe(module, config, [hidden, hidden], observers)
-    with pytest.raises(CheckpointError, match=r"^decoder\.layers\.7\.mlp\.linear_fc2: .* not finite$"):
-        observers.magnitudes("decoder.layers.7")
+    with pytest.raises(CheckpointError, match=r"^layer\.mlp\.linear_fc2: .* not finite$"):
+        observe(module, config, [hidden, hidden], ["self_attention.linear_proj", "mlp.linear_fc2"], (), calibration)
 
 
 @pytest.mark.parametrize("method", ["max", "percentile"])
@@ -189,13 +209,12 @@ def test_inputs_of_only_zeros_are_accepted(method):
     module.load_state_dict(weights, assign=True)
     calibration = Calibration() if method == "max" else Calibration(method="percentile", percentile=99.0)
     names = [linear.module for linear in layer_linears(config, 0)]
-    observers = ActivationQuantizers(names, ("key", "value"), calibration)
     hidden = torch.randn(1, 5, config.hidden_size).bfloat16()
-    observe(module, config, [hidden, hidden], observers)
-    amax = observers.magnitudes("layer")
+    observers, _ = observe(module, config, [hidden, hidden], names, ("key", "value"), calibration)
+    amax = observers.magnitudes()
     assert all(value == 0 for value in amax.values())
-    with observers.quantizing(module, amax):
-        assert torch.equal(run_layer(module, config, hidden), hidden)
+    observers.round_with(amax)
+    assert torch.equal(run_layer(module, config, hidden), hidden)
 
 
 @pytest.fixture(params=[(LATENT, "bfloat16"), (DEEPSEEK | {"q_lora_rank": 24}, "float32")], ids=["bf16", "float32"])
@@ -219,14 +238,13 @@ def rows_of(config, module, hidden):
 def test_latents_are_observed_as_they_are_cached(latent):
     config, module, batches = latent
     plain = [run_layer(module, config, batch) for batch in batches]
-    observers = ActivationQuantizers((), ("latent",), Calibration())
-    observed = observe(module, config, batches, observers)
+    observers, observed = observe(module, config, batches, (), ("latent",))
     assert all(torch.equal(left, right) for left, right in zip(plain, observed, strict=True))
     rows = [rows_of(config, module, batch) for batch in batches]
     largest = max(float(latents.abs().max()) for latents, _ in rows)
     # A rotation keeps the norm of a pair, which bounds the shared key up to YaRN's factor.
     bound = 1.5 * max(float(shared.norm(dim=-1).max()) for _, shared in rows)
-    found = float(observers.magnitudes("layer")["latent"])
+    found = float(observers.magnitudes()["latent"])
     assert found >= largest
     assert found == largest or found <= bound
 
@@ -242,48 +260,43 @@ def test_one_magnitude_covers_the_latent_and_the_shared_key(latent, part):
             module.self_attention.kv_layernorm.weight *= 64
         else:
             module.self_attention.linear_kv_down_proj.weight[config.latent.kv_rank :] *= 64
-    observers = ActivationQuantizers((), ("latent",), Calibration())
-    observe(module, config, batches, observers)
+    observers, _ = observe(module, config, batches, (), ("latent",))
     hook.remove()
     largest = {
         "latent": max(float(rows_of(config, module, batch)[0].abs().max()) for batch in batches),
         "shared key": max(float(key[..., config.latent.qk_dim :].abs().max()) for key in keys),
     }
     assert largest[part] == max(largest.values())
-    assert float(observers.magnitudes("layer")["latent"]) == largest[part]
+    assert float(observers.magnitudes()["latent"]) == largest[part]
 
 
 def test_a_percentile_counts_the_shared_key_once(latent):
     """Not once per head: the histogram is of what is cached."""
     config, module, batches = latent
-    observers = ActivationQuantizers((), ("latent",), Calibration(method="percentile", percentile=99.0))
-    observe(module, config, batches, observers)
+    observers, _ = observe(module, config, batches, (), ("latent",), Calibration(method="percentile", percentile=99.0))
     counted = int(observers.quantizers["latent"]._calibrator._calib_hist.sum())
     assert counted == sum(batch[..., 0].numel() for batch in batches) * (config.latent.kv_rank + config.latent.rotary_dim)
 
 
 def test_quantizing_rounds_latents_as_engines_cache_them(latent):
     config, module, batches = latent
-    observers = ActivationQuantizers((), ("latent",), Calibration())
-    observe(module, config, batches, observers)
+    observers, _ = observe(module, config, batches, (), ("latent",))
     attention, sizes, seen = module.self_attention, config.latent, {}
 
     def keep(name, place):
         return lambda _module, given: seen.update({name: given[place].clone()})
 
-    amax = {"latent": observers.magnitudes("layer")["latent"] * 0.75}  # larger values saturate
-    before = attention.core_attention.register_forward_pre_hook(keep("key before", 1))
-    with observers.quantizing(module, amax):
-        hooks = [attention.linear_kv_up_proj.register_forward_pre_hook(keep("latents", 0))]
-        hooks.append(attention.core_attention.register_forward_pre_hook(keep("key", 1)))
-        hooks.append(attention.linear_kv_up_proj.register_forward_hook(lambda _module, _given, out: seen.update(up=out[0])))
-        run_layer(module, config, batches[1])
-    for hook in (before, *hooks):
-        hook.remove()
+    amax = {"latent": observers.magnitudes()["latent"] * 0.75}  # larger values saturate
+    observers.round_with(amax)
+    attention.latent_quantizer.register_forward_pre_hook(keep("shared before", 0))  # after the latent itself
+    attention.linear_kv_up_proj.register_forward_pre_hook(keep("latents", 0))
+    attention.core_attention.register_forward_pre_hook(keep("key", 1))
+    attention.linear_kv_up_proj.register_forward_hook(lambda _module, _given, out: seen.update(up=out[0]))
+    run_layer(module, config, batches[1])
     latents, _ = rows_of(config, module, batches[1])
     near(seen["latents"], latents, amax["latent"])
     heads = seen["key"].shape[2]
-    near(seen["key"][..., sizes.qk_dim :], seen["key before"][..., sizes.qk_dim :], amax["latent"])
+    near(seen["key"][..., sizes.qk_dim :], seen["shared before"].expand(-1, -1, heads, -1), amax["latent"])
     assert torch.equal(seen["key"][..., sizes.qk_dim :], seen["key"][:, :, :1, sizes.qk_dim :].expand(-1, -1, heads, -1))
     # The rest of the key comes from the rounded latents, and is not rounded itself.
     content = seen["up"].unflatten(-1, (heads, -1))[..., : sizes.qk_dim]
