@@ -18,7 +18,7 @@ from mptq.formats.protocol import QuantizedCache, QuantizedLinear
 from mptq.model.tensors import CORE_ATTENTION, megatron_layer
 from mptq.pipeline.stored import add, empty, store_unquantized
 from mptq.quantize import quantizer
-from mptq.quantize.compressed_linears import Compressed, CompressedLinears, drop, release
+from mptq.quantize.compressed_linears import Compressed, CompressedLinears, calibrated_amax, drop, release
 from mptq.quantize.fp8 import dequantize, scale_of
 from mptq.quantize.quantizer import require_finite
 from mptq.types import LayerOutput, TensorSpec
@@ -97,7 +97,7 @@ class LayerQuantizer:
             matrices = dict(_matrices(layout, self.layer, linear))
             shapes |= matrices
             schemes |= dict.fromkeys(matrices, layout.scheme(self.layer, linear))
-        return CompressedLinears(shapes, schemes, self.context.dtype)
+        return CompressedLinears(shapes, schemes, self.context.dtype, self.plan.recipe.algorithm)
 
     def _unquantized(self) -> LayerOutput:
         output, prefix = empty(self.plan, self.unit), megatron_layer(self.layer)
@@ -162,7 +162,7 @@ class LayerQuantizer:
         if linear.megatron not in self.waiting:
             group = self.plan.assignment.sharing(self.layer, linear)
             self.waiting = {one.megatron: self._weight(one) for one in group}
-            self.amax = self._largest(group, self.waiting)
+            self.amax = self._shared_amax(group, self.waiting)
         return self.waiting.pop(linear.megatron)
 
     def _weight(self, linear: LinearSpec) -> torch.Tensor:
@@ -173,12 +173,14 @@ class LayerQuantizer:
         copied: torch.Tensor = self.live.get_parameter(f"{linear.module}.weight").clone()
         return copied
 
-    def _largest(self, group: Sequence[LinearSpec], sources: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    def _shared_amax(self, group: Sequence[LinearSpec], sources: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """Returns the amax of linears that share one scale, float32 []; None if scales are per block or row."""
-        scheme = self.plan.assignment.scheme(self.layer, group[0])
+        scheme, algorithm = self.plan.assignment.scheme(self.layer, group[0]), self.plan.recipe.algorithm
         if scheme is None or not scheme.shared:
             return None
         with self.context.log.timed("quantize"):
+            if algorithm != "max":
+                return calibrated_amax([sources[one.megatron] for one in group], scheme, algorithm)
             found = [quantizer.amax_of(sources[one.megatron], canonical_weight(self.layer, one)) for one in group]
             return torch.stack(found).amax()
 

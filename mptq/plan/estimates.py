@@ -77,11 +77,12 @@ def peak_memory(plan: Plan, work: ActivationBudget | None = None) -> int:
 
 @dataclass(frozen=True)
 class _Item:
-    """A tensor of a layer: its bytes as read, the bytes of the results, and those of the largest projection's copy."""
+    """A tensor of a layer: its bytes as read, of the results, of the largest projection's copy, and of a search for scales."""
 
     source: int
     made: int = 0
     copied: int = 0
+    searched: int = 0
 
 
 def _items(plan: Plan, layer: int) -> list[_Item]:
@@ -100,14 +101,19 @@ def _item(plan: Plan, layer: int, linear: LinearSpec) -> _Item:
     made = [bytes_ if scheme is None else weight.numel for bytes_, scheme in zip(kept, schemes, strict=True)]
     copies = linear.fusion.repeat > 1 and any(layout.splits and layout.scheme(layer, linear) for layout in layouts)
     copied = weight.nbytes * max(linear.fusion.widths) // sum(linear.fusion.widths) if copies else 0
-    return _Item(weight.nbytes, sum(made), copied)
+    searches = plan.recipe.algorithm != "max" and any(schemes)
+    return _Item(weight.nbytes, sum(made), copied, _SEARCH_BYTES * weight.numel if searches else 0)
+
+
+_SEARCH_BYTES = 17
+"""Bytes per weight while ModelOpt's mse algorithm searches for its scale: float32 copies, rounded, and their errors."""
 
 
 def _window(items: list[_Item]) -> int:
     """Returns the most that is in memory while a tensor is processed, in a layer between layers like it."""
     around = (tuple(items[(place + step) % len(items)] for step in (-1, 0, 1, 2)) for place in range(len(items)))
     return max(
-        written.made + item.source + item.copied + item.made + following.source + further.source
+        written.made + item.source + item.copied + item.searched + item.made + following.source + further.source
         for written, item, following, further in around
     )
 
@@ -148,7 +154,7 @@ def _live_memory(plan: Plan, layer: int, work: ActivationBudget) -> int:
         inputs = (4 + width) * tokens * linear.in_features
         steps.append(kept + passed + inputs + 4 * tokens * linear.shape[0] + 4 * numel)
         rounded = 2 * 4 * numel if first.splits and first.scheme(layer, linear) else 0  # dequantized, and fused
-        steps.append(items[place].source + items[place].made + items[place - 1].made + rounded)
+        steps.append(items[place].source + items[place].made + items[place - 1].made + rounded + items[place].searched)
     return sum(item.source for item in items) + max(steps)
 
 

@@ -81,10 +81,11 @@ def dequantize(weight: Fp8Weight, scheme: Scheme, out: torch.Tensor | None = Non
     return out
 
 
-def reference_scale(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+def reference_scale(weight: torch.Tensor, scheme: Scheme, multiple: torch.Tensor | float = 1.0) -> torch.Tensor:
     """Returns the scale that `weight` [out, in] must have: float32 `floored` amax / 448 per block, row or tensor.
 
-    For MX, the E8M0 byte of the smallest power of two that is at least amax / 448 (see mx.scale).
+    `multiple`, float32 [], is how much larger the amax is for which a search chose to scale. For MX, the E8M0 byte of the
+    smallest power of two that is at least amax / 448 (see mx.scale).
     """
     weight = weight.float()
     if scheme.exponents:
@@ -93,17 +94,19 @@ def reference_scale(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     right, below = -weight.shape[1] % width, -weight.shape[0] % height
     cells = torch.nn.functional.pad(weight, (0, right, 0, below)).unflatten(1, (-1, width)).unflatten(0, (-1, height))
     amax = torch.linalg.vector_norm(cells, math.inf, dim=(1, 3)).reshape(scheme.grid(*weight.shape))
-    return scale_of(floored(amax))
+    return scale_of(floored(amax * multiple))
 
 
 def first_out_of_bound(source: torch.Tensor, weight: Fp8Weight, scheme: Scheme) -> tuple[int, int] | None:
     """Returns row and column of the first element whose error exceeds E4M3 rounding of `source`, or None.
 
     The bound is half a unit in the last place: 2^-4 of a normal value, and 2^-10 of the scale below the smallest normal
-    number, 2^-6. The slack of 2^-20 covers the float32 division and product.
+    number, 2^-6. The slack of 2^-20 covers the float32 division and product. Larger values than 448 times the scale, which
+    a search for the scale may leave, must have that value.
     """
     for rows, values, scale in strips(weight, scheme):
-        original = source[rows].float()
+        limit = E4M3_MAX * scale
+        original = source[rows].float().clamp(-limit, limit)
         allowed = torch.maximum(original.abs() * 2.0**-4, scale * 2.0**-10) * (1 + 2.0**-20)
         bad = ~((values - original).abs() <= allowed)  # true for NaN too
         if bad.any():

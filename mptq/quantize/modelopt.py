@@ -63,6 +63,12 @@ def single_process() -> ParallelState:
     return ParallelState(data_parallel_group=-1)
 
 
+def quantize(module: torch.nn.Module, config: dict[str, Any]) -> None:
+    """Quantizes the linears in `module`, in place; their quantizers are calibrated on the weights only."""
+    with silenced():
+        mtq.quantize(module, config)
+
+
 def convert(module: torch.nn.Module, config: dict[str, Any]) -> None:
     """Quantizes and compresses the linears in `module`, in place; afterwards it has ModelOpt's record of it."""
     with silenced():
@@ -126,14 +132,13 @@ def _ordered(state: Any) -> Any:
     return state
 
 
-def modelopt_state(scheme: Scheme, kv_cache: bool = False, others: Mapping[str, Scheme | None] = MappingProxyType({})) -> bytes:
-    """Returns the model's `modelopt_state`, as `restore_sharded_modelopt_state` reads it from common.pt.
+def modelopt_state(config: dict[str, Any]) -> bytes:
+    """Returns the `modelopt_state` of a model with a quant config, as `restore_sharded_modelopt_state` reads it.
 
-    It holds the modes and their configs; the state of each module is in its `_extra_state`. `others` are the modules
-    with another scheme than `scheme`.
+    It holds the modes and their configs; the state of each module is in its `_extra_state`.
     """
     holder = torch.nn.ModuleDict({"linear": torch.nn.Linear(32, 2, bias=False, device="meta")})
-    convert(holder, quant_config(scheme, kv_cache, others))
+    convert(holder, config)
     state = mto.modelopt_state(holder)
     remove_per_module_state(state)
     return _saved(state)

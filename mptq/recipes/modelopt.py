@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mptq.errors import RecipeError
+from mptq.recipes.algorithms import require_known
 
 _WEIGHTS: dict[str, dict[str, Any]] = {
     "tensor": {"weights": {"scale": "tensor"}, "hf": "compressed-tensors"},
@@ -52,15 +53,22 @@ def _config(name: str) -> dict[str, Any]:
     return found
 
 
+def built_in_names() -> list[str]:
+    """Returns the names of ModelOpt's built-in recipes, without the files that they import."""
+    import modelopt_recipes
+
+    root = Path(modelopt_recipes.__path__[0])
+    recipes = [path for path in sorted(root.glob("**/ptq/*.yaml")) if "\nmetadata:\n" in path.read_text()]
+    return [path.relative_to(root).with_suffix("").as_posix() for path in recipes]
+
+
 def _built_in(name: str) -> dict[str, Any]:
     import contextlib
     import io
 
-    import modelopt_recipes
     from modelopt.recipe import load_recipe
 
-    root = Path(modelopt_recipes.__path__[0])
-    known = [str(path.relative_to(root).with_suffix("")) for path in sorted(root.glob("**/ptq/*.yaml"))]
+    known = built_in_names()
     if name not in known:
         near = _suggestion(difflib.get_close_matches(name, known))
         raise RecipeError(f"ModelOpt has no recipe {name}: {near} (a recipe file's name ends in .yaml)")
@@ -77,15 +85,17 @@ def _translated(name: str, config: dict[str, Any]) -> dict[str, Any]:
     """
     fields: dict[str, Any] = {"name": name.rpartition("/")[2], "description": f"ModelOpt's {name}"}
     problems: list[str] = []
-    if config.get("algorithm") not in ("max", {"method": "max"}, None):
-        problems.append(f"algorithm {config['algorithm']}: mptq supports only max calibration")
-    overrides = []
+    problems += _read_algorithm(config.get("algorithm"), fields)
+    overrides, troubles = [], dict[str, list[str]]()
     for rule in config["quant_cfg"]:
         pattern, settings = rule["quantizer_name"], rule.get("cfg")
         if settings is not None and rule.get("enable", True):
-            problems += _read_quantizer(pattern, settings, fields)
+            trouble = _read_quantizer(pattern, settings, fields)
+            if trouble:
+                troubles.setdefault(trouble, []).append(pattern)
         elif pattern != "*" and not rule.get("parent_class"):
             overrides += _switched_off(pattern)
+    problems += (f"{', '.join(dict.fromkeys(patterns))} has {trouble}" for trouble, patterns in troubles.items())
     if "weights" not in fields and not problems:
         problems.append("it quantizes no weights")
     if problems:
@@ -93,6 +103,29 @@ def _translated(name: str, config: dict[str, Any]) -> dict[str, Any]:
     if overrides:
         fields["overrides"] = overrides
     return fields
+
+
+_MSE = {"method": "mse", "start_multiplier": 0.25, "stop_multiplier": 4.0, "step_size": 0.1, "fp8_scale_sweep": False}
+"""The defaults of ModelOpt's MseCalibConfig."""
+_ANY_ORDER = {"layerwise", "skip_forward_without_activation_calib"}
+"""What an algorithm says about the order of the work, which mptq does layer by layer, where needed, in any case."""
+
+
+def _read_algorithm(given: Any, fields: dict[str, Any]) -> list[str]:
+    """Adds the field `algorithm` to `fields` if it is not the default; returns what is not supported."""
+    wanted = given if isinstance(given, dict) else {"method": given or "max"}
+    wanted = {key: value for key, value in wanted.items() if key not in _ANY_ORDER}
+    method = wanted["method"]
+    try:
+        require_known(method)
+    except ValueError as error:
+        return [f"algorithm {error}"]
+    if (method == "max" and len(wanted) > 1) or (method == "mse" and _MSE | wanted != _MSE):
+        settings = ", ".join(f"{key} {value}" for key, value in wanted.items() if key != "method")
+        return [f"algorithm {method} has {settings}"]
+    if method != "max":
+        fields["algorithm"] = method
+    return []
 
 
 def _switched_off(pattern: str) -> list[dict[str, Any]]:
@@ -107,19 +140,28 @@ def _switched_off(pattern: str) -> list[dict[str, Any]]:
     return [{"pattern": found, "recipe": "none", "optional": True} for found in patterns]
 
 
-def _read_quantizer(pattern: str, settings: dict[str, Any], fields: dict[str, Any]) -> list[str]:
-    """Adds the fields of a rule for all weights, inputs or KV caches to `fields`; returns what is not supported."""
+def _read_quantizer(pattern: str, settings: Any, fields: dict[str, Any]) -> str | None:
+    """Adds the fields of a rule for all weights, inputs or KV caches to `fields`; returns what is not supported, if any."""
+    if isinstance(settings, list):
+        return " and then ".join(map(_words, settings))
     kind = _kind(settings)
     if kind is None:
-        bits = settings.get("num_bits")
-        return [f"{pattern} has num_bits {bits}, block_sizes {settings.get('block_sizes')}"]
+        return _words(settings)
     if settings.get("use_constant_amax") or settings.get("constant_amax") is not None:
-        return [f"{pattern} has a constant amax, not a calibrated one"]
+        return "a constant amax, not a calibrated one"
     meant = _MEANINGS.get(pattern, {}).get(kind)
     if meant is None:
-        return [f"{pattern} has scales of a {kind}"]
+        return f"scales of a {kind}"
     fields |= meant
-    return []
+    return None
+
+
+def _words(settings: Any) -> str:
+    """Names a format: the bits of an integer or of exponent and mantissa, and the size of its blocks."""
+    bits, blocks = settings.get("num_bits"), settings.get("block_sizes") or {}
+    name = f"INT{bits}" if isinstance(bits, int) else "E{}M{}".format(*bits)
+    sizes = "x".join(str(size) for key, size in sorted(blocks.items(), key=str) if isinstance(key, int) and size)
+    return f"{name} in blocks of {sizes}" if sizes else name
 
 
 def _kind(settings: dict[str, Any]) -> str | None:

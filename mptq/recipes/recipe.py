@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from mptq.errors import RecipeError
 from mptq.files import require_local
+from mptq.recipes.algorithms import require_known
 from mptq.recipes.schemes import SCHEMES, Scheme, carried
 
 KEEP = "none"
@@ -103,9 +104,15 @@ class Override(BaseModel):
         return load_recipe(self.recipe).scheme
 
 
+_OF_WEIGHTS = ("activations", "kv_cache", "algorithm", "misaligned", "overrides")
+"""Fields of a recipe that a conversion without quantization leaves at their defaults."""
+
+
 class Recipe(BaseModel):
     """How to quantize a model. `hf` is the dialect of the Hugging Face output (mptq/formats/hf/quantization_config.py).
 
+    `algorithm` is ModelOpt's for the scales of weights: `max` fits the largest magnitude of a cell, and `mse` searches for
+    the scale with the least squared error.
     `misaligned` decides what happens to weights whose dimensions do not fit the scheme in an output: they keep their
     precision, get one scale per row, or are an error. The last of `overrides` that matches a linear applies. Without
     `weights` nothing is quantized: the checkpoint is only converted.
@@ -118,10 +125,17 @@ class Recipe(BaseModel):
     weights: Weights | None
     activations: Literal["dynamic", "static"] = "dynamic"
     kv_cache: Literal["none", "fp8"] = "none"
+    algorithm: Literal["max", "mse"] = "max"
     hf: Literal["deepseek-fp8", "compressed-tensors", "modelopt", "plain"]
     misaligned: Literal["keep", "per-channel", "error"] = "keep"
     calibration: Calibration = Calibration()
     overrides: tuple[Override, ...] = ()
+
+    @field_validator("algorithm", mode="before")
+    @classmethod
+    def _is_offered(cls, algorithm: Any) -> Any:
+        require_known(algorithm)
+        return algorithm
 
     @model_validator(mode="after")
     def _contradictions(self) -> Self:
@@ -135,12 +149,15 @@ class Recipe(BaseModel):
             problems.append(f"`hf: {self.hf}` supports {names} weights, not {self.scheme.name}")
         if self.misaligned == "per-channel" and self.scheme is not None and self.scheme.block is None:
             problems.append("`misaligned: per-channel` requires `scale: block`")
+        if self.algorithm == "mse" and self.scheme is not None and self.scheme.exponents:
+            problems.append("`algorithm: mse` cannot be used with `scale: mx`, whose scales follow from the weights")
         if problems:
             raise ValueError("; ".join(problems))
         return self
 
     def _converts(self) -> Self:
-        others = {"activations": "dynamic", "kv_cache": "none", "hf": "plain", "misaligned": "keep", "overrides": ()}
+        others: dict[str, Any] = {"hf": "plain"}
+        others |= {name: type(self).model_fields[name].default for name in _OF_WEIGHTS}
         wrong = [name for name, value in others.items() if getattr(self, name) != value]
         if wrong:
             raise ValueError(f"without weights to quantize, {', '.join(wrong)} cannot be set (and `hf` must be plain)")

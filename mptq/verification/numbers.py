@@ -14,6 +14,7 @@ from mptq.formats.layout import canonical_weight
 from mptq.model.tensors import megatron_layer, outer_copies
 from mptq.plan.plan import Plan
 from mptq.quantize.fp8 import first_out_of_bound, reference_scale
+from mptq.recipes.algorithms import ALGORITHMS
 from mptq.recipes.recipe import recipe_from
 from mptq.recipes.schemes import Scheme
 from mptq.report import manifest
@@ -106,7 +107,8 @@ class _Comparison:
                 continue
             # A per-tensor scale is shared by the group; scales of blocks and rows belong to the projection.
             group = self._group(linear, layer, source) if scheme.shared else part
-            failures += quantized_failures(found.name, part, Fp8Weight(found.data, found.scale), scheme, group)
+            weight = Fp8Weight(found.data, found.scale)
+            failures += quantized_failures(found.name, part, weight, scheme, group, self.plan.recipe.algorithm)
         return failures
 
     def _group(self, linear: LinearSpec, layer: int, source: torch.Tensor) -> torch.Tensor:
@@ -120,10 +122,19 @@ def _same(name: str, found: torch.Tensor, source: torch.Tensor, inner: str) -> l
     return [] if same else [f"{name} differs from {inner} of the source"]
 
 
-def quantized_failures(name: str, source: torch.Tensor, weight: Fp8Weight, scheme: Scheme, group: torch.Tensor) -> list[str]:
-    """Returns failures of one quantized weight; its scale is computed from `group`, which contains `source`."""
-    scale = reference_scale(group, scheme)
-    if not torch.equal(weight.scale, scale.expand(weight.scale.shape)):
-        return [f"{name}: scales differ from {'the powers of two for' if scheme.exponents else 'amax / 448 of'} the source"]
+def quantized_failures(
+    name: str, source: torch.Tensor, weight: Fp8Weight, scheme: Scheme, group: torch.Tensor, algorithm: str = "max"
+) -> list[str]:
+    """Returns failures of one quantized weight; its scale is computed from `group`, which contains `source`.
+
+    Each scale must be one of those among which `algorithm` chooses. Which of them is best is not computed again.
+    """
+    allowed = torch.zeros(weight.scale.shape, dtype=torch.bool)
+    for multiple in torch.linspace(*ALGORITHMS[algorithm]):
+        allowed |= weight.scale == reference_scale(group, scheme, multiple)
+    if not allowed.all():
+        wanted = "the powers of two for" if scheme.exponents else "amax / 448 of"
+        searched = "" if algorithm == "max" else f", times one of the {ALGORITHMS[algorithm][2]} factors of {algorithm}"
+        return [f"{name}: scales differ from {wanted} the source{searched}"]
     place = first_out_of_bound(source, weight, scheme)
     return [] if place is None else [f"{name}: element {list(place)} differs from the source by more than E4M3 rounding error"]

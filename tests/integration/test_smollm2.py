@@ -4,10 +4,15 @@ import shutil
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
+from torch.nn import Linear
 from transformers import AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config
 
 from mptq.plan.estimates import IMPORTS_BYTES
-from tests.conftest import mptq, read_json
+from mptq.quantize.modelopt import convert, quant_config
+from mptq.recipes.recipe import load_recipe
+from tests.conftest import make_checkpoint, mptq, read_json
 from tests.support.processes import checked, python
 
 PROMPT = "The capital of France is"
@@ -85,3 +90,44 @@ def test_576_wide_blockwise_is_megatron_only(smollm2, smollm2_checkpoints, tmp_p
 def test_576_wide_without_blocks(smollm2_checkpoints, tmp_path, recipe):
     quantize(smollm2_checkpoints[576], recipe, tmp_path / "out")
     assert continued(tmp_path / "out").startswith(" Paris")
+
+
+LAYERS = 2
+
+
+@pytest.fixture(scope="module")
+def beginning(smollm2, tmp_path_factory):
+    """The first layers of SmolLM2, and their Megatron checkpoint."""
+    folder = tmp_path_factory.mktemp("beginning")
+    model = AutoModelForCausalLM.from_pretrained(smollm2[768], dtype=torch.bfloat16, num_hidden_layers=LAYERS)
+    model.save_pretrained(folder / "hf")
+    AutoTokenizer.from_pretrained(smollm2[768]).save_pretrained(folder / "hf")
+    return folder / "hf", make_checkpoint(folder / "hf", folder / "ckpt")
+
+
+@pytest.mark.parametrize("algorithm", ["max", "mse"])
+@pytest.mark.parametrize("name", ["fp8-blockwise", "fp8-per-channel"])
+def test_the_bytes_of_modelopt_on_the_whole_model(beginning, tmp_path, name, algorithm):
+    """ModelOpt on transformers' model, with float32 copies of the weights.
+
+    The widened model has cells of zeros, for which ModelOpt divides by 0; mptq gives them the scale 1.
+    """
+    hf, checkpoint = beginning
+    recipe = load_recipe(name)
+    fields = recipe.model_dump(mode="json", exclude={"name"}) | {"algorithm": algorithm}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(fields))
+    quantize(checkpoint, tmp_path / "mine.yaml", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    source = {name: weight.clone() for name, weight in model.named_parameters()}
+    convert(model, quant_config(recipe.scheme) | {"algorithm": algorithm})
+    stored = {key: value for file in (tmp_path / "out").glob("*.safetensors") for key, value in load_file(file).items()}
+    linears = {name: module for name, module in model.named_modules() if ".layers." in name and isinstance(module, Linear)}
+    assert len(linears) == 7 * LAYERS
+    for linear, module in linears.items():
+        alive = source[f"{linear}.weight"] != 0
+        codes, expected = (weight.view(torch.uint8)[alive] for weight in (stored[f"{linear}.weight"], module.weight.data))
+        assert torch.equal(codes, expected), linear
+        (scale,) = (value for key, value in stored.items() if key.startswith(f"{linear}.weight_scale"))
+        expected = module.weight_quantizer._scale.flatten()
+        assert torch.equal(scale.flatten()[expected > 0], expected[expected > 0]), linear
+        assert (scale.flatten()[expected == 0] == 1).all()

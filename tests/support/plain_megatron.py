@@ -13,6 +13,7 @@ observed    the same, and the values seen on the way: the hidden states, and the
             (for the second linear of an expert, before the router's weights are applied)
 spec        a GPTModel with mptq's real-quant layers in its layer spec, which has loaded the BF16 GPTModel's state; its tensors
 built       the BF16 GPTModel with mptq's layers, which have its weights, instead of its own
+replaced    the BF16 GPTModel with the weights of FOLDER/weights.pt, by their names in it
 dequantized a float32 GPTModel with the output's weights dequantized to float32
 reference   the unmodified BF16 GPTModel
 """
@@ -122,9 +123,9 @@ def spec(model, options):
 
 
 def restored_cache(model, options):
-    import tests.support.compressing  # registers the attention with Transformer Engine's quantizers
+    import mptq.layers.real_quant  # registers the attention with Transformer Engine's quantizers
 
-    assert tests.support.compressing
+    assert mptq.layers.real_quant
     attention(model, options)
     restored(model, options)
     assert all(layer.self_attention.core_attention.k_bmm_quantizer.is_enabled for layer in model.decoder.layers)
@@ -200,6 +201,11 @@ def built(model, options):
         model.decoder.layers[index] = module
 
 
+def replaced(model, options):
+    for name, weight in torch.load(options.out / "weights.pt").items():
+        model.get_parameter(name).data.copy_(weight)
+
+
 def dequantized(model, options):
     from mptq.checkpoint.index import open_checkpoint
     from mptq.checkpoint.reader import Reader
@@ -265,7 +271,7 @@ def continued(model, hf, prompt, tokens=2):
 
 def main():
     parser = argparse.ArgumentParser()
-    quantized = (restored, restored_cache, inprocess, inprocess_cache, layers, spec, dequantized)
+    quantized = (restored, restored_cache, inprocess, inprocess_cache, layers, spec, replaced, dequantized)
     modes = {function.__name__: function for function in (*quantized, attention, observed, built, reference)}
     parser.add_argument("modes", nargs="+", choices=modes)
     parser.add_argument("--hf", type=Path, required=True)

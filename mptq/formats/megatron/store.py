@@ -13,7 +13,7 @@ from mptq.formats.megatron.writer import BACKEND
 from mptq.formats.protocol import LoadedWeight, OpenedOutput, QuantizedCache, QuantizedLinear, Stored
 from mptq.model.tensors import CORE_ATTENTION, megatron_layer
 from mptq.quantize.fp8 import scale_of
-from mptq.quantize.modelopt import attention_state, linear_state, modelopt_state
+from mptq.quantize.modelopt import attention_state, linear_state, modelopt_state, quant_config
 from mptq.quantize.quantizer import require_finite
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def rest_of_files(layout: MegatronLayout) -> dict[str, bytes]:
     """Returns ModelOpt's state of the whole model, and the training arguments if they are in a separate file."""
     assignment, common = layout.assignment, layout.source.checkpoint.directory / "common.pt"
     assert assignment.recipe.scheme is not None
-    state = modelopt_state(assignment.recipe.scheme, assignment.kv_cache, layout.other_schemes)
+    state = modelopt_state(quant_config(assignment.recipe.scheme, assignment.kv_cache, layout.other_schemes))
     found = {"modelopt_state/common.pt": state, "modelopt_state/metadata.json": BACKEND}
     return found | ({"common.pt": common.read_bytes()} if common.is_file() else {})
 

@@ -396,6 +396,14 @@ def test_predicted_memory_with_activations():
     assert found == imports + layer + 4 * fc1 + tokens * (6 * 2048 + 6 * 2048 + 4 * 16384)
 
 
+def test_a_search_for_scales_is_in_the_prediction():
+    """ModelOpt's mse has 17 bytes per weight of the largest linear."""
+    fields = BLOCK.model_dump(mode="json") | {"algorithm": "mse"}
+    model, fc1 = source(8192, 28672, 64, 64, 128), 2 * 8192 * 28672
+    found = [estimates.peak_memory(plan_source(model, recipe, ("hf",))) for recipe in (BLOCK, recipe_from(fields, "test"))]
+    assert found[1] - found[0] == 17 * fc1
+
+
 def test_mixtral_8x7b_in_blocks():
     plan = plan_source(source(4096, 14336, 32, 8, 128, layers=32, tied=False, experts=8), BLOCK, ("hf", "megatron"))
     assert plan.layouts["hf"].excluded == ["lm_head"] + [f"model.layers.{layer}.block_sparse_moe.gate" for layer in range(32)]

@@ -7,9 +7,11 @@ import torch
 
 from mptq.errors import CheckpointError
 from mptq.quantize import quantizer
-from mptq.quantize.compressed_linears import CompressedLinears, drop
-from mptq.quantize.modelopt import linear_state
+from mptq.quantize.compressed_linears import CompressedLinears, calibrated_amax, drop
+from mptq.quantize.modelopt import convert, linear_state, quant_config
 from mptq.recipes.schemes import SCHEMES
+from mptq.types import Fp8Weight
+from mptq.verification.numbers import quantized_failures
 
 NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj")
 SHAPE = (260, 160)
@@ -86,3 +88,38 @@ def test_what_has_been_stored_is_freed():
     drop([made])
     assert not list(found.linear(NAMES[0]).weight_quantizer.buffers())
     assert not list(found.linear(NAMES[0]).parameters())
+
+
+@pytest.mark.parametrize("scheme", ["tensor", "row", "block"])
+def test_mse_is_modelopts_on_a_stock_linear(scheme):
+    torch.manual_seed(0)
+    weight = (torch.randn(SHAPE) * torch.exp2(torch.randint(-6, 6, (SHAPE[0], 1)).float())).bfloat16()
+    scheme = SCHEMES[scheme]
+    theirs = torch.nn.Linear(*reversed(SHAPE), bias=False)
+    theirs.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
+    convert(torch.nn.ModuleDict({"linear": theirs}), quant_config(scheme) | {"algorithm": "mse"})
+    found = CompressedLinears({NAMES[0]: SHAPE}, {NAMES[0]: scheme}, torch.float32, "mse")
+    ours = found.compress(NAMES[0], weight, "w")
+    assert torch.equal(ours.weight.data.view(torch.uint8), theirs.weight.data.view(torch.uint8))
+    assert torch.equal(ours.weight.scale.flatten(), theirs.weight_quantizer._scale.flatten())
+    nearest, error = quantizer.quantize(weight, scheme, "w")
+    assert not torch.equal(ours.weight.scale, nearest.scale)
+    assert ours.error.relative < error.relative
+    assert quantized_failures("w", weight, ours.weight, scheme, weight, "mse") == []
+    for other in (ours.weight.scale * 1.0001, ours.weight.scale * 5):
+        (failure,) = quantized_failures("w", weight, Fp8Weight(ours.weight.data, other), scheme, weight, "mse")
+        assert "one of the 39 factors of mse" in failure
+    moved = ours.weight.data.view(torch.uint8).clone()
+    moved[3, 5] ^= 8
+    moved = Fp8Weight(moved.view(torch.float8_e4m3fn), ours.weight.scale)
+    assert quantized_failures("w", weight, moved, scheme, weight, "mse") == [
+        "w: element [3, 5] differs from the source by more than E4M3 rounding error"
+    ]
+
+
+def test_mse_of_a_group_is_that_of_all_its_rows():
+    torch.manual_seed(0)
+    parts = [torch.randn(64, 32), torch.randn(16, 32) * 3]
+    together = calibrated_amax(parts, SCHEMES["tensor"], "mse")
+    assert torch.equal(together, calibrated_amax([torch.cat(parts)], SCHEMES["tensor"], "mse"))
+    assert together.shape == ()

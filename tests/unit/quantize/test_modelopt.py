@@ -117,7 +117,7 @@ def test_state_does_not_depend_on_the_hash_seed():
         "import torch, hashlib; from mptq.quantize.modelopt import *; from mptq.recipes.schemes import SCHEMES; "
         "from mptq.quantize.compressed_linears import CompressedLinears; r = SCHEMES['block']; "
         "made = CompressedLinears({'a': (8, 8)}, {'a': r}, torch.bfloat16).compress('a', torch.ones(8, 8), 'w'); "
-        "print(hashlib.sha256(linear_state(made.linear)[1] + modelopt_state(r)).hexdigest())"
+        "print(hashlib.sha256(linear_state(made.linear)[1] + modelopt_state(quant_config(r))).hexdigest())"
     )
     prints = {
         subprocess.run(
@@ -134,7 +134,7 @@ def test_configs_are_weight_only_and_leave_the_output_layer_alone():
         assert rules[0] == {"quantizer_name": "*", "enable": False}
         assert rules[-1] == {"quantizer_name": "*output_layer*", "enable": False}
         assert [rule["quantizer_name"] for rule in rules if "cfg" in rule] == ["*weight_quantizer"]
-    assert b"real_quantize" in modelopt_state(BLOCK)
+    assert b"real_quantize" in modelopt_state(quant_config(BLOCK))
 
 
 def test_configs_name_the_modules_with_another_scheme():

@@ -1,9 +1,13 @@
+from importlib.metadata import version
+
 import modelopt.torch.quantization as mtq
 import pytest
 
 from mptq.errors import RecipeError
 from mptq.recipes.recipe import load_recipe, recipe_from, recipe_names
 from mptq.recipes.schemes import SCHEMES, scheme_named
+from tests.conftest import ROOT
+from tests.support.processes import checked, python
 
 GOOD = "description: x\nweights: {scale: block, block_size: 128}\nhf: deepseek-fp8\n"
 
@@ -59,6 +63,13 @@ def test_unknown_name_lists_all():
         (GOOD.replace("deepseek-fp8", "modelopt"), "`hf: modelopt` supports tensor-static or mx weights, not block"),
         (GOOD + "misalinged: keep\n", "misalinged: unknown key, did you mean 'misaligned'"),
         (GOOD + "calibration: {method: mse}\n", "calibration.method: ModelOpt's mse calibrator is for integer formats"),
+        (GOOD + "algorithm: awq_lite\n", "algorithm: awq_lite is not supported: engines' FP8 checkpoints have no place for"),
+        (GOOD + "algorithm: least\n", "algorithm: 'least' is unknown: use max or mse"),
+        (
+            "description: x\nweights: {scale: mx, block_size: 32}\nhf: modelopt\nalgorithm: mse\n",
+            "cannot be used with `scale: mx`",
+        ),
+        ("description: x\nweights: null\nhf: plain\nalgorithm: mse\n", "quantize, algorithm cannot be set"),
         (GOOD + "calibration: {method: percentile}\n", "percentile must be set with"),
         (GOOD + "overrides: [{pattern: x, recipe: fp8-blokwise}]\n", r"overrides\.0\.recipe: .*did you mean 'fp8-blockwise'"),
         (GOOD + "activations: static\nkv_cahce: fp8\n", r"kv_cahce: unknown key.*`activations: static` requires"),
@@ -117,8 +128,15 @@ def test_modelopts_recipes(name, scheme, kv_cache):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("NVFP4_DEFAULT_CFG", r"mptq does not support ModelOpt's NVFP4_DEFAULT_CFG: \*weight_quantizer has num_bits \(2, 1\)"),
-        ("INT8_DEFAULT_CFG", "num_bits 8"),
+        (
+            "NVFP4_DEFAULT_CFG",
+            r"not support ModelOpt's NVFP4_DEFAULT_CFG: \*weight_quantizer, \*input_quantizer has E2M1 in blocks of 16",
+        ),
+        ("INT8_DEFAULT_CFG", r"\*weight_quantizer, \*input_quantizer has INT8$"),
+        ("W4A8_AWQ_BETA_CFG", r"awq_full? is not supported: .*INT4 in blocks of 128 and then E4M3|awq_lite is not supported"),
+        ("INT8_SMOOTHQUANT_CFG", "algorithm smoothquant is not supported: engines' FP8 checkpoints have no place for"),
+        ("NVFP4_FOUR_OVER_SIX_CFG", "algorithm mse has fp8_scale_sweep False, start_multiplier 1.0"),
+        ("huggingface/nemotron_vl/ptq/disabled_quantizers", "ModelOpt has no recipe"),
         ("FP8_KV_CFG", "it quantizes no weights"),
         ("FP8_DEFUALT_CFG", "did you mean FP8_DEFAULT_CFG"),
         ("general/ptq/fp8_default-kv_fp8_cast", "constant amax"),
@@ -163,3 +181,21 @@ def test_modelopts_exclusions_match_the_linears_that_they_name(monkeypatch):
     monkeypatch.setattr(mtq, "MINE_CFG", {"quant_cfg": rules, "algorithm": "max"}, raising=False)
     patterns = [override.pattern for override in load_recipe("MINE_CFG").overrides]
     assert patterns == ["*gate_proj*", "*.down_proj.*", "*.down_proj", "*o_proj"]
+
+
+def test_modelopts_mse_is_the_recipes(monkeypatch):
+    monkeypatch.setattr(mtq, "MINE_CFG", mtq.FP8_DEFAULT_CFG | {"algorithm": {"method": "mse"}}, raising=False)
+    assert load_recipe("MINE_CFG").algorithm == "mse"
+    assert load_recipe("FP8_DEFAULT_CFG").algorithm == "max"
+    layerwise = {"method": "max", "layerwise": {"enable": True}}
+    monkeypatch.setattr(mtq, "MINE_CFG", mtq.FP8_DEFAULT_CFG | {"algorithm": layerwise}, raising=False)
+    assert load_recipe("MINE_CFG").algorithm == "max"
+
+
+@pytest.mark.slow
+def test_the_table_in_the_docs_is_what_the_script_prints():
+    """With the ModelOpt that the docs name: others have other recipes."""
+    if not version("nvidia-modelopt").startswith("0.47."):
+        pytest.skip("the table is of ModelOpt 0.47")
+    printed = checked(python(ROOT / "scripts" / "modelopt_table.py")).stdout
+    assert f"\n\n{printed}\n" in (ROOT / "docs" / "recipes.md").read_text()
