@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from mptq.calibration.expert_coverage import ExpertCoverage, observed
 from mptq.calibration.fidelity import Deviation, NextTokens
 from mptq.calibration.hidden_states import Batch, HiddenStates, batches, chunks, flat
+from mptq.calibration.linear_inputs import LinearInputs, Reached
 from mptq.distributed import Ranks
 from mptq.errors import CheckpointError, OutputError
 from mptq.layers.forward import embed, final_norm, logits, run_layer, weigh_output
@@ -73,14 +74,15 @@ class HiddenStatePair:
     def __init__(self, plan: Plan, tokens: TokenData, options: HiddenStateOptions) -> None:
         self.plan, self.options = plan, options
         self.config = plan.model
-        self.propagates = plan.recipe.calibration.propagate == "quantized"
+        self.propagates = plan.recipe.propagates
         self.ids = flat([*tokens.held_out, *tokens.calibration])
         held_out, calibration = ([len(sequence) for sequence in part] for part in (tokens.held_out, tokens.calibration))
         ranks = options.ranks
         self.measures, self.calibrates = bool(held_out), bool(calibration)
         together = max(1, min(options.batch_size, len(held_out) // ranks.size))
         self.held_out = batches(held_out, together)[ranks.rank :: ranks.size]
-        self.calibration = batches(calibration, options.batch_size, sum(held_out))[ranks.rank :: ranks.size]
+        calibrating = batches(calibration, options.batch_size, sum(held_out))
+        self.calibration, self.calibration_batches = calibrating[ranks.rank :: ranks.size], len(calibrating)
         self.sequences = [one for batch in self.held_out for one in batch.sequences]
         wide = sum(held_out) + sum(calibration)
         counts = (sum(held_out), wide) if self.propagates else (wide, sum(held_out))
@@ -117,8 +119,10 @@ class HiddenStatePair:
         modules = [linear.module for linear in seen]
         observers = ActivationQuantizers(layer, modules, of_cache, self.plan.recipe.calibration, where)
         coverage = ExpertCoverage(linears)
-        with coverage.counting(layer):
-            observers.calibrate(self._collect)
+        # The output of a layer with its original weights is only needed where the reference calibrates.
+        if modules or of_cache or coverage.experts or not self.propagates:
+            with coverage.counting(layer):
+                observers.calibrate(self._collect)
         # Without calibration data, the report counts the held-out tokens of each expert.
         with nullcontext() if self.calibrates else coverage.counting(layer):
             for batch in self.held_out:
@@ -150,6 +154,19 @@ class HiddenStatePair:
             out = self._run(layer, source, batch)
             if not self.propagates:  # else `compare` writes the outputs of the quantized layer
                 source.write(batch, out)
+
+    def inputs(self, layer: torch.nn.Module, wanted: Sequence[LinearSpec], later: Collection[str]) -> LinearInputs:
+        """Collects the inputs of the linears `wanted` in the quantized stream, whose later linears have not run yet.
+
+        Batches have the numbers that they have among all ranks' batches.
+        """
+        found, ranks = LinearInputs(wanted, later), self.options.ranks
+        with found.collecting(layer):
+            for place, batch in enumerate(self.calibration):
+                found.number = ranks.rank + place * ranks.size
+                with suppress(Reached):
+                    self._run(layer, self.quantized, batch)
+        return found
 
     def compare(self, index: int, layer: TransformerLayer, calibrated: Calibrated) -> dict[str, float] | None:
         """Runs the quantized stream through `layer`, now with quantized weights, and compares it with the reference.

@@ -73,6 +73,14 @@ def quantize(  # noqa: PLR0913, PLR0917 (one parameter per option)
         str | None,
         typer.Option(metavar="none|fp8", help="Calibrate scales for an FP8 KV cache.", show_default="from the recipe"),
     ] = None,
+    rounding: Annotated[
+        str | None,
+        typer.Option(
+            metavar="nearest|scales|gptq",
+            help="Round weights to nearest, or with regard to the calibration data.",
+            show_default="from the recipe",
+        ),
+    ] = None,
     tokenizer: Annotated[
         Path | None,
         typer.Option(
@@ -179,7 +187,7 @@ def quantize(  # noqa: PLR0913, PLR0917 (one parameter per option)
     chosen = SourceOptions(iteration, tuple(config or ()), hf_config, tokenizer)
     plan = make_plan(
         checkpoint,
-        load_recipe(recipe).changed(ignore or (), kv_cache),
+        load_recipe(recipe).changed(ignore or (), kv_cache, rounding),
         tuple(form.strip() for form in formats.split(",")),
         chosen,
     )

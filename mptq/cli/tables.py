@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -82,7 +83,8 @@ def summary(document: Mapping[str, Any]) -> RenderableType:
     table.add_row("all layers", *whole, _percent(last), style="bold")
     times = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in document["seconds"].items())
     # A plain conversion quantizes nothing: it has no errors to show and no excluded modules.
-    errors: list[RenderableType] = [table, "", *fidelity(document), *left_out(document)] if document["tensors"] else []
+    figures = [*fidelity(document), *rounding(document), *left_out(document)]
+    errors: list[RenderableType] = [table, "", *figures] if document["tensors"] else []
     lines: list[RenderableType] = [
         f"[bold]{escape(document['recipe']['name'])}[/]  {escape(document['recipe']['description'])}",
         components(document),
@@ -94,6 +96,20 @@ def summary(document: Mapping[str, Any]) -> RenderableType:
         f"peak memory {size(document['peak_rss_bytes'])}",
     ]
     return Group(*lines, *warnings(document))
+
+
+def rounding(document: Mapping[str, Any]) -> list[str]:
+    """One line about rounding by the inputs: the mean error of the outputs, and for how many weights nearest was kept."""
+    rows = [row for row in document["tensors"] if row.get("output_error") is not None]
+    if not rows:
+        return []
+    error, nearest = (
+        math.sqrt(sum(row[key] ** 2 for row in rows) / len(rows)) for key in ("output_error", "output_error_nearest")
+    )
+    kept = sum(row["rounding"] == "nearest" for row in rows)
+    method = document["recipe"]["rounding"]
+    found = f"output error {_percent(error)} (nearest {_percent(nearest)}); nearest kept for {kept} of {len(rows)}"
+    return [f"rounding    {method}: {found}"]
 
 
 def _percent(value: float | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mptq import report
+from mptq.calibration.linear_inputs import stages
+from mptq.calibration.moments import moments
 from mptq.distributed import shares
 from mptq.formats import FORMATS
 from mptq.formats.layout import canonical_weight
@@ -21,6 +24,7 @@ from mptq.quantize import quantizer
 from mptq.quantize.compressed_linears import Compressed, CompressedLinears, calibrated_amax, drop, release
 from mptq.quantize.fp8 import dequantize, scale_of
 from mptq.quantize.quantizer import require_finite
+from mptq.quantize.rounding.rounder import Rounded, Rounder, Shared
 from mptq.types import LayerOutput, TensorSpec
 
 if TYPE_CHECKING:
@@ -49,6 +53,14 @@ def _matrices(layout: Layout, layer: int, linear: LinearSpec) -> Iterator[tuple[
     return zip(names, shapes, strict=True)
 
 
+def outcome_row(found: Rounded | None) -> dict[str, Any]:
+    """Returns the fields of the report about the rounding of a matrix; empty if all are rounded to nearest."""
+    if found is None:
+        return {}
+    errors = (None if math.isnan(error) else error for error in (found.error, found.nearest))
+    return dict(zip(("output_error", "output_error_nearest"), errors, strict=True)) | {"rounding": found.method}
+
+
 class LayerQuantizer:
     """Quantizes one layer, linear by linear.
 
@@ -71,6 +83,10 @@ class LayerQuantizer:
         self.owners = {number: rank for rank, share in ranks for number in share}
         self.rows: list[tuple[int, dict[str, Any]]] = []
         self.linears: dict[str, CompressedLinears] = {}
+        self.inputs: dict[str, dict[int, torch.Tensor]] = {}
+        self.rounder: Rounder | None = None
+        self.outcomes: dict[str, Rounded] = {}
+        self.best: torch.Tensor | None = None
 
     def outputs(self) -> Iterator[LayerOutput]:
         """Yields what the formats store of the layer: first the tensors that keep their precision, then each linear."""
@@ -82,12 +98,44 @@ class LayerQuantizer:
             self._calibrate(states)
             if self.plan.assignment.has_cache(self.layer):
                 yield self._kv_cache()
-        for number, linear in enumerate(self.plan.linears(self.layer)):
-            yield self._linear(linear, number)
+        numbers = {linear.megatron: number for number, linear in enumerate(self.plan.linears(self.layer))}
+        for linear in self._ordered(states):
+            yield self._linear(linear, numbers[linear.megatron])
         rows = chain.from_iterable(self.context.ranks.all_gather(self.rows))
         self.context.log.rows.extend(row for _, row in sorted(rows, key=itemgetter(0)))
         if states:
             self._compare(states)
+
+    def _ordered(self, states: HiddenStatePair | None) -> Iterator[LinearSpec]:
+        """Yields the linears; for rounding by their inputs, each group once these are known."""
+        linears = self.plan.linears(self.layer)
+        if self.plan.recipe.rounding == "nearest":
+            yield from linears
+            return
+        assert states is not None
+        assert self.live is not None
+        left = stages(linears)
+        while left:
+            group, *left = left
+            wanted = [linear for linear in group if self._schemes(linear)]
+            if wanted:
+                self.context.progress.doing("collecting inputs")
+                later = [linear.module for linear in chain.from_iterable(left)]
+                with self.context.log.timed("forward"):
+                    self.inputs = states.inputs(self.live, wanted, later).rows
+            yield from group
+
+    def _rounder(self, linear: LinearSpec) -> Rounder | None:
+        """Returns what rounds the linears of the group of `linear`, whose first is asked for; None to round to nearest.
+
+        All ranks call it at once.
+        """
+        rows, states = self.inputs.pop(linear.module, None), self.context.hidden_states
+        if rows is None or states is None:
+            return None
+        with self.context.log.timed("moments"):
+            found = moments(rows, states.calibration_batches, linear.in_features, self.context.device, self.context.ranks)
+        return Rounder(found, self.plan.recipe.rounding)
 
     def _converted(self, layout: Layout) -> CompressedLinears:
         """Returns the layer's linears as an output stores them, converted by ModelOpt and without weights."""
@@ -163,6 +211,13 @@ class LayerQuantizer:
             group = self.plan.assignment.sharing(self.layer, linear)
             self.waiting = {one.megatron: self._weight(one) for one in group}
             self.amax = self._shared_amax(group, self.waiting)
+            self.best = None
+        self.rounder = self._rounder(linear)
+        if self.rounder is not None and self.amax is not None and self.best is None:
+            with self.context.log.timed("quantize"):
+                scheme = self.plan.assignment.scheme(self.layer, linear)
+                assert scheme is not None
+                self.best = self.rounder.shared_amax(self.waiting.values(), scheme, self.amax)
         return self.waiting.pop(linear.megatron)
 
     def _weight(self, linear: LinearSpec) -> torch.Tensor:
@@ -195,13 +250,26 @@ class LayerQuantizer:
             parts = linear.fusion.members(source) if layout.splits else iter([source])
             for (name, _), part in zip(_matrices(layout, self.layer, linear), parts, strict=True):
                 if owner == ranks.rank:
-                    found.append(linears.compress(name, part, f"{label} ({name})" if layout.splits else label, self.amax))
+                    found.append(self._rounded(linears, name, part, f"{label} ({name})" if layout.splits else label))
                 else:
                     found.append(linears.receive(name, self.context.device))
             for tensor in (part for made in found for part in (made.weight.data, made.weight.scale, made.weight.amax)):
                 if tensor is not None:
                     ranks.broadcast(tensor, owner)
         return found
+
+    def _rounded(self, linears: CompressedLinears, name: str, source: torch.Tensor, label: str) -> Compressed:
+        """Returns a compressed matrix, rounded to nearest or by its inputs."""
+        if self.rounder is None:
+            return linears.compress(name, source, label, self.amax)
+        scheme = linears.schemes[name]
+        assert scheme is not None
+        # A weight that does not fit the recipe's scheme may have another one in an output, which is not shared.
+        shared = None if self.amax is None or self.best is None or not scheme.shared else Shared(self.amax, self.best)
+        found = self.rounder.round(source, scheme, label, shared)
+        made = linears.compress(name, found.weight, label, found.amax)
+        self.outcomes[name] = found
+        return replace(made, error=quantizer.measured(source, made.weight, scheme))
 
     def _kv_cache(self) -> LayerOutput:
         """Returns the scales of the KV cache; the report has those of the first format, as in the quantized stream."""
@@ -241,13 +309,18 @@ class LayerQuantizer:
                 continue
             before = TensorSpec(source, self.plan.source.dtype(source), tuple(made.weight.data.shape))
             row = report.tensor_row(form, name, before, scheme, made.error)
+            row |= outcome_row(self.outcomes.pop(name.removesuffix(".weight"), None))
             row["input_amax"] = float(self._input_amax(linear)) if scheme.static else None
             self.rows.append((number, row))
             self.context.progress.tensor(row)
 
+    def _schemes(self, linear: LinearSpec) -> list[Scheme]:
+        """Returns the schemes of the outputs that quantize a linear."""
+        schemes = (layout.scheme(self.layer, linear) for layout in self.plan.layouts.values())
+        return [scheme for scheme in schemes if scheme is not None]
+
     def _is_static(self, linear: LinearSpec) -> bool:
-        schemes = [layout.scheme(self.layer, linear) for layout in self.plan.layouts.values()]
-        return any(scheme is not None and scheme.static for scheme in schemes)
+        return any(scheme.static for scheme in self._schemes(linear))
 
     def _input_amax(self, linear: LinearSpec) -> torch.Tensor:
         assert self.calibrated is not None

@@ -59,6 +59,7 @@ KINDS: Mapping[str, str] = {
     "--recipe": "recipe",
     "--ignore": "recipe",
     "--kv-cache": "recipe",
+    "--rounding": "recipe",
     "--format": "format",
     "--tokenizer": "tokenizer",
     "--max-shard-size": "max_shard_size",

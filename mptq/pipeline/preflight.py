@@ -139,7 +139,7 @@ def _work(plan: Plan, options: Options) -> estimates.ActivationBudget:
     data, recipe = options.data, plan.recipe
     length = min(data.seq_length, plan.model.max_position_embeddings)
     calibrating = data.calib_size if recipe.needs_data else 0
-    streams = data.eval_size + calibrating + data.eval_size + calibrating * (recipe.calibration.propagate == "quantized")
+    streams = data.eval_size + calibrating + data.eval_size + calibrating * recipe.propagates
     stored = streams * length * plan.model.hidden_size * DTYPE_BYTES[plan.model.dtype]
     kept, filed = (stored, 0) if stored <= activation_memory(options) else (0, stored)
     together = min(options.batch_size, max(data.eval_size, calibrating))

@@ -20,7 +20,7 @@ import torch
 from mptq.errors import CheckpointError
 from mptq.quantize import mx
 from mptq.quantize.error_statistics import Sums
-from mptq.quantize.fp8 import floored, powers_of_two, scale_of
+from mptq.quantize.fp8 import LARGEST_CODE, floored, powers_of_two, scale_of, strips
 from mptq.recipes.schemes import STRIP_ROWS, Scheme
 from mptq.types import Fp8Weight, WeightError
 
@@ -44,7 +44,7 @@ def amax_of(tensor: torch.Tensor, name: str) -> torch.Tensor:
     if not tensor.numel():
         return torch.zeros((), device=tensor.device)
     magnitudes, matrix = _arithmetic(tensor.device).magnitudes, tensor.reshape(len(tensor) if tensor.dim() > 1 else 1, -1)
-    amax = torch.stack(list(_each_strip(matrix, lambda _rows, strip: magnitudes(strip, *strip.shape)))).amax()
+    amax = torch.stack(list(each_strip(matrix, lambda _rows, strip: magnitudes(strip, *strip.shape)))).amax()
     if not torch.isfinite(amax):
         bad = torch.nonzero(~torch.isfinite(tensor))
         raise CheckpointError(
@@ -64,22 +64,41 @@ def quantize(
     """Quantizes `weight` [out, in], of any float dtype, to FP8; returns the result and its error.
 
     `amax`, float32 of the shape of the scales, are the magnitudes to scale for, such as that of a fused group; None
-    uses the weight's own. Raises CheckpointError with `name` for a weight that is not finite. Peak memory: the result,
-    plus 4 MB per thread for float16, or 0.4 GB on a GPU.
+    uses the weight's own. For MX, their scales are the powers of two that fit them. Raises CheckpointError with `name`
+    for a weight that is not finite. Peak memory: the result, plus 4 MB per thread for float16, or 0.4 GB on a GPU.
     """
-    assert amax is None or not scheme.exponents, "the scales of MX follow from the weight"
     made = unfilled(tuple(weight.shape), scheme, weight.device)
     if scheme.shared and amax is None:
         amax = amax_of(weight, name)
-    if amax is not None:
+    if amax is not None and scheme.exponents:
+        made.scale.copy_(mx.scale(amax))
+    elif amax is not None:
         _store(amax, made, ...)
     sums, largest = Sums(), 0.0
-    for more, magnitude in _each_strip(weight, partial(_strip, made, scheme, amax is not None)):
+    for more, magnitude in each_strip(weight, partial(_strip, made, scheme, amax is not None)):
         sums.add(more)
         largest = max(largest, magnitude)
     if not math.isfinite(sums.signal):
         require_finite(weight, name)
     return made, _error(made, scheme, sums, largest)
+
+
+def measured(source: torch.Tensor, made: Fp8Weight, scheme: Scheme) -> WeightError:
+    """Returns the error of a quantized weight against its `source` [out, in], wherever its codes come from."""
+    sums, largest = Sums(), float(amax_of(source, "weight"))
+    for rows, values, _ in strips(made, scheme):
+        original, codes = source[rows].float(), made.data[rows].view(torch.uint8) & 0x7F
+        error = values.sub_(original)
+        sums.add(
+            Sums(
+                noise=float(error.double().square_().sum()),
+                signal=float(original.double().square_().sum()),
+                worst=float(torch.linalg.vector_norm(error, math.inf)),
+                zeros=int((codes == 0).sum()),
+                saturated=int((codes == LARGEST_CODE).sum()),
+            )
+        )
+    return _error(made, scheme, sums, largest)
 
 
 def unfilled(shape: tuple[int, ...], scheme: Scheme, device: torch.device) -> Fp8Weight:
@@ -99,12 +118,12 @@ def _store(amax: torch.Tensor, made: Fp8Weight, at: Any) -> torch.Tensor:
     return made.scale[at]
 
 
-def _each_strip[Found](weight: torch.Tensor, work: Callable[[slice, torch.Tensor], Found]) -> Iterator[Found]:
+def each_strip[Found](weight: torch.Tensor, work: Callable[[slice, torch.Tensor], Found]) -> Iterator[Found]:
     """Yields `work(rows, strip)` for the strips of `weight`, in order; on a CPU, strips are processed in parallel."""
     height = max(1, _STRIP[weight.device.type] // (weight.shape[1] * STRIP_ROWS)) * STRIP_ROWS
-    strips, starts = weight.split(height), range(0, len(weight), height)
-    share = _pool().map if weight.device.type == "cpu" and len(strips) > 1 else map
-    return share(lambda strip, start: work(slice(start, start + len(strip)), strip), strips, starts)
+    parts, starts = weight.split(height), range(0, len(weight), height)
+    share = thread_pool().map if weight.device.type == "cpu" and len(parts) > 1 else map
+    return share(lambda strip, start: work(slice(start, start + len(strip)), strip), parts, starts)
 
 
 def _scales(amax: torch.Tensor, made: Fp8Weight, scheme: Scheme, rows: slice, known: bool) -> torch.Tensor:
@@ -114,7 +133,7 @@ def _scales(amax: torch.Tensor, made: Fp8Weight, scheme: Scheme, rows: slice, kn
     first = rows.start // scheme.cell[0]
     cells = slice(first, first + len(amax))
     if scheme.exponents:
-        return powers_of_two(made.scale[cells].copy_(mx.scale(amax)))
+        return powers_of_two(made.scale[cells] if known else made.scale[cells].copy_(mx.scale(amax)))
     return made.scale[cells] if known else _store(amax, made, cells)
 
 
@@ -128,7 +147,7 @@ def _strip(made: Fp8Weight, scheme: Scheme, known: bool, rows: slice, strip: tor
 
 
 @cache
-def _pool() -> ThreadPoolExecutor:
+def thread_pool() -> ThreadPoolExecutor:
     """Returns a pool with a thread per core, up to 8, each computing alone: torch's own wait on every operator.
 
     The processes that torchrun starts on a machine share its cores.

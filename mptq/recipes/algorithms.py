@@ -10,6 +10,11 @@ ALGORITHMS: dict[str, tuple[float, float, int]] = {"max": (1.0, 1.0, 1), "mse": 
 
 They are spaced evenly (`MseCalibrator`, modelopt/torch/quantization/calib/mse.py, with the defaults of `MseCalibConfig`).
 """
+SEARCHED = (1.0, *(2.0 ** (step / 8) for step in range(-3, 9) if step))
+"""Multiples of a cell's largest magnitude that rounding by the inputs tries: a binade is a whole period of E4M3.
+
+The first of equally good ones is taken, so cells of zeros have the scale 1.
+"""
 _NO_FORM = "engines' FP8 checkpoints have no place for"
 REFUSED = {
     "smoothquant": f"{_NO_FORM} its scales of the input channels",
@@ -19,7 +24,7 @@ REFUSED = {
     "svdquant": f"{_NO_FORM} its low-rank branch",
     "local_hessian": "it weighs the errors of blocks of 16 along a row, as NVFP4 has them: use mse",
     "nvfp4_act_headroom": "it is for the inputs of NVFP4",
-    "gptq": "ModelOpt's rounds a whole matrix once per column, and mptq has none of its own yet: use max or mse",
+    "gptq": "it is about codes, not scales: use `rounding: gptq`",
     "lsq": "it trains the scales, but mptq's layers are frozen",
 }
 """ModelOpt's other algorithms, with the reason why they are not offered."""

@@ -104,7 +104,7 @@ class Override(BaseModel):
         return load_recipe(self.recipe).scheme
 
 
-_OF_WEIGHTS = ("activations", "kv_cache", "algorithm", "misaligned", "overrides")
+_OF_WEIGHTS = ("activations", "kv_cache", "algorithm", "rounding", "misaligned", "overrides")
 """Fields of a recipe that a conversion without quantization leaves at their defaults."""
 
 
@@ -112,7 +112,8 @@ class Recipe(BaseModel):
     """How to quantize a model. `hf` is the dialect of the Hugging Face output (mptq/formats/hf/quantization_config.py).
 
     `algorithm` is ModelOpt's for the scales of weights: `max` fits the largest magnitude of a cell, and `mse` searches for
-    the scale with the least squared error.
+    the scale with the least squared error. `rounding` of weights is to nearest, with scales that have the least error of
+    the outputs on the calibration data (`scales`), or with codes that also compensate each other's errors (`gptq`).
     `misaligned` decides what happens to weights whose dimensions do not fit the scheme in an output: they keep their
     precision, get one scale per row, or are an error. The last of `overrides` that matches a linear applies. Without
     `weights` nothing is quantized: the checkpoint is only converted.
@@ -126,6 +127,7 @@ class Recipe(BaseModel):
     activations: Literal["dynamic", "static"] = "dynamic"
     kv_cache: Literal["none", "fp8"] = "none"
     algorithm: Literal["max", "mse"] = "max"
+    rounding: Literal["nearest", "scales", "gptq"] = "nearest"
     hf: Literal["deepseek-fp8", "compressed-tensors", "modelopt", "plain"]
     misaligned: Literal["keep", "per-channel", "error"] = "keep"
     calibration: Calibration = Calibration()
@@ -141,7 +143,7 @@ class Recipe(BaseModel):
     def _contradictions(self) -> Self:
         if self.weights is None:
             return self._converts()
-        problems = []
+        problems = self._search_problems()
         if self.scheme is None:
             problems.append("`activations: static` requires `scale: tensor` (engines load no other static form)")
         elif self.hf not in self.scheme.forms:
@@ -149,11 +151,20 @@ class Recipe(BaseModel):
             problems.append(f"`hf: {self.hf}` supports {names} weights, not {self.scheme.name}")
         if self.misaligned == "per-channel" and self.scheme is not None and self.scheme.block is None:
             problems.append("`misaligned: per-channel` requires `scale: block`")
-        if self.algorithm == "mse" and self.scheme is not None and self.scheme.exponents:
-            problems.append("`algorithm: mse` cannot be used with `scale: mx`, whose scales follow from the weights")
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _search_problems(self) -> list[str]:
+        """Returns what is wrong with searching for scales."""
+        problems: list[str] = []
+        if self.scheme is not None and self.scheme.exponents:
+            searches = {"algorithm": "mse", "rounding": "scales"}
+            wrong = (f"{name}: {value}" for name, value in searches.items() if getattr(self, name) == value)
+            problems += (f"`{one}` cannot be used with `scale: mx`, whose scales follow from the weights" for one in wrong)
+        if self.algorithm != "max" and self.rounding != "nearest":
+            problems.append(f"`rounding: {self.rounding}` searches for the scales itself: `algorithm` must be max")
+        return problems
 
     def _converts(self) -> Self:
         others: dict[str, Any] = {"hf": "plain"}
@@ -170,23 +181,30 @@ class Recipe(BaseModel):
 
     @property
     def needs_data(self) -> bool:
-        """Whether any scale needs calibration."""
+        """Whether any scale or the rounding needs calibration."""
         schemes = [self.scheme, *(override.scheme for override in self.overrides)]
-        return self.kv_cache == "fp8" or any(scheme is not None and scheme.static for scheme in schemes)
+        static = any(scheme is not None and scheme.static for scheme in schemes)
+        return static or self.kv_cache == "fp8" or self.rounding != "nearest"
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the recipe's fields, without its name and description."""
         return hashlib.sha256(self.model_dump_json(exclude={"name", "description"}).encode()).hexdigest()
 
-    def changed(self, ignore: Iterable[str] = (), kv_cache: str | None = None) -> Recipe:
-        """Returns the recipe with the `ignore` patterns added as `none` overrides, and with `kv_cache` if given.
+    @property
+    def propagates(self) -> bool:
+        """Whether the quantized layers' outputs calibrate the next layer: rounding corrects what they have done."""
+        return self.calibration.propagate == "quantized" or self.rounding != "nearest"
+
+    def changed(self, ignore: Iterable[str] = (), kv_cache: str | None = None, rounding: str | None = None) -> Recipe:
+        """Returns the recipe with the `ignore` patterns added as `none` overrides, and with the others if given.
 
         Raises RecipeError if the result is invalid.
         """
         fields = self.model_dump()
         fields["overrides"] = [*fields["overrides"], *({"pattern": pattern, "recipe": KEEP} for pattern in ignore)]
         fields["kv_cache"] = kv_cache or self.kv_cache
+        fields["rounding"] = rounding or self.rounding
         return recipe_from(fields, f"recipe {self.name}")
 
 

@@ -174,6 +174,11 @@ class Tensor(Strict):
     zeros: Share = Field(description="fraction (0..1) of elements whose FP8 code is zero")
     saturated: Share = Field(description="fraction (0..1) of elements whose FP8 code has the largest magnitude, 448")
     input_amax: float | None = Field(ge=0, description="input amax of a static input scale; null without one")
+    rounding: Literal["nearest", "scales", "gptq"] = Field("nearest", description="how the weight was rounded")
+    output_error: float | None = Field(
+        None, ge=0, description="relative error of the linear's outputs on withheld inputs; null if it was not measured"
+    )
+    output_error_nearest: float | None = Field(None, ge=0, description="the same with rounding to nearest")
 
 
 class Speed(Strict):

@@ -74,6 +74,9 @@ def tensors(document: Mapping[str, Any]) -> Table | None:
         *([Column("output", _get("format"), lambda form: FORMATS[form].label, numeric=False)] if several else []),
         Column("relative error", _get("relative_error"), percent, order="descending"),
         Column("SNR [dB]", _get("sqnr_db"), _two),
+        Column("output error", _get("output_error"), percent),
+        Column("with nearest rounding", _get("output_error_nearest"), percent),
+        Column("rounding", _rounding, numeric=False),
         Column("largest error", _get("max_abs_error"), _short),
         Column("amax", _get("amax"), _short),
         Column("smallest scale", _get("scale_min"), _short),
@@ -86,6 +89,11 @@ def tensors(document: Mapping[str, Any]) -> Table | None:
     ]
     worst = sorted(document["tensors"], key=lambda row: (-row["relative_error"], row["format"], row["name"]))[:SHOWN]
     return make("Tensors with the largest relative error", columns, worst)
+
+
+def _rounding(row: Mapping[str, Any]) -> str | None:
+    """How a weight was rounded, if it was by a method."""
+    return row.get("rounding") if row.get("output_error") is not None else None
 
 
 def components(document: Mapping[str, Any]) -> Table | None:

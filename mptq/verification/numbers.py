@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +15,8 @@ from mptq.formats import FORMATS
 from mptq.formats.layout import canonical_weight
 from mptq.model.tensors import megatron_layer, outer_copies
 from mptq.plan.plan import Plan
-from mptq.quantize.fp8 import first_out_of_bound, reference_scale
-from mptq.recipes.algorithms import ALGORITHMS
+from mptq.quantize.fp8 import E4M3_MAX, first_out_of_bound, reference_scale, strips
+from mptq.recipes.algorithms import ALGORITHMS, SEARCHED
 from mptq.recipes.recipe import recipe_from
 from mptq.recipes.schemes import Scheme
 from mptq.report import manifest
@@ -78,6 +80,7 @@ class _Comparison:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+        self.choice = Choice(plan.recipe.algorithm, plan.recipe.rounding)
         self.reader = Reader(plan.source.checkpoint)
 
     def source(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -108,7 +111,7 @@ class _Comparison:
             # A per-tensor scale is shared by the group; scales of blocks and rows belong to the projection.
             group = self._group(linear, layer, source) if scheme.shared else part
             weight = Fp8Weight(found.data, found.scale)
-            failures += quantized_failures(found.name, part, weight, scheme, group, self.plan.recipe.algorithm)
+            failures += quantized_failures(found.name, part, weight, scheme, group, self.choice)
         return failures
 
     def _group(self, linear: LinearSpec, layer: int, source: torch.Tensor) -> torch.Tensor:
@@ -122,19 +125,56 @@ def _same(name: str, found: torch.Tensor, source: torch.Tensor, inner: str) -> l
     return [] if same else [f"{name} differs from {inner} of the source"]
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The scales and codes that a recipe may choose: by ModelOpt's `algorithm`, and by its `rounding`."""
+
+    algorithm: str = "max"
+    rounding: str = "nearest"
+
+    @property
+    def multiples(self) -> torch.Tensor:
+        """The multiples of the largest magnitude that a cell may be scaled for, float32."""
+        if self.rounding != "nearest":
+            return torch.tensor(SEARCHED)  # with 1, where rounding to nearest is kept
+        return torch.linspace(*ALGORITHMS[self.algorithm])
+
+
 def quantized_failures(
-    name: str, source: torch.Tensor, weight: Fp8Weight, scheme: Scheme, group: torch.Tensor, algorithm: str = "max"
+    name: str, source: torch.Tensor, weight: Fp8Weight, scheme: Scheme, group: torch.Tensor, choice: Choice = Choice()
 ) -> list[str]:
     """Returns failures of one quantized weight; its scale is computed from `group`, which contains `source`.
 
-    Each scale must be one of those among which `algorithm` chooses. Which of them is best is not computed again.
+    Each scale must be one of those among which the recipe chooses; which of them is best is not computed again. Codes
+    must be the nearest, but for GPTQ's, whose error as a whole is bounded instead (`_CODES`).
     """
+    multiples = torch.ones(1) if scheme.exponents else choice.multiples
     allowed = torch.zeros(weight.scale.shape, dtype=torch.bool)
-    for multiple in torch.linspace(*ALGORITHMS[algorithm]):
+    for multiple in multiples:
         allowed |= weight.scale == reference_scale(group, scheme, multiple)
     if not allowed.all():
         wanted = "the powers of two for" if scheme.exponents else "amax / 448 of"
-        searched = "" if algorithm == "max" else f", times one of the {ALGORITHMS[algorithm][2]} factors of {algorithm}"
+        searched = f", times one of the {len(multiples)} factors that the recipe tries" if len(multiples) > 1 else ""
         return [f"{name}: scales differ from {wanted} the source{searched}"]
+    if choice.rounding == "gptq":
+        excess = _excess(source, weight, scheme)
+        return [] if excess <= _CODES else [f"{name}: its error is {excess:.1f} times that of the nearest codes"]
     place = first_out_of_bound(source, weight, scheme)
     return [] if place is None else [f"{name}: element {list(place)} differs from the source by more than E4M3 rounding error"]
+
+
+_CODES = 2.0
+"""How many times the error of the nearest codes, as a norm, GPTQ's may have: 1.2 was measured."""
+
+
+def _excess(source: torch.Tensor, weight: Fp8Weight, scheme: Scheme) -> float:
+    """Returns the norm of the error divided by that of the nearest codes with the same scales."""
+    found = nearest = 0.0
+    for rows, values, scale in strips(weight, scheme):
+        original = source[rows].float()
+        best = (original / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float() * scale
+        found += float((values - original).double().square().sum())
+        nearest += float((best - original).double().square().sum())
+    if not nearest:
+        return 1.0 if not found else math.inf
+    return math.sqrt(found / nearest)

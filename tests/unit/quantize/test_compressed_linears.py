@@ -11,7 +11,7 @@ from mptq.quantize.compressed_linears import CompressedLinears, calibrated_amax,
 from mptq.quantize.modelopt import convert, linear_state, quant_config
 from mptq.recipes.schemes import SCHEMES
 from mptq.types import Fp8Weight
-from mptq.verification.numbers import quantized_failures
+from mptq.verification.numbers import Choice, quantized_failures
 
 NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj")
 SHAPE = (260, 160)
@@ -90,6 +90,9 @@ def test_what_has_been_stored_is_freed():
     assert not list(found.linear(NAMES[0]).parameters())
 
 
+MSE = Choice("mse")
+
+
 @pytest.mark.parametrize("scheme", ["tensor", "row", "block"])
 def test_mse_is_modelopts_on_a_stock_linear(scheme):
     torch.manual_seed(0)
@@ -105,14 +108,14 @@ def test_mse_is_modelopts_on_a_stock_linear(scheme):
     nearest, error = quantizer.quantize(weight, scheme, "w")
     assert not torch.equal(ours.weight.scale, nearest.scale)
     assert ours.error.relative < error.relative
-    assert quantized_failures("w", weight, ours.weight, scheme, weight, "mse") == []
+    assert quantized_failures("w", weight, ours.weight, scheme, weight, MSE) == []
     for other in (ours.weight.scale * 1.0001, ours.weight.scale * 5):
-        (failure,) = quantized_failures("w", weight, Fp8Weight(ours.weight.data, other), scheme, weight, "mse")
-        assert "one of the 39 factors of mse" in failure
+        (failure,) = quantized_failures("w", weight, Fp8Weight(ours.weight.data, other), scheme, weight, MSE)
+        assert "one of the 39 factors that the recipe tries" in failure
     moved = ours.weight.data.view(torch.uint8).clone()
     moved[3, 5] ^= 8
     moved = Fp8Weight(moved.view(torch.float8_e4m3fn), ours.weight.scale)
-    assert quantized_failures("w", weight, moved, scheme, weight, "mse") == [
+    assert quantized_failures("w", weight, moved, scheme, weight, MSE) == [
         "w: element [3, 5] differs from the source by more than E4M3 rounding error"
     ]
 

@@ -64,6 +64,14 @@ def test_unknown_name_lists_all():
         (GOOD + "misalinged: keep\n", "misalinged: unknown key, did you mean 'misaligned'"),
         (GOOD + "calibration: {method: mse}\n", "calibration.method: ModelOpt's mse calibrator is for integer formats"),
         (GOOD + "algorithm: awq_lite\n", "algorithm: awq_lite is not supported: engines' FP8 checkpoints have no place for"),
+        (GOOD + "algorithm: gptq\n", "algorithm: gptq is not supported: it is about codes, not scales: use `rounding: gptq`"),
+        (GOOD + "rounding: gptk\n", "rounding: Input should be 'nearest', 'scales' or 'gptq'"),
+        (GOOD + "rounding: scales\nalgorithm: mse\n", "`rounding: scales` searches for the scales itself: `algorithm` must"),
+        (
+            "description: x\nweights: {scale: mx, block_size: 32}\nhf: modelopt\nrounding: scales\n",
+            "`rounding: scales` cannot be",
+        ),
+        ("description: x\nweights: null\nhf: plain\nrounding: gptq\n", "quantize, rounding cannot be set"),
         (GOOD + "algorithm: least\n", "algorithm: 'least' is unknown: use max or mse"),
         (
             "description: x\nweights: {scale: mx, block_size: 32}\nhf: modelopt\nalgorithm: mse\n",
@@ -190,6 +198,21 @@ def test_modelopts_mse_is_the_recipes(monkeypatch):
     layerwise = {"method": "max", "layerwise": {"enable": True}}
     monkeypatch.setattr(mtq, "MINE_CFG", mtq.FP8_DEFAULT_CFG | {"algorithm": layerwise}, raising=False)
     assert load_recipe("MINE_CFG").algorithm == "max"
+
+
+def test_modelopts_gptq_is_mptqs_rounding(monkeypatch):
+    for given in ("gptq", {"method": "gptq", "layerwise": {"enable": True}, "perc_damp": 0.01}):
+        monkeypatch.setattr(mtq, "MINE_CFG", mtq.FP8_DEFAULT_CFG | {"algorithm": given}, raising=False)
+        assert load_recipe("MINE_CFG").rounding == "gptq"
+    monkeypatch.setattr(mtq, "MINE_CFG", mtq.FP8_DEFAULT_CFG | {"algorithm": {"method": "gptq", "perc_damp": 0.5}})
+    with pytest.raises(RecipeError, match=r"algorithm gptq has perc_damp 0\.5"):
+        load_recipe("MINE_CFG")
+
+
+def test_rounding_needs_data_and_propagates():
+    changed = load_recipe("fp8-blockwise").changed(rounding="gptq")
+    assert (changed.rounding, changed.needs_data, changed.propagates) == ("gptq", True, True)
+    assert not load_recipe("fp8-blockwise").propagates
 
 
 @pytest.mark.slow

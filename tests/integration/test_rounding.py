@@ -1,0 +1,90 @@
+"""Rounding by the inputs, end to end: both formats, every scheme, experts and latents, several processes, resume, verify."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mptq import make_plan, run, verify
+from mptq.calibration.datasets.options import DataOptions
+from mptq.errors import CheckpointError
+from mptq.recipes.recipe import load_recipe
+from mptq.report import read
+from tests.conftest import mptq
+from tests.integration.test_resume import BOTH, stopped, whole
+from tests.support.killing import check, comparable
+
+ENOUGH = 40
+"""Sequences of 32 tokens: more tokens than the tiny models have inputs."""
+
+
+@pytest.fixture
+def enough(options, tokens):
+    return replace(options, data=DataOptions((str(tokens),), calib_size=ENOUGH, eval_size=3, seq_length=32))
+
+
+def rounded(recipe, method):
+    return load_recipe(recipe).changed(rounding=method)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["scales", "gptq"])
+@pytest.mark.parametrize("recipe", ["fp8-blockwise", "fp8-per-channel", "fp8-per-tensor", "fp8", "mxfp8"])
+@pytest.mark.parametrize("model", ["aligned", "mixtral", "deepseek-v3"])
+def test_both_formats_are_nearer_than_nearest_and_verify(request, zoo, enough, model, recipe, method, tmp_path):
+    if (recipe, method) == ("mxfp8", "scales"):
+        pytest.skip("the scales of MX follow from the weights")
+    checkpoint = zoo(model) / "ckpt" if "-" in model else request.getfixturevalue(model)
+    plan = make_plan(checkpoint, rounded(recipe, method), BOTH)
+    report = run(plan, tmp_path / "out", enough)
+    assert verify(tmp_path / "out", checkpoint).failures == []
+    rows = [row for row in report["tensors"] if row["output_error"] is not None]
+    assert rows
+    assert all(row["output_error"] <= row["output_error_nearest"] for row in rows)
+    better = [row for row in rows if row["rounding"] != "nearest"]
+    assert all(row["output_error"] < row["output_error_nearest"] for row in better)
+    if method == "gptq":
+        assert sum(row["rounding"] == "gptq" for row in rows) > len(rows) / 4
+
+
+@pytest.mark.slow
+def test_the_same_bytes_from_several_processes(mixtral, tokens, enough, tmp_path_factory):
+    alone = tmp_path_factory.mktemp("alone") / "out"
+    run(make_plan(mixtral, rounded("fp8-blockwise", "gptq"), BOTH), alone, replace(enough, max_shard_bytes=200_000))
+    for size in (2, 3):
+        out = tmp_path_factory.mktemp(str(size)) / "out"
+        data = ("--calib-dataset", tokens, "--calib-size", ENOUGH, "--eval-size", 3, "--calib-seq-length", 32)
+        more = ("--calib-batch-size", 4, "--format", "hf,megatron", "--max-shard-size", 200000, "--rounding", "gptq")
+        done = mptq("quantize", mixtral, "--recipe", "fp8-blockwise", *data, *more, "-o", out, "--quiet", processes=size)
+        assert done.returncode == 0, done.stderr
+        figures = ("calibration", "fidelity", "layers", "predicted_peak_bytes", "ranks")
+        check(out, comparable(alone), apart=[f"report.json: {key}" for key in figures])
+        assert read(out)["tensors"] == read(alone)["tensors"]
+
+
+def test_a_stopped_run_resumes(aligned, enough, tmp_path, tmp_path_factory):
+    plan = make_plan(aligned, rounded("fp8-per-channel", "gptq"), BOTH)
+    stopped(plan, tmp_path / "out", 2, enough)
+    document = run(plan, tmp_path / "out", replace(enough, resume=True))
+    check(tmp_path / "out", whole(plan, tmp_path_factory.mktemp("one"), enough))
+    assert {row["rounding"] for row in document["tensors"]} <= {"gptq", "nearest"}
+
+
+def test_codes_that_were_changed_do_not_verify(aligned, enough, tmp_path):
+    run(make_plan(aligned, rounded("fp8-per-channel", "gptq")), tmp_path / "out", enough)
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    weight = load_file(file)[name].view(torch.uint8)
+    content = bytearray(file.read_bytes())
+    start = bytes(content).index(weight.numpy().tobytes())
+    content[start : start + weight.numel()] = bytes(byte ^ 8 for byte in content[start : start + weight.numel()])
+    file.write_bytes(content)
+    assert any(name in failure or "SHA-256" in failure for failure in verify(tmp_path / "out", aligned).failures)
+
+
+def test_without_data_it_is_refused(aligned, options, tmp_path):
+    none = replace(options, data=replace(options.data, datasets=()))
+    with pytest.raises(Exception, match="tokenizer"):
+        run(make_plan(aligned, rounded("fp8-per-channel", "gptq")), tmp_path / "out", none)
+    assert issubclass(CheckpointError, Exception)

@@ -1,0 +1,74 @@
+"""Inputs of linears, group by group, against hooks on whole forward passes."""
+
+from contextlib import suppress
+
+import pytest
+import torch
+
+from mptq.calibration.linear_inputs import LinearInputs, Reached, stages
+from mptq.layers.forward import run_layer
+from mptq.model.tensors import layer_linears
+from tests.support.models import ARGS, LATENT, MOE_ARGS
+from tests.unit.layers.test_transformer_layer import filled
+
+
+def see_all(layer, linears):
+    """Inputs by module, the modules in the order in which they ran, and the residual stream after each addition."""
+    inputs, ran, residual = {}, [], {}
+
+    def see(name):
+        def seen(_module, given):
+            inputs[name] = given[0].flatten(0, -2).clone()
+            ran.append(name)
+
+        return seen
+
+    for linear in linears:
+        layer.get_submodule(linear.module).register_forward_pre_hook(see(linear.module))
+    layer.pre_mlp_layernorm.register_forward_pre_hook(lambda _, given: residual.update(linear_proj=given[0].clone()))
+    layer.register_forward_hook(lambda _module, _given, out: residual.update(linear_fc2=out[0].clone()))
+    return inputs, ran, residual
+
+
+def weighed(inputs, states):
+    """Inputs divided by the root mean square of the residual stream."""
+    norm = states.flatten(0, 1).float().square().mean(1, keepdim=True).sqrt()
+    return (inputs.float() / norm).bfloat16()
+
+
+@pytest.mark.parametrize("fields", [ARGS, MOE_ARGS, LATENT], ids=["dense", "experts", "latent"])
+def test_each_group_is_seen_before_the_next_runs(fields):
+    config, layer = filled(fields, "bfloat16")
+    linears = layer_linears(config, 0)
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 9, config.hidden_size).bfloat16()
+    whole, ran, residual = see_all(layer, linears)
+    run_layer(layer, config, hidden)
+    expected, groups = dict(whole), stages(linears)
+    assert sorted(linear.module for group in groups for linear in group) == sorted(linear.module for linear in linears)
+    for place, group in enumerate(groups):
+        later = [linear.module for part in groups[place + 1 :] for linear in part]
+        found, before = LinearInputs(group, later), len(ran)
+        with found.collecting(layer), suppress(Reached):
+            found.number = 5
+            run_layer(layer, config, hidden)
+        # The hooks above are registered first, so one of the later linears may have been seen, but none has run.
+        if all(linear.expert is None for linear in group):
+            assert len([name for name in ran[before:] if name in later]) <= 1
+        for linear in group:
+            rows = found.rows[linear.module].get(5)
+            if linear.module not in expected:
+                assert rows is None  # an expert without tokens
+                continue
+            wanted = expected[linear.module]
+            if linear.kind in residual and linear.expert is None:
+                wanted = weighed(wanted, residual[linear.kind])
+            assert torch.allclose(rows.float(), wanted.float(), rtol=2**-7)
+
+
+def test_nothing_is_left_on_the_layer():
+    config, layer = filled(ARGS, "bfloat16")
+    (first, *_), *_ = stages(layer_linears(config, 0))
+    with LinearInputs([first], ["mlp.linear_fc1"]).collecting(layer), pytest.raises(Reached):
+        run_layer(layer, config, torch.randn(1, 4, config.hidden_size).bfloat16())
+    run_layer(layer, config, torch.randn(1, 4, config.hidden_size).bfloat16())
