@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 
 import pytest
@@ -13,12 +14,15 @@ from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from torch.distributed import HashStore
 
 from mptq import make_plan, run
+from mptq.calibration.datasets.options import DataOptions
+from mptq.calibration.moments import moments
 from mptq.distributed import Ranks
 from mptq.formats import FORMATS
 from mptq.quantize import cpu_kernels, quantizer, torch_kernels
 from mptq.quantize.activation_quantizers import ActivationQuantizer
 from mptq.quantize.fp8 import dequantize, first_out_of_bound, floored, powers_of_two, reference_scale, scale_of
 from mptq.quantize.modelopt import E4M3
+from mptq.quantize.rounding.rounder import Rounder
 from mptq.recipes.recipe import load_recipe
 from mptq.recipes.schemes import SCHEMES
 from mptq.report import read
@@ -389,3 +393,55 @@ def test_a_process_without_a_gpu_of_its_own_is_one_line(mixtral, tmp_path):
     assert done.returncode == 1
     assert "this machine has" in done.stderr.strip().splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["block", "row", "tensor", "mx"])
+def test_rounding_by_the_inputs_is_as_good_as_on_the_cpu(kind):
+    """Sums in another order may decide a few codes otherwise; the outputs are as near."""
+    torch.manual_seed(0)
+    inputs = torch.randn(3000, 384) @ torch.randn(384, 384) / 8
+    weight, found = (torch.randn(512, 384) / 8).bfloat16(), {}
+    for device in ("cpu", GPU):
+        rows = dict(enumerate(inputs.chunk(8)))
+        rounder = Rounder(moments(rows, 8, 384, torch.device(device), Ranks()), "gptq")
+        found[device] = rounder.round(weight.to(device), SCHEMES[kind], "w")
+    assert found[GPU].method == found["cpu"].method == "gptq"
+    assert found[GPU].error == pytest.approx(found["cpu"].error, rel=0.01)
+    assert found[GPU].nearest == pytest.approx(found["cpu"].nearest, rel=1e-3)
+    same = (found[GPU].weight.cpu() == found["cpu"].weight).float().mean()
+    print(f"{kind}: {100 * float(same):.3f} % of the codes are the same")
+    assert same > 0.95
+
+
+@pytest.mark.parametrize("size", [4096, 11008])
+def test_speed_of_rounding_by_the_inputs(size):
+    """Prints seconds and TFLOP/s beside those of a plain product, for docs/rounding.md."""
+    rows, weight = torch.randn(4096, size, device=GPU).bfloat16(), torch.randn(4096, size, device=GPU) / 64
+    steps = {"product": lambda: weight @ torch.empty(size, size, device=GPU)}
+    moment = moments({0: rows}, 1, size, torch.device(GPU), Ranks())
+    rounder = Rounder(moment, "gptq")
+    steps["moments"] = lambda: moments({0: rows}, 1, size, torch.device(GPU), Ranks())
+    steps["round"] = lambda: rounder.round(weight, SCHEMES["block"], "w")
+    for name, step in steps.items():
+        step()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        print(f"{name} of 4096 x {size}: {time.perf_counter() - start:.4f} s")
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe"), [("aligned", "fp8-blockwise"), ("mixtral", "fp8-per-channel"), ("aligned", "mxfp8")]
+)
+def test_a_run_with_rounding_by_the_inputs(request, options, tokens, model, recipe, tmp_path):
+    options = replace(options, data=DataOptions((str(tokens),), calib_size=40, eval_size=3, seq_length=32))
+    checkpoint = request.getfixturevalue(model)
+    plan = make_plan(checkpoint, load_recipe(recipe).changed(rounding="gptq"), BOTH)
+    gpu, cpu = both(plan, tmp_path, options)
+    assert verify(gpu, checkpoint).failures == []
+    one, other = read(gpu), read(cpu)
+    assert one["fidelity"]["kl"]["mean"] == pytest.approx(other["fidelity"]["kl"]["mean"], rel=0.2)
+    for mine, theirs in zip(one["tensors"], other["tensors"], strict=True):
+        if theirs["output_error"] is not None:
+            assert mine["output_error"] == pytest.approx(theirs["output_error"], rel=0.1)

@@ -18,7 +18,9 @@ from types import ModuleType
 from unittest import mock
 
 ROOT = Path(__file__).parents[2]
-_CONTEXT = multiprocessing.get_context("forkserver")
+# CUDA cannot be used in a fork of a process that has asked for the GPU, as megatron-core's import does.
+_FORKS = not Path("/dev/nvidiactl").exists()
+_CONTEXT = multiprocessing.get_context("forkserver" if _FORKS else "spawn")
 # megatron-core compiles its small functions, which takes minutes on a CPU; torch reads the variable when it is imported.
 _SERVER = {"TORCH_COMPILE_DISABLE": "1"}
 
@@ -57,10 +59,11 @@ def _environments(processes: int) -> list[dict[str, str]]:
 
 
 def _started(command: list[str], streams: list[Path], environment: Mapping[str, str]) -> multiprocessing.Process:
-    _CONTEXT.set_forkserver_preload(["tests.support.preloaded"])
-    process = _CONTEXT.Process(target=_main, args=(command, streams, dict(environment)))
-    with mock.patch.dict(os.environ, _SERVER):
-        forkserver.ensure_running()
+    process = _CONTEXT.Process(target=_main, args=(command, streams, {**environment, **_SERVER}))
+    if _FORKS:
+        _CONTEXT.set_forkserver_preload(["tests.support.preloaded"])
+        with mock.patch.dict(os.environ, _SERVER):
+            forkserver.ensure_running()
     with mock.patch.dict(sys.modules, __main__=ModuleType("__main__")):  # else each process imports pytest's
         process.start()
     return process
