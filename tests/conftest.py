@@ -203,7 +203,7 @@ def quantized(aligned, crossing, options, shared) -> Mapping[tuple[str, str], Pa
         plan = make_plan(checkpoints[name], changed, ("hf", "megatron"))
         return shared(f"out/{name}-{recipe}", lambda out: run(plan, out, options))
 
-    return Outputs(itertools.product(checkpoints, RECIPES), make)
+    return Outputs(itertools.product(checkpoints, (*RECIPES, "fp8-blockwise-ue8m0")), make)
 
 
 @pytest.fixture(scope="session")

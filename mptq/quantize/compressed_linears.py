@@ -99,7 +99,7 @@ class CompressedLinears:
         linear, scheme = self.linear(name), self.schemes[name]
         if amax is None and scheme is not None and self.algorithm != "max":
             amax = calibrated_amax([weight], scheme, self.algorithm)
-        assign(linear, weight, Rounding(label, amax, self.dtype))
+        assign(linear, weight, Rounding(label, amax, self.dtype, scheme))
         return Compressed(self._weight(linear, name), linear.weight_quantizer.error, linear)
 
     def receive(self, name: str, device: torch.device) -> Compressed:

@@ -35,6 +35,16 @@ def floored(amax: torch.Tensor) -> torch.Tensor:
     return torch.where(amax == 0, E4M3_MAX, amax.clamp(min=E4M3_MAX * SCALE_FLOOR))
 
 
+def fitted(amax: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """Returns the float32 amax that a scheme scales for: `floored`, or 448 times the smallest power of two that fits it.
+
+    With such scales nothing saturates, and Blackwell's loaders, which round the scales of blocks up to powers of two and
+    quantize the weights again (vLLM's `requant_weight_ue8m0_inplace`), find what they want.
+    """
+    found = floored(amax)
+    return powers_of_two(mx.scale(found)) * E4M3_MAX if scheme.powers else found
+
+
 def scale_of(amax: torch.Tensor) -> torch.Tensor:
     """The scale of each magnitude: amax / 448, rounded once.
 
@@ -94,7 +104,7 @@ def reference_scale(weight: torch.Tensor, scheme: Scheme, multiple: torch.Tensor
     right, below = -weight.shape[1] % width, -weight.shape[0] % height
     cells = torch.nn.functional.pad(weight, (0, right, 0, below)).unflatten(1, (-1, width)).unflatten(0, (-1, height))
     amax = torch.linalg.vector_norm(cells, math.inf, dim=(1, 3)).reshape(scheme.grid(*weight.shape))
-    return scale_of(floored(amax * multiple))
+    return scale_of(fitted(amax * multiple, scheme))
 
 
 def first_out_of_bound(source: torch.Tensor, weight: Fp8Weight, scheme: Scheme) -> tuple[int, int] | None:

@@ -20,7 +20,7 @@ import torch
 from mptq.errors import CheckpointError
 from mptq.quantize import mx
 from mptq.quantize.error_statistics import Sums
-from mptq.quantize.fp8 import LARGEST_CODE, floored, powers_of_two, scale_of, strips
+from mptq.quantize.fp8 import LARGEST_CODE, fitted, powers_of_two, scale_of, strips
 from mptq.recipes.schemes import STRIP_ROWS, Scheme
 from mptq.types import Fp8Weight, WeightError
 
@@ -73,7 +73,7 @@ def quantize(
     if amax is not None and scheme.exponents:
         made.scale.copy_(mx.scale(amax))
     elif amax is not None:
-        _store(amax, made, ...)
+        _store(amax, made, scheme, ...)
     sums, largest = Sums(), 0.0
     for more, magnitude in each_strip(weight, partial(_strip, made, scheme, amax is not None)):
         sums.add(more)
@@ -110,10 +110,10 @@ def unfilled(shape: tuple[int, ...], scheme: Scheme, device: torch.device) -> Fp
     return Fp8Weight(data, torch.empty(grid, device=device), torch.empty(grid, device=device))
 
 
-def _store(amax: torch.Tensor, made: Fp8Weight, at: Any) -> torch.Tensor:
-    """Stores `floored` amax, and returns and stores its scales, amax / 448. ModelOpt computes each from the other."""
+def _store(amax: torch.Tensor, made: Fp8Weight, scheme: Scheme, at: Any) -> torch.Tensor:
+    """Stores `fitted` amax, and returns and stores its scales, amax / 448. ModelOpt computes each from the other."""
     assert made.amax is not None
-    made.amax[at] = floored(amax)
+    made.amax[at] = fitted(amax, scheme)
     made.scale[at] = scale_of(made.amax[at])
     return made.scale[at]
 
@@ -134,7 +134,7 @@ def _scales(amax: torch.Tensor, made: Fp8Weight, scheme: Scheme, rows: slice, kn
     cells = slice(first, first + len(amax))
     if scheme.exponents:
         return powers_of_two(made.scale[cells] if known else made.scale[cells].copy_(mx.scale(amax)))
-    return made.scale[cells] if known else _store(amax, made, cells)
+    return made.scale[cells] if known else _store(amax, made, scheme, cells)
 
 
 def _strip(made: Fp8Weight, scheme: Scheme, known: bool, rows: slice, strip: torch.Tensor) -> tuple[Sums, float]:

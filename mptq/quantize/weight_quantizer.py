@@ -33,12 +33,14 @@ class Rounding:
     """How a `WeightQuantizer` rounds its next weight.
 
     `name` is the weight's, for errors. `amax`, float32, is the magnitude to scale for, of the shape of the scales; None
-    is the weight's own. ModelOpt dequantizes the result to `dtype`; None is the weight's.
+    is the weight's own. ModelOpt dequantizes the result to `dtype`; None is the weight's. `scheme` is one of those with the
+    quantizer's attributes, of which it is the first otherwise.
     """
 
     name: str = "weight"
     amax: torch.Tensor | None = None
     dtype: torch.dtype | None = None
+    scheme: Scheme | None = None
 
 
 class WeightQuantizer(TensorQuantizer):  # type: ignore[misc]
@@ -62,7 +64,8 @@ class WeightQuantizer(TensorQuantizer):  # type: ignore[misc]
     @property
     def scheme(self) -> Scheme | None:
         """The scheme with the same attributes; None if there is none."""
-        return next((scheme for scheme in SCHEMES.values() if self._matches(scheme.modelopt)), None)
+        known = [scheme for scheme in SCHEMES.values() if self._matches(scheme.modelopt)]
+        return self.rounding.scheme if self.rounding.scheme in known else next(iter(known), None)
 
     def _matches(self, attributes: Any) -> bool:
         blocks = {key: value for key, value in (self._block_sizes or {}).items() if value is not None}

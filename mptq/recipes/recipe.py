@@ -35,6 +35,7 @@ class Weights(BaseModel):
 
     scale: Annotated[str, AfterValidator(_known_scale)]
     block_size: int | None = None
+    scale_format: Literal["float32", "ue8m0"] = "float32"
 
     @model_validator(mode="after")
     def _block_size_with_blocks(self) -> Self:
@@ -42,12 +43,15 @@ class Weights(BaseModel):
         if (self.scale, self.block_size) not in sizes:
             words = ", ".join(f"{size} with `scale: {scale}`" for scale, size in sizes if size)
             raise ValueError(f"block_size must be {words}, and absent with any other scale")
+        if self.scale_format == "ue8m0" and self.scale != "block":
+            raise ValueError("`scale_format: ue8m0` requires `scale: block`")
         return self
 
     def scheme(self, static: bool) -> Scheme | None:
         """Returns the scheme of these weights with static or dynamic activations, None if there is none."""
-        wanted = self.scale, self.block_size, static
-        return next((one for one in SCHEMES.values() if (one.scale, one.block_size, one.static) == wanted), None)
+        wanted = self.scale, self.block_size, static, self.scale_format
+        known = {(one.scale, one.block_size, one.static, one.scale_format): one for one in SCHEMES.values()}
+        return known.get(wanted)
 
 
 class Calibration(BaseModel):
@@ -162,6 +166,8 @@ class Recipe(BaseModel):
             searches = {"algorithm": "mse", "rounding": "scales"}
             wrong = (f"{name}: {value}" for name, value in searches.items() if getattr(self, name) == value)
             problems += (f"`{one}` cannot be used with `scale: mx`, whose scales follow from the weights" for one in wrong)
+        if self.algorithm == "mse" and self.scheme is not None and self.scheme.powers:
+            problems.append("`algorithm: mse` cannot be used with `scale_format: ue8m0`: use `rounding: scales`")
         if self.algorithm != "max" and self.rounding != "nearest":
             problems.append(f"`rounding: {self.rounding}` searches for the scales itself: `algorithm` must be max")
         return problems

@@ -25,7 +25,8 @@ class Scheme:
     describe the scheme for display. `cell` is the number of rows and columns of a weight that share a scale; the rows
     divide `STRIP_ROWS`. `modelopt` has the attributes of ModelOpt's weight quantizer. `forms` maps the dialects of the
     Hugging Face format that support the scheme to its fields in their configs (formats/hf/quantization_config.py). With
-    `static`, the input has a calibrated scale. With `exponents`, scales are powers of two, stored as E8M0 bytes.
+    `static`, the input has a calibrated scale. With `exponents`, scales are powers of two, stored as E8M0 bytes; with
+    `powers`, they are powers of two stored as float32.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Scheme:
     forms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     static: bool = False
     exponents: bool = False
+    powers: bool = False
 
     def __post_init__(self) -> None:
         if self.cell[0] and STRIP_ROWS % self.cell[0]:
@@ -55,6 +57,11 @@ class Scheme:
     def block_size(self) -> int | None:
         """The `block_size` of a recipe: 128 for 128x128 blocks, 32 for 32 columns of a row; None without blocks."""
         return self.cell[1] or None
+
+    @property
+    def scale_format(self) -> str:
+        """The `scale_format` of a recipe: ue8m0 for powers of two in float32."""
+        return "ue8m0" if self.powers else "float32"
 
     @property
     def scale_dtype(self) -> str:
@@ -108,6 +115,15 @@ SCHEMES = {
                     "input_activations": {"strategy": "group", "group_size": 128, "dynamic": True},
                 },
             },
+        ),
+        Scheme(
+            "block-ue8m0",
+            "block",
+            "FP8, 128x128 blocks, power-of-two scales",
+            (128, 128),
+            _E4M3 | {"block_sizes": {-1: 128, -2: 128}},
+            {"deepseek-fp8": {"weight_block_size": [128, 128], "scale_fmt": "ue8m0"}},
+            powers=True,
         ),
         Scheme(
             "tensor-static",

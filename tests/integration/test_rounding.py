@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from mptq import make_plan, run, verify
 from mptq.calibration.datasets.options import DataOptions
 from mptq.errors import CheckpointError
-from mptq.recipes.recipe import load_recipe
+from mptq.recipes.recipe import load_recipe, recipe_names
 from mptq.report import read
 from tests.conftest import mptq
 from tests.integration.test_resume import BOTH, stopped, whole
@@ -28,10 +28,15 @@ def rounded(recipe, method):
     return load_recipe(recipe).changed(rounding=method)
 
 
+CASES = [
+    *(("aligned", recipe) for recipe in recipe_names() if recipe != "none"),
+    *(("mixtral", "fp8-blockwise"), ("mixtral", "fp8"), ("deepseek-v3", "fp8-per-channel"), ("deepseek-v3", "fp8-per-tensor")),
+]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["scales", "gptq"])
-@pytest.mark.parametrize("recipe", ["fp8-blockwise", "fp8-per-channel", "fp8-per-tensor", "fp8", "mxfp8"])
-@pytest.mark.parametrize("model", ["aligned", "mixtral", "deepseek-v3"])
+@pytest.mark.parametrize(("model", "recipe"), CASES)
 def test_both_formats_are_nearer_than_nearest_and_verify(request, zoo, enough, model, recipe, method, tmp_path):
     if (recipe, method) == ("mxfp8", "scales"):
         pytest.skip("the scales of MX follow from the weights")

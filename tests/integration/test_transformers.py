@@ -62,7 +62,7 @@ def test_linears_compute_with_the_weights_of_the_file(written, form):
     assert len(kept) == (7 if "kept" in form else 0)
 
 
-@pytest.mark.parametrize("recipe", ["fp8-blockwise", "fp8-per-channel", "fp8-per-tensor"])
+@pytest.mark.parametrize("recipe", ["fp8-blockwise", "fp8-blockwise-ue8m0", "fp8-per-channel", "fp8-per-tensor"])
 def test_linears_of_recipes(quantized, recipe):
     errors, _ = columns(quantized["aligned", recipe] / "hf")
     assert max(errors.values()) < hf_output.NOISE

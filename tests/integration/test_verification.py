@@ -35,7 +35,7 @@ def edit_hf(out, change):
 
 
 @pytest.mark.parametrize("model", ["aligned", "crossing"])
-@pytest.mark.parametrize("recipe", ["fp8-blockwise", "fp8-per-channel", "fp8-per-tensor"])
+@pytest.mark.parametrize("recipe", ["fp8-blockwise", "fp8-blockwise-ue8m0", "fp8-per-channel", "fp8-per-tensor"])
 def test_outputs_verify_against_the_source(quantized, model, recipe, request):
     found = verify(quantized[model, recipe], request.getfixturevalue(model))
     assert found.failures == []

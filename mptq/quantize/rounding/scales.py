@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import torch
 
-from mptq.quantize.fp8 import E4M3_MAX, floored, scale_of
+from mptq.quantize.fp8 import E4M3_MAX, fitted, scale_of
 from mptq.quantize.quantizer import each_strip
 from mptq.recipes.algorithms import SEARCHED
 from mptq.recipes.schemes import Scheme
@@ -36,7 +36,7 @@ def search(weights: Iterable[torch.Tensor], diagonal: torch.Tensor, scheme: Sche
     weight needs a scheme with a single scale. Memory: a few strips.
     """
     assert not scheme.exponents, "the scales of MX follow from the weight"
-    tried = torch.stack([floored(amax * factor) for factor in SEARCHED])
+    tried = torch.stack([fitted(amax * factor, scheme) for factor in SEARCHED])
     errors = sum(_errors(weight, diagonal, scheme, scale_of(tried)) for weight in weights)
     assert isinstance(errors, torch.Tensor)
     best: torch.Tensor = errors.argmin(0).reshape(amax.shape)

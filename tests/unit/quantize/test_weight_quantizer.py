@@ -26,7 +26,8 @@ def converted(weight, config, kind=Matrix):
     return linear
 
 
-@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+# ModelOpt has no setting for power-of-two scales: CompressedLinears asks for them.
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES.values() if not scheme.powers], ids=lambda one: one.name)
 def test_a_linear_with_weights_is_compressed_to_the_same_bytes(scheme):
     torch.manual_seed(0)
     weight = torch.randn(300, 192).bfloat16()

@@ -13,12 +13,20 @@ GOOD = "description: x\nweights: {scale: block, block_size: 128}\nhf: deepseek-f
 
 
 def test_built_in_recipes():
-    assert recipe_names() == ["fp8", "fp8-blockwise", "fp8-per-channel", "fp8-per-tensor", "mxfp8", "none"]
+    assert recipe_names() == [
+        "fp8",
+        "fp8-blockwise",
+        "fp8-blockwise-ue8m0",
+        "fp8-per-channel",
+        "fp8-per-tensor",
+        "mxfp8",
+        "none",
+    ]
     *schemes, nothing = (load_recipe(name).scheme for name in recipe_names())
     assert nothing is None
-    assert [scheme.name for scheme in schemes] == ["tensor-static", "block", "row", "tensor", "mx"]
-    assert [scheme.grid(300, 128) for scheme in schemes] == [(), (3, 1), (300, 1), (), (300, 4)]
-    assert [load_recipe(name).needs_data for name in recipe_names()] == [True, False, False, False, False, False]
+    assert [scheme.name for scheme in schemes] == ["tensor-static", "block", "block-ue8m0", "row", "tensor", "mx"]
+    assert [scheme.grid(300, 128) for scheme in schemes] == [(), (3, 1), (3, 1), (300, 1), (), (300, 4)]
+    assert [name for name in recipe_names() if load_recipe(name).needs_data] == ["fp8"]
     assert all(scheme_named(scheme.name) == scheme for scheme in schemes)
 
 
@@ -50,7 +58,7 @@ def test_unknown_name_suggests_a_similar_one(name, near):
 
 
 def test_unknown_name_lists_all():
-    known = "fp8, fp8-blockwise, fp8-per-channel, fp8-per-tensor, mxfp8, none"
+    known = "fp8, fp8-blockwise, fp8-blockwise-ue8m0, fp8-per-channel, fp8-per-tensor, mxfp8, none"
     with pytest.raises(RecipeError, match=f"'zzz': the built-in recipes are {known}"):
         load_recipe("zzz")
 
@@ -72,6 +80,15 @@ def test_unknown_name_lists_all():
             "`rounding: scales` cannot be",
         ),
         ("description: x\nweights: null\nhf: plain\nrounding: gptq\n", "quantize, rounding cannot be set"),
+        (
+            GOOD.replace("128}", "128, scale_format: ue8m0}") + "algorithm: mse\n",
+            "`algorithm: mse` cannot be used with `sc",
+        ),
+        (
+            "description: x\nweights: {scale: row, scale_format: ue8m0}\nhf: compressed-tensors\n",
+            "ue8m0` requires `scale",
+        ),
+        (GOOD.replace("deepseek-fp8", "compressed-tensors").replace("128}", "128, scale_format: ue8m0}"), "not block-ue8m0"),
         (GOOD + "algorithm: least\n", "algorithm: 'least' is unknown: use max or mse"),
         (
             "description: x\nweights: {scale: mx, block_size: 32}\nhf: modelopt\nalgorithm: mse\n",
@@ -166,7 +183,8 @@ def test_modelopts_other_recipes_are_refused_with_the_reason(name, message):
         ),
         (
             "nvfp4",
-            "unknown recipe 'nvfp4': the built-in recipes are fp8, fp8-blockwise, fp8-per-channel, fp8-per-tensor, mxfp8, none",
+            "unknown recipe 'nvfp4': the built-in recipes are fp8, fp8-blockwise, fp8-blockwise-ue8m0, "
+            "fp8-per-channel, fp8-per-tensor, mxfp8, none",
         ),
     ],
 )

@@ -31,8 +31,9 @@ def test_what_follows_from_a_cell(cell, grid, block, unit, shared):
 
 def test_schemes_by_name_and_by_dialect():
     assert [scheme_named(name) for name in SCHEMES] == list(SCHEMES.values())
-    with pytest.raises(RecipeError, match="unknown scheme 'rows': use one of tensor, row, block, tensor-static, mx"):
+    known = "tensor, row, block, block-ue8m0, tensor-static, mx"
+    with pytest.raises(RecipeError, match=f"unknown scheme 'rows': use one of {known}"):
         scheme_named("rows")
-    assert carried("deepseek-fp8") == ["block"]
+    assert carried("deepseek-fp8") == ["block", "block-ue8m0"]
     assert carried("modelopt") == ["tensor-static", "mx"]
     assert carried("plain") == []
