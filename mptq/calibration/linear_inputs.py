@@ -12,23 +12,8 @@ import torch
 if TYPE_CHECKING:
     from mptq.model.tensors import LinearSpec
 
-_ORDER = (
-    ("linear_qkv", "linear_q_proj", "linear_q_down_proj", "linear_kv_down_proj"),
-    ("linear_q_up_proj", "linear_kv_up_proj"),
-    ("linear_proj",),
-    ("linear_fc1",),
-    ("linear_fc2",),
-)
-"""Kinds of linears: the inputs of one depend on the linears of the earlier kinds."""
 _BEFORE_ADDITION = ("linear_proj", "linear_fc2")
 """Linears whose outputs are added to the residual stream."""
-
-
-def stages(linears: Sequence[LinearSpec]) -> list[list[LinearSpec]]:
-    """Divides the linears of a layer into groups, each of which only depends on those before it."""
-    found = [[linear for linear in linears if linear.kind in kinds] for kinds in _ORDER]
-    assert sum(map(len, found)) == len(linears), "a linear of an unknown kind"
-    return [group for group in found if group]
 
 
 class Reached(Exception):  # noqa: N818 (not an error)

@@ -7,7 +7,7 @@ checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -140,6 +140,23 @@ CACHED = ("attention", "mla")
 def names(config: ModelConfig) -> Family:
     """Returns the architecture whose names are used for the model's logical projections."""
     return nearest_family(config)
+
+
+_ORDER = (
+    ("linear_qkv", "linear_q_proj", "linear_q_down_proj", "linear_kv_down_proj"),
+    ("linear_q_up_proj", "linear_kv_up_proj"),
+    ("linear_proj",),
+    ("linear_fc1",),
+    ("linear_fc2",),
+)
+"""Kinds of linears: the inputs of one depend on the linears of the earlier kinds."""
+
+
+def stages(linears: Sequence[LinearSpec]) -> list[list[LinearSpec]]:
+    """Divides the linears of a layer into groups, each of which only depends on those before it."""
+    found = [[linear for linear in linears if linear.kind in kinds] for kinds in _ORDER]
+    assert sum(map(len, found)) == len(linears), "a linear of an unknown kind"
+    return [group for group in found if group]
 
 
 def layer_linears(config: ModelConfig, layer: int) -> tuple[LinearSpec, ...]:

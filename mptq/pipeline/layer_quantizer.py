@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mptq import report
-from mptq.calibration.linear_inputs import stages
 from mptq.calibration.moments import moments
 from mptq.distributed import shares
 from mptq.formats import FORMATS
 from mptq.formats.layout import canonical_weight
 from mptq.formats.protocol import QuantizedCache, QuantizedLinear
-from mptq.model.tensors import CORE_ATTENTION, megatron_layer
+from mptq.model.tensors import CORE_ATTENTION, megatron_layer, stages
 from mptq.pipeline.stored import add, empty, store_unquantized
 from mptq.quantize import quantizer
 from mptq.quantize.compressed_linears import Compressed, CompressedLinears, calibrated_amax, drop, release

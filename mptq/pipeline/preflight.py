@@ -143,7 +143,8 @@ def _work(plan: Plan, options: Options) -> estimates.ActivationBudget:
     stored = streams * length * plan.model.hidden_size * DTYPE_BYTES[plan.model.dtype]
     kept, filed = (stored, 0) if stored <= activation_memory(options) else (0, stored)
     together = min(options.batch_size, max(data.eval_size, calibrating))
-    return estimates.ActivationBudget(kept, filed, together * length, length, data.eval_size > 0)
+    rounding = calibrating * length if recipe.rounding != "nearest" else 0
+    return estimates.ActivationBudget(kept, filed, together * length, length, data.eval_size > 0, rounding)
 
 
 def activation_memory(options: Options) -> int:

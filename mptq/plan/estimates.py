@@ -49,7 +49,8 @@ def component(name: str) -> str:
 class ActivationBudget:
     """What activations add to a run: bytes of hidden states in memory or in files, and tokens of a batch.
 
-    A batch consists of sequences of `length` tokens. `compares` says whether logits are compared.
+    A batch consists of sequences of `length` tokens. `compares` says whether logits are compared. `rounding_tokens` are the
+    calibration tokens whose inputs are kept for rounding, 0 if that is to nearest.
     """
 
     stored_bytes: int
@@ -57,6 +58,7 @@ class ActivationBudget:
     batch_tokens: int
     length: int
     compares: bool
+    rounding_tokens: int = 0
 
 
 def peak_memory(plan: Plan, work: ActivationBudget | None = None) -> int:
@@ -154,8 +156,28 @@ def _live_memory(plan: Plan, layer: int, work: ActivationBudget) -> int:
         inputs = (4 + width) * tokens * linear.in_features
         steps.append(kept + passed + inputs + 4 * tokens * linear.shape[0] + 4 * numel)
         rounded = 2 * 4 * numel if first.splits and first.scheme(layer, linear) else 0  # dequantized, and fused
+        if work.rounding_tokens:
+            rounded += _ROUNDED_BYTES * numel + _MOMENT_BYTES * linear.in_features**2
         steps.append(items[place].source + items[place].made + items[place - 1].made + rounded + items[place].searched)
-    return sum(item.source for item in items) + max(steps)
+    return sum(item.source for item in items) + max(steps) + _input_memory(plan, layer, work)
+
+
+def _input_memory(plan: Plan, layer: int, work: ActivationBudget) -> int:
+    """Returns the most bytes of inputs that are kept for rounding: those of linears that do not depend on each other."""
+    if not work.rounding_tokens:
+        return 0
+    model, width, kept = plan.model, DTYPE_BYTES[plan.model.dtype], [0]
+    for group in tensors.stages(plan.linears(layer)):
+        shares = (model.moe_topk / model.num_experts if linear.expert is not None else 1 for linear in group)
+        inputs = zip(shares, (linear.in_features for linear in group), strict=True)
+        kept.append(int(sum(share * columns for share, columns in inputs) * work.rounding_tokens * width))
+    return max(kept)
+
+
+_ROUNDED_BYTES = 8 * 4
+"""Bytes per weight while it is rounded by its inputs: itself, its target, scales, codes and errors, in float32."""
+_MOMENT_BYTES = 8 * 4
+"""Bytes per pair of inputs: two moments, a batch's, and what factoring one takes, in float32."""
 
 
 _SCORE_BYTES = 12

@@ -5,9 +5,9 @@ from contextlib import suppress
 import pytest
 import torch
 
-from mptq.calibration.linear_inputs import LinearInputs, Reached, stages
+from mptq.calibration.linear_inputs import LinearInputs, Reached
 from mptq.layers.forward import run_layer
-from mptq.model.tensors import layer_linears
+from mptq.model.tensors import layer_linears, stages
 from tests.support.models import ARGS, LATENT, MOE_ARGS
 from tests.unit.layers.test_transformer_layer import filled
 

@@ -396,6 +396,18 @@ def test_predicted_memory_with_activations():
     assert found == imports + layer + 4 * fc1 + tokens * (6 * 2048 + 6 * 2048 + 4 * 16384)
 
 
+def test_inputs_and_moments_of_rounding_are_in_the_prediction():
+    """The inputs of down, which are the most, and its moments; and eight float32 copies of the matrix."""
+    plan = plan_source(source(2048, 8192, 16, 16, 128), BLOCK, ("megatron",))
+    plain, rounding = (
+        estimates.peak_memory(plan, estimates.ActivationBudget(0, 0, 512, 512, False, tokens)) for tokens in (0, 32768)
+    )
+    fc2 = 2048 * 8192
+    layer, made = 2 * (4 * 2048**2 + 3 * fc2 + 2 * 2048), (2 + 1) * fc2 + 2 * fc2  # the fc1 before it is being written
+    assert rounding - estimates.IMPORTS_BYTES == layer + made + 32 * fc2 + 32 * 8192**2 + 2 * 32768 * 8192
+    assert plain < rounding
+
+
 def test_a_search_for_scales_is_in_the_prediction():
     """ModelOpt's mse has 17 bytes per weight of the largest linear."""
     fields = BLOCK.model_dump(mode="json") | {"algorithm": "mse"}
