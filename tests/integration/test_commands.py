@@ -307,7 +307,7 @@ def test_report_as_html(quantized, tmp_path):
 def test_recipes():
     assert "fp8-blockwise   " in mptq("recipes").stdout
     assert "block_size: 128" in mptq("recipes", "fp8-blockwise").stdout
-    assert len(json.loads(mptq("recipes", "--json").stdout)["recipes"]) == 6
+    assert len(json.loads(mptq("recipes", "--json").stdout)["recipes"]) == 7
     assert json.loads(mptq("recipes", "fp8-per-tensor", "--json").stdout)["weights"]["scale"] == "tensor"
     refused(mptq("recipes", "nothing"), "unknown recipe")
 
