@@ -59,7 +59,7 @@ class CompressedLinears:
 
     `shapes` and `schemes` are [out, in] and the scheme (None: it keeps its precision) of each by its full name in the
     model, which is what patterns match; ModelOpt dequantizes to `dtype`. `algorithm` is ModelOpt's for the scales.
-    Memory: 30 kB per linear, and the weights that have been taken and not been dropped. Time: 2 ms per linear.
+    Memory: 30 kB per linear, and the weights that have been taken and not been dropped. Time: 1.3 to 3.5 ms per linear.
     """
 
     def __init__(
