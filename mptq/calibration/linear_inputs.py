@@ -16,8 +16,8 @@ _BEFORE_ADDITION = ("linear_proj", "linear_fc2")
 """Linears whose outputs are added to the residual stream."""
 
 
-class Reached(Exception):  # noqa: N818 (not an error)
-    """Raised in a forward pass once all that was wanted has been seen."""
+class Reached(BaseException):
+    """Raised in a forward pass once all that was wanted has been seen: no error, and not to be caught as one."""
 
 
 @dataclass
@@ -63,10 +63,11 @@ class LinearInputs:
         return keep
 
     def _weigh(self, names: Sequence[str], residual: torch.Tensor) -> None:
-        norm = residual.reshape(-1, residual.shape[-1]).float().square().mean(1, keepdim=True).rsqrt()
+        square = residual.reshape(-1, residual.shape[-1]).float().square().mean(1, keepdim=True)
+        weights = torch.where(square > 0, square.rsqrt(), 0)  # a norm makes nothing of zeros
         for name in names:
             rows = self.rows[name][self.number]
-            self.rows[name][self.number] = (rows.float() * norm).to(rows.dtype)
+            self.rows[name][self.number] = (rows.float() * weights).to(rows.dtype)
 
 
 def _stop(_module: torch.nn.Module, _given: Any) -> None:

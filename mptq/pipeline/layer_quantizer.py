@@ -14,6 +14,7 @@ import torch
 from mptq import report
 from mptq.calibration.moments import moments
 from mptq.distributed import shares
+from mptq.errors import CheckpointError
 from mptq.formats import FORMATS
 from mptq.formats.layout import canonical_weight
 from mptq.formats.protocol import QuantizedCache, QuantizedLinear
@@ -52,12 +53,11 @@ def _matrices(layout: Layout, layer: int, linear: LinearSpec) -> Iterator[tuple[
     return zip(names, shapes, strict=True)
 
 
-def outcome_row(found: Rounded | None) -> dict[str, Any]:
+def _outcome_row(found: Rounded | None) -> dict[str, Any]:
     """Returns the fields of the report about the rounding of a matrix; empty if all are rounded to nearest."""
     if found is None:
         return {}
-    errors = (None if math.isnan(error) else error for error in (found.error, found.nearest))
-    return dict(zip(("output_error", "output_error_nearest"), errors, strict=True)) | {"rounding": found.method}
+    return {"rounding": found.method, "output_error": found.error, "output_error_nearest": found.nearest}
 
 
 class LayerQuantizer:
@@ -134,6 +134,9 @@ class LayerQuantizer:
             return None
         with self.context.log.timed("moments"):
             found = moments(rows, states.calibration_batches, linear.in_features, self.context.device, self.context.ranks)
+        if not torch.isfinite(found.fitted.diagonal()).all():
+            name = f"{megatron_layer(self.layer)}{linear.megatron}"
+            raise CheckpointError(f"{name}: the calibration data produces activations that are not finite")
         return Rounder(found, self.plan.recipe.rounding)
 
     def _converted(self, layout: Layout) -> CompressedLinears:
@@ -308,7 +311,7 @@ class LayerQuantizer:
                 continue
             before = TensorSpec(source, self.plan.source.dtype(source), tuple(made.weight.data.shape))
             row = report.tensor_row(form, name, before, scheme, made.error)
-            row |= outcome_row(self.outcomes.pop(name.removesuffix(".weight"), None))
+            row |= _outcome_row(self.outcomes.pop(name.removesuffix(".weight"), None))
             row["input_amax"] = float(self._input_amax(linear)) if scheme.static else None
             self.rows.append((number, row))
             self.context.progress.tensor(row)

@@ -69,7 +69,8 @@ class ActivationQuantizer(TensorQuantizer):  # type: ignore[misc]
 
     def _fake_quantize(self, inputs: torch.Tensor) -> torch.Tensor:
         static = self._num_bits == E4M3["num_bits"] and self._axis is None and not self._block_sizes and not self._dynamic
-        rounded: torch.Tensor = fp8_eager(inputs, self._amax) if static else super()._fake_quantize(inputs)
+        calibrated = static and self.amax is not None
+        rounded: torch.Tensor = fp8_eager(inputs, self._amax) if calibrated else super()._fake_quantize(inputs)
         return rounded
 
 

@@ -103,6 +103,9 @@ class WeightQuantizer(TensorQuantizer):  # type: ignore[misc]
         self._set_buffer("_scale", made.scale)
         if made.amax is not None:
             self._set_buffer("_amax", self._stored_amax(made))
+        if self._block_sizes and made.amax is not None:
+            # ModelOpt does it before it calibrates, and keeps the axes and the slices of partial blocks in its state.
+            self._setup_for_blockquant(torch.empty(made.data.shape, device="meta"))
         self._dequantize = True
         kind = FP8QTensor if made.amax is not None else MXFP8QTensor
         return kind(made.data.shape, dtype, made.data)

@@ -107,7 +107,7 @@ def _translated(name: str, config: dict[str, Any]) -> dict[str, Any]:
 
 _MSE = {"method": "mse", "start_multiplier": 0.25, "stop_multiplier": 4.0, "step_size": 0.1, "fp8_scale_sweep": False}
 """The defaults of ModelOpt's MseCalibConfig."""
-_GPTQ = {"perc_damp": 0.01, "block_size": 128, "fused": False}
+_GPTQ = {"method": "gptq", "perc_damp": 0.01, "block_size": 128, "fused": False}
 """The defaults of ModelOpt's GPTQCalibConfig. mptq's own GPTQ, which is used instead, damps by the number of tokens."""
 _ANY_ORDER = {"layerwise", "skip_forward_without_activation_calib"}
 """What an algorithm says about the order of the work, which mptq does layer by layer, where needed, in any case."""
@@ -115,12 +115,12 @@ _ANY_ORDER = {"layerwise", "skip_forward_without_activation_calib"}
 
 def _read_algorithm(given: Any, fields: dict[str, Any]) -> list[str]:
     """Adds the field `algorithm` to `fields` if it is not the default; returns what is not supported."""
-    wanted = given if isinstance(given, dict) else {"method": given or "max"}
+    wanted = given if isinstance(given, dict) else {"method": given}
     wanted = {key: value for key, value in wanted.items() if key not in _ANY_ORDER}
-    method = wanted["method"]
+    wanted["method"] = method = wanted.get("method") or "max"
     if method == "gptq":
         fields["rounding"] = method
-        return [f"algorithm gptq has {key} {wanted[key]}" for key in wanted if key != "method" and wanted[key] != _GPTQ[key]]
+        return [f"algorithm gptq has {key} {value}" for key, value in wanted.items() if value != _GPTQ.get(key)]
     try:
         require_known(method)
     except ValueError as error:

@@ -162,11 +162,12 @@ class Recipe(BaseModel):
     def _search_problems(self) -> list[str]:
         """Returns what is wrong with searching for scales."""
         problems: list[str] = []
-        if self.scheme is not None and self.scheme.exponents:
+        schemes = [scheme for scheme in self.schemes if scheme is not None]
+        if any(scheme.exponents for scheme in schemes):
             searches = {"algorithm": "mse", "rounding": "scales"}
             wrong = (f"{name}: {value}" for name, value in searches.items() if getattr(self, name) == value)
             problems += (f"`{one}` cannot be used with `scale: mx`, whose scales follow from the weights" for one in wrong)
-        if self.algorithm == "mse" and self.scheme is not None and self.scheme.powers:
+        if self.algorithm == "mse" and any(scheme.powers for scheme in schemes):
             problems.append("`algorithm: mse` cannot be used with `scale_format: ue8m0`: use `rounding: scales`")
         if self.algorithm != "max" and self.rounding != "nearest":
             problems.append(f"`rounding: {self.rounding}` searches for the scales itself: `algorithm` must be max")
@@ -186,10 +187,14 @@ class Recipe(BaseModel):
         return None if self.weights is None else self.weights.scheme(self.activations == "static")
 
     @property
+    def schemes(self) -> list[Scheme | None]:
+        """The schemes that linears can have: its own, and those of its overrides."""
+        return [self.scheme, *(override.scheme for override in self.overrides)]
+
+    @property
     def needs_data(self) -> bool:
         """Whether any scale or the rounding needs calibration."""
-        schemes = [self.scheme, *(override.scheme for override in self.overrides)]
-        static = any(scheme is not None and scheme.static for scheme in schemes)
+        static = any(scheme is not None and scheme.static for scheme in self.schemes)
         return static or self.kv_cache == "fp8" or self.rounding != "nearest"
 
     @property

@@ -176,7 +176,9 @@ class Tensor(Strict):
     input_amax: float | None = Field(ge=0, description="input amax of a static input scale; null without one")
     rounding: Literal["nearest", "scales", "gptq"] = Field("nearest", description="how the weight was rounded")
     output_error: float | None = Field(
-        None, ge=0, description="relative error of the linear's outputs on withheld inputs; null if it was not measured"
+        None,
+        ge=0,
+        description="relative error of the outputs on withheld inputs; null without them, or without `rounding`",
     )
     output_error_nearest: float | None = Field(None, ge=0, description="the same with rounding to nearest")
 

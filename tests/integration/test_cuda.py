@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from dataclasses import asdict, replace
 
 import pytest
@@ -411,24 +410,6 @@ def test_rounding_by_the_inputs_is_as_good_as_on_the_cpu(kind):
     same = (found[GPU].weight.cpu() == found["cpu"].weight).float().mean()
     print(f"{kind}: {100 * float(same):.3f} % of the codes are the same")
     assert same > 0.95
-
-
-@pytest.mark.parametrize("size", [4096, 11008])
-def test_speed_of_rounding_by_the_inputs(size):
-    """Prints seconds and TFLOP/s beside those of a plain product, for docs/rounding.md."""
-    rows, weight = torch.randn(4096, size, device=GPU).bfloat16(), torch.randn(4096, size, device=GPU) / 64
-    steps = {"product": lambda: weight @ torch.empty(size, size, device=GPU)}
-    moment = moments({0: rows}, 1, size, torch.device(GPU), Ranks())
-    rounder = Rounder(moment, "gptq")
-    steps["moments"] = lambda: moments({0: rows}, 1, size, torch.device(GPU), Ranks())
-    steps["round"] = lambda: rounder.round(weight, SCHEMES["block"], "w")
-    for name, step in steps.items():
-        step()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        print(f"{name} of 4096 x {size}: {time.perf_counter() - start:.4f} s")
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from mptq.quantize.cpu_kernels import _RUN, _compiled, _round, _spread
+from mptq.quantize.cpu_kernels import _DROPPED, _HALF, _KEPT, _MAGNITUDE, _RUN, _SUBNORMALS, _compiled, _round, _spread
 
-_MAGNITUDE = np.int32(0x7FFFFFFF)
 _SIGN = np.int32(-0x80000000)
 _SMALLEST_NORMAL = np.float32(2.0**-6)
-_SUBNORMALS = np.float32(1 << 14)
 _LARGEST = np.float32(448)
 
 
@@ -27,9 +25,9 @@ def _nearest(value: Any, scale: Any) -> Any:
         rounded = np.float32(np.float32(magnitude + _SUBNORMALS) - _SUBNORMALS)
     else:
         whole = np.int32(bits & _MAGNITUDE)
-        odd = np.int32(np.int32(whole >> np.int32(20)) & np.int32(1))
-        up = np.int32(whole + np.int32(np.int32((1 << 19) - 1) + odd))
-        rounded = min(np.int32(up & np.int32(-1 << 20)).view(np.float32), _LARGEST)
+        odd = np.int32(np.int32(whole >> _DROPPED) & np.int32(1))
+        up = np.int32(whole + np.int32(_HALF + odd))
+        rounded = min(np.int32(up & _KEPT).view(np.float32), _LARGEST)
     signed = np.int32(np.float32(rounded).view(np.int32) | np.int32(bits & _SIGN)).view(np.float32)
     return np.float32(signed * scale)
 

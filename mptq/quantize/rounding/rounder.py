@@ -20,7 +20,7 @@ from mptq.types import Fp8Weight
 DAMPING = 0.1
 """Least share of the mean diagonal that is added to a moment."""
 _SCARCE = 4.0
-"""Damping times tokens per input from which on more damping than the least is needed."""
+"""The damping is at least this divided by the number of tokens per input."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +28,15 @@ class Rounded:
     """A rounded matrix: `weight` float32 [out, in], which rounding to nearest with `amax` gives the codes of.
 
     `amax` has the shape of the scales. `method` is what was done.
-    `error` and `nearest` are relative errors of the outputs on the withheld inputs, with this and with nearest rounding.
+    `error` and `nearest` are relative errors of the outputs on the withheld inputs, with this and with nearest rounding;
+    None if no input was withheld, as of an expert that few tokens are routed to.
     """
 
     weight: torch.Tensor
     amax: torch.Tensor
     method: str
-    error: float
-    nearest: float
+    error: float | None = None
+    nearest: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,8 @@ class Shared:
 class Rounder:
     """Rounds matrices whose inputs have the second `moments`, by `method` ("scales" or "gptq").
 
-    With fewer tokens than inputs, the method is "scales": GPTQ would fit the codes to these tokens alone. Memory: 4
+    With fewer tokens than inputs, the method is "scales": GPTQ would fit the codes to these tokens alone. Without withheld
+    inputs, a linear is rounded to nearest; if there is only one batch, its inputs serve for both. Memory: 4
     matrices [in, in] and 6 times the matrix to round, float32.
     """
 
@@ -80,7 +82,7 @@ class Rounder:
         nearest, _ = quantizer.quantize(source, scheme, name, shared.largest if shared else None)
         kept = dequantize(nearest, scheme)
         if not self.moments.tokens:
-            return Rounded(kept, _magnitudes(nearest), "nearest", math.nan, math.nan)
+            return Rounded(kept, _magnitudes(nearest), "nearest")
         weight, best = source.float(), shared.best if shared else _magnitudes(nearest)
         if not shared and not scheme.exponents:
             best = search([weight], self.diagonal, scheme, best)
@@ -90,7 +92,9 @@ class Rounder:
             scale = powers_of_two(made.scale) if scheme.exponents else made.scale
             rounded = solve(weight, self._damped, spread(scale, scheme, tuple(weight.shape)), name)
         signal = self._energy(weight)
-        error, error_of_nearest = (self._energy(one - weight) / signal if signal else 0.0 for one in (rounded, kept))
+        if not signal:
+            return Rounded(kept, _magnitudes(nearest), "nearest")
+        error, error_of_nearest = (self._energy(one - weight) / signal for one in (rounded, kept))
         better = error < error_of_nearest
         return Rounded(
             rounded if better else kept,

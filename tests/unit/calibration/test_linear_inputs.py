@@ -72,3 +72,20 @@ def test_nothing_is_left_on_the_layer():
     with LinearInputs([first], ["mlp.linear_fc1"]).collecting(layer), pytest.raises(Reached):
         run_layer(layer, config, torch.randn(1, 4, config.hidden_size).bfloat16())
     run_layer(layer, config, torch.randn(1, 4, config.hidden_size).bfloat16())
+
+
+def test_tokens_whose_residual_is_zero_weigh_nothing():
+    config, layer = filled(ARGS, "bfloat16")
+    *_, last = stages(layer_linears(config, 0))
+    with torch.no_grad():
+        for name in ("self_attention.linear_proj", "mlp.linear_fc2"):
+            layer.get_submodule(name).weight.zero_()
+    hidden = torch.randn(1, 6, config.hidden_size).bfloat16()
+    hidden[:, 2] = 0
+    found = LinearInputs(last, [])
+    with found.collecting(layer):
+        run_layer(layer, config, hidden)
+    rows = found.rows["mlp.linear_fc2"][0]
+    assert rows.isfinite().all()
+    assert (rows[2] == 0).all()
+    assert (rows[[0, 1, 3]] != 0).any(1).all()

@@ -88,6 +88,8 @@ def test_a_format_that_no_scheme_covers_is_rounded_by_modelopt():
         (TensorQuantizer, "_real_quantize"),
         (TensorQuantizer, "_get_amax"),
         (TensorQuantizer, "_set_buffer"),
+        (TensorQuantizer, "_setup_for_blockquant"),
+        (TensorQuantizer, "_fake_quantize"),
         (TensorQuantizer, "_skip_properties_for_save_restore"),
         (RealQuantLinear, "_setup"),
     ],

@@ -1,5 +1,6 @@
 """GPTQ against the classic form, which inverts the second moment and rounds one column after the other."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -128,3 +129,12 @@ def test_torchs_operators_do_as_the_compiled_loops():
     gptq.descend_by_torch(gradient.clone(), curvature, scale, by_torch)
     assert (again == by_torch).float().mean() > 0.99
     assert loss(weight, again, curvature) <= loss(weight, rounded, curvature)
+
+
+def test_each_number_is_rounded_as_torch_does():
+    numbers = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    numbers = torch.cat([numbers[numbers.isfinite()], torch.arange(-2000, 2000) / 2**11])  # ties of subnormal numbers too
+    for scale in (1.0, 0.37, 2.0**-39):
+        values = numbers * scale
+        found = torch.tensor([kernels._nearest(np.float32(value), np.float32(scale)) for value in values.numpy()])
+        assert torch.equal(found, e4m3(values, torch.tensor(scale)))

@@ -1,6 +1,6 @@
 """A method's result is used where withheld inputs show that it is better, and rounding to nearest elsewhere."""
 
-import math
+from itertools import product
 
 import pytest
 import torch
@@ -23,12 +23,9 @@ def of(inputs, batches=8):
     return moments(rows, len(rows), inputs.shape[1], CPU, Ranks())
 
 
-@pytest.mark.parametrize("method", ["scales", "gptq"])
-@pytest.mark.parametrize("kind", ["block", "row", "mx"])
+@pytest.mark.parametrize(("kind", "method"), [*product(("block", "row"), ("scales", "gptq")), ("mx", "gptq")])
 def test_the_outputs_of_withheld_inputs_are_nearer(kind, method):
     inputs, weight, scheme = correlated(4000, 192), torch.randn(256, 192).bfloat16() / 8, SCHEMES[kind]
-    if kind == "mx" and method == "scales":
-        pytest.skip("the scales of MX follow from the weights")
     found = Rounder(of(inputs), method).round(weight, scheme, "w")
     nearest, _ = quantizer.quantize(weight, scheme, "w")
     held = torch.cat([part for number, part in enumerate(inputs.chunk(8)) if withheld(number, 8)]).double()
@@ -73,9 +70,19 @@ def test_no_tokens_leave_nearest_and_measure_nothing():
     found = rounder.round(weight, SCHEMES["row"], "w")
     nearest, _ = quantizer.quantize(weight, SCHEMES["row"], "w")
     assert torch.equal(found.weight, dequantize(nearest, SCHEMES["row"]))
-    assert (found.method, math.isnan(found.error)) == ("nearest", True)
+    assert (found.method, found.error, found.nearest) == ("nearest", None, None)
     amax = torch.tensor(3.0)
     assert rounder.shared_amax([weight], SCHEMES["tensor"], amax) is amax
+
+
+def test_inputs_none_of_which_were_withheld_show_nothing():
+    """As of an expert that only some batches are routed to."""
+    inputs, weight = correlated(3000, 96), torch.randn(128, 96)
+    found = Rounder(Moments(inputs.T @ inputs, 3000, torch.zeros(96, 96)), "gptq").round(weight, SCHEMES["row"], "w")
+    assert (found.method, found.error, found.nearest) == ("nearest", None, None)
+    alone = Rounder(Moments(inputs.T @ inputs, 3000, None), "gptq").round(weight, SCHEMES["row"], "w")
+    assert alone.method == "gptq"
+    assert alone.error < alone.nearest
 
 
 def test_a_group_with_one_scale():
