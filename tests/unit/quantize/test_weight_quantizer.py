@@ -7,6 +7,8 @@ import warnings
 import modelopt.torch.quantization as mtq
 import pytest
 import torch
+from modelopt.torch.quantization.calib import HistogramCalibrator, MaxCalibrator
+from modelopt.torch.quantization.mode import BaseCalibrateModeDescriptor
 from modelopt.torch.quantization.nn import TensorQuantizer
 from modelopt.torch.quantization.nn.modules.quant_linear import RealQuantLinear
 from modelopt.torch.quantization.qtensor import FP8QTensor, NVFP4QTensor
@@ -99,7 +101,10 @@ def test_modelopt_has_the_private_attributes_that_mptq_uses(owner, name):
     assert name in vars(owner)
 
 
-@pytest.mark.parametrize("name", ["_block_sizes", "_num_bits", "_axis", "_fake_quant", "_dequantize"])
+SETTINGS = ("_block_sizes", "_num_bits", "_axis", "_dynamic", "_fake_quant", "_dequantize", "_input_dtype", "_calibrator")
+
+
+@pytest.mark.parametrize("name", SETTINGS)
 def test_modelopts_quantizers_keep_their_settings_where_mptq_reads_them(name):
     assert name in vars(TensorQuantizer())
 
@@ -107,3 +112,14 @@ def test_modelopts_quantizers_keep_their_settings_where_mptq_reads_them(name):
 def test_compressed_weights_are_modelopts_tensors():
     linear = converted(torch.ones(8, 8), quant_config(SCHEMES["tensor"]))
     assert linear.weight.metadata == {"shape": (8, 8), "dtype": torch.float32, "qtensor_class": FP8QTensor}
+
+
+def test_modelopts_calibrators_and_algorithms_are_where_mptq_reads_them():
+    quantizer = TensorQuantizer()
+    for kind, name in ((MaxCalibrator, "_calib_amax"), (HistogramCalibrator, "_calib_hist")):
+        calibrator = kind(num_bits=(4, 3), axis=None, unsigned=False)
+        assert getattr(calibrator, name) is None
+        calibrator.collect(torch.ones(4))
+        assert getattr(calibrator, name) is not None
+    assert hasattr(quantizer, "_calibrator")
+    assert "_calib_func" in BaseCalibrateModeDescriptor.__annotations__
