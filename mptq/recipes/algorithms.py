@@ -32,7 +32,7 @@ REFUSED = {
 
 def require_known(name: object) -> None:
     """Raises ValueError with the reason if `name` is not one of `ALGORITHMS`."""
-    if name in ALGORITHMS:
+    if isinstance(name, str) and name in ALGORITHMS:
         return
     reason = REFUSED.get(str(name))
     known = " or ".join(ALGORITHMS)

@@ -158,6 +158,8 @@ def quantized_failures(
         return [f"{name}: scales differ from {wanted} the source{searched}"]
     if choice.rounding == "gptq":
         excess = _excess(source, weight, scheme)
+        if math.isnan(excess):
+            return [f"{name}: some of its codes are NaN"]
         return [] if excess <= _CODES else [f"{name}: the error is {excess:.1f} times that of the nearest codes"]
     place = first_out_of_bound(source, weight, scheme)
     return [] if place is None else [f"{name}: element {list(place)} differs from the source by more than E4M3 rounding error"]

@@ -83,11 +83,17 @@ def test_codes_that_were_changed_do_not_verify(aligned, enough, tmp_path):
     name = "model.layers.0.mlp.down_proj.weight"
 
     def change(tensors):
-        tensors[name].view(torch.uint8)[::4] ^= 8
+        tensors[name].view(torch.uint8)[::4] ^= 1 << 7  # the sign
 
     edit_hf(tmp_path / "out", change)
     (failure,) = verify(tmp_path / "out", aligned).failures
-    assert re.fullmatch(rf"{name}: the error is \d\.\d times that of the nearest codes", failure)
+    assert re.fullmatch(rf"{name}: the error is \d+\.\d times that of the nearest codes", failure)
+
+    def spoil(tensors):
+        tensors[name].view(torch.uint8)[0, 0] = 0x7F
+
+    edit_hf(tmp_path / "out", spoil)
+    assert verify(tmp_path / "out", aligned).failures == [f"{name}: some of its codes are NaN"]
 
 
 def test_without_a_tokenizer_or_token_ids_it_is_refused(aligned, options, tmp_path):
@@ -104,5 +110,5 @@ def test_activations_that_are_not_finite_are_one_line(aligned, enough, monkeypat
         return found
 
     monkeypatch.setattr(layer_quantizer, "moments", broken)
-    with pytest.raises(CheckpointError, match=r"^decoder\.layers\.0\.self_attention\.linear_qkv: .* not finite$"):
+    with pytest.raises(CheckpointError, match=r"^decoder\.layers\.0\.self_attention\.linear_qkv: .* not finite\n"):
         run(make_plan(aligned, rounded("fp8-per-channel", "gptq")), tmp_path / "out", enough)
