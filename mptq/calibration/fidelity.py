@@ -22,6 +22,7 @@ class Deviation:
     """
 
     batches: list[tuple[float, float, float, float]] = field(default_factory=list)
+    tokens: list[tuple[float, int]] = field(default_factory=list)
 
     def add(self, reference: torch.Tensor, quantized: torch.Tensor) -> None:
         """Adds a batch: the hidden states of the same tokens in both streams, of the same shape."""
@@ -29,6 +30,13 @@ class Deviation:
         products = (left - right).square(), left.square(), right.square(), left * right
         noise, signal, other, product = (float(part.sum(dtype=torch.float64)) for part in products)
         self.batches.append((noise, signal, other, product))
+        self.tokens.append((token_error(left, right), left.shape[:-1].numel()))
+
+    def join(self, others: Iterable[Deviation]) -> None:
+        """Adds the batches of `others`."""
+        for other in others:
+            self.batches += other.batches
+            self.tokens += other.tokens
 
     @property
     def finite(self) -> bool:
@@ -42,6 +50,11 @@ class Deviation:
         return math.sqrt(noise / signal) if signal else 0.0
 
     @property
+    def token_error(self) -> float:
+        """Root mean square over tokens of the error relative to the token's own norm."""
+        return math.sqrt(math.fsum(error for error, _ in self.tokens) / sum(count for _, count in self.tokens))
+
+    @property
     def cosine(self) -> float:
         """Cosine of the angle between the two, with all tokens as one vector."""
         _, signal, other, product = self._sums()
@@ -50,6 +63,13 @@ class Deviation:
 
     def _sums(self) -> list[float]:
         return [math.fsum(batch[column] for batch in self.batches) for column in range(4)]
+
+
+def token_error(reference: torch.Tensor, other: torch.Tensor) -> float:
+    """Returns the sum over tokens of the squared error of hidden states [..., hidden], each relative to its own norm."""
+    left = reference.float()
+    errors, norms = (left - other.float()).square().sum(-1), left.square().sum(-1)
+    return float(torch.where(norms > 0, errors / norms, 0.0).sum(dtype=torch.float64))
 
 
 @dataclass
@@ -117,6 +137,9 @@ class NextTokens:
             for mine, more in ((getattr(self, name), getattr(other, name)) for name in vars(self)):
                 mine.sums += more.sums
                 mine.counts += more.counts
+
+    def __bool__(self) -> bool:
+        return bool(self.kl.sums)
 
     @property
     def finite(self) -> bool:

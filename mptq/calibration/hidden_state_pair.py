@@ -7,16 +7,16 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mptq.calibration.expert_coverage import ExpertCoverage, observed
-from mptq.calibration.fidelity import Deviation, NextTokens
+from mptq.calibration.fidelity import Deviation, NextTokens, token_error
 from mptq.calibration.hidden_states import Batch, HiddenStates, batches, chunks, flat
-from mptq.calibration.linear_inputs import LinearInputs, Reached
+from mptq.calibration.linear_inputs import Inputs, LinearInputs, Reached
 from mptq.distributed import Ranks
 from mptq.errors import CheckpointError, OutputError
 from mptq.layers.forward import embed, final_norm, logits, run_layer, weigh_output
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from mptq.calibration.tokens import TokenData
     from mptq.model.tensors import LinearSpec
     from mptq.plan.plan import Plan
+
+
+type Collected = dict[str, dict[int, Inputs]]
+"""Inputs of linears, by module and number of the batch."""
 
 
 @dataclass(frozen=True)
@@ -63,41 +67,49 @@ class Calibrated:
 class HiddenStatePair:
     """Hidden states of the held-out and calibration sequences in both streams: the inputs of the next layer.
 
-    Held-out tokens come first. With `propagate: quantized`, both streams hold the held-out tokens, and the quantized
-    one also the calibration tokens; otherwise the reference holds both, and the quantized stream only the held-out
-    ones. With several ranks, each takes every n-th batch. Calibration batches are the same as with a single rank, so
-    scales are the same bit for bit; held-out batches are smaller where there would be too few for all ranks. Memory:
-    tokens * hidden * 2 bytes for each stream (for 16-bit models), of the rank's own tokens: in memory up to a budget,
-    in files beyond it.
+    Held-out tokens come first, those of the unseen kind from `unseen` on. With `propagate: quantized`, both streams hold
+    the held-out tokens, and the quantized one also the calibration tokens; otherwise the reference holds both, and the
+    quantized stream only the held-out ones. Rounding that compares the streams has both in both. With several ranks,
+    each takes every n-th batch. Calibration batches are the same as with a single rank, so scales are the same bit for
+    bit; held-out batches are smaller where there would be too few for all ranks. Memory: tokens * hidden * 2 bytes for
+    each stream (for 16-bit models), of the rank's own tokens: in memory up to a budget, in files beyond it.
     """
 
     def __init__(self, plan: Plan, tokens: TokenData, options: HiddenStateOptions) -> None:
         self.plan, self.options = plan, options
         self.config = plan.model
         self.propagates = plan.recipe.propagates
-        self.ids = flat([*tokens.held_out, *tokens.calibration])
-        held_out, calibration = ([len(sequence) for sequence in part] for part in (tokens.held_out, tokens.calibration))
+        self.ids = flat([*tokens.held_out, *tokens.unseen, *tokens.calibration])
+        groups = (tokens.held_out, tokens.unseen, tokens.calibration)
+        held_out, unseen, calibration = ([len(sequence) for sequence in part] for part in groups)
+        self.unseen = sum(held_out)
         ranks = options.ranks
         self.measures, self.calibrates = bool(held_out), bool(calibration)
         together = max(1, min(options.batch_size, len(held_out) // ranks.size))
-        self.held_out = batches(held_out, together)[ranks.rank :: ranks.size]
-        calibrating = batches(calibration, options.batch_size, sum(held_out))
+        evaluated = [*batches(held_out, together), *batches(unseen, together, self.unseen)]
+        self.held_out = evaluated[ranks.rank :: ranks.size]
+        evaluated_tokens = sum(held_out) + sum(unseen)
+        calibrating = batches(calibration, options.batch_size, evaluated_tokens)
         self.calibration, self.calibration_batches = calibrating[ranks.rank :: ranks.size], len(calibrating)
         self.sequences = [one for batch in self.held_out for one in batch.sequences]
-        wide = sum(held_out) + sum(calibration)
-        counts = (sum(held_out), wide) if self.propagates else (wide, sum(held_out))
+        wide = evaluated_tokens + sum(calibration)
+        both = calibration and plan.recipe.compares_streams
+        counts = [evaluated_tokens if self.propagates and not both else wide, wide if self.propagates else evaluated_tokens]
+        counts += [self.unseen] if plan.recipe.is_requantized and self.measures else []
         self.compute_dtype = dtype = getattr(torch, self.config.dtype)
         self.bytes = sum(counts) * self.config.hidden_size * dtype.itemsize
         self.on_disk = self.bytes // ranks.size > options.memory
         folder = options.folder if self.on_disk else None
-        self.reference, self.quantized = (
+        self.streams = [
             HiddenStates(count, self.config.hidden_size, dtype, folder, f"{name}-{ranks.rank}")
-            for count, name in zip(counts, ("reference", "quantized"), strict=True)
-        )
+            for count, name in zip(counts, ("reference", "quantized", "served"), strict=False)
+        ]
+        self.reference, self.quantized, *served = self.streams
+        self.served = served[0] if served else None
 
     def embed(self, tables: Sequence[torch.Tensor]) -> None:
         """Initializes both streams from the word embeddings [vocabulary, hidden] and any position embeddings."""
-        for stream in (self.reference, self.quantized):
+        for stream in self.streams:
             for batch in [*self.held_out, *self.calibration]:
                 if batch.tokens.stop <= len(stream.states):
                     ids = self.ids[batch.tokens].view(batch.count, batch.length)
@@ -155,18 +167,30 @@ class HiddenStatePair:
             if not self.propagates:  # else `compare` writes the outputs of the quantized layer
                 source.write(batch, out)
 
-    def inputs(self, layer: torch.nn.Module, wanted: Sequence[LinearSpec], later: Collection[str]) -> LinearInputs:
-        """Collects the inputs of the linears `wanted` in the quantized stream, whose later linears have not run yet.
+    def inputs(self, layer: torch.nn.Module, wanted: Sequence[LinearSpec], later: Collection[str]) -> Collected:
+        """Returns the inputs of the linears `wanted` in the quantized stream, whose `later` linears have not run yet.
 
-        Batches have the numbers that they have among all ranks' batches.
+        They are by module and number of the batch, among all ranks' batches.
         """
-        found, ranks = LinearInputs(wanted, later), self.options.ranks
+        found = LinearInputs(wanted, later, self.plan.recipe.compares_streams)
         with found.collecting(layer):
-            for place, batch in enumerate(self.calibration):
-                found.number = ranks.rank + place * ranks.size
+            for found.number, batch in self._numbered():
                 with suppress(Reached):
                     self._run(layer, self.quantized, batch)
-        return found
+        return found.rows
+
+    def reference_inputs(self, layer: torch.nn.Module, wanted: Sequence[LinearSpec]) -> Collected:
+        """Runs the reference's calibration tokens through a layer with its original weights; returns the same of them."""
+        found = LinearInputs(wanted, residuals=True)
+        with found.collecting(layer):
+            for found.number, batch in self._numbered():
+                self.reference.write(batch, self._run(layer, self.reference, batch))
+        return found.rows
+
+    def _numbered(self) -> Iterator[tuple[int, Batch]]:
+        """Yields the rank's calibration batches with their numbers among those of all ranks."""
+        ranks = self.options.ranks
+        return zip(count(ranks.rank, ranks.size), self.calibration, strict=False)
 
     def compare(self, index: int, layer: TransformerLayer, calibrated: Calibrated) -> dict[str, float] | None:
         """Runs the quantized stream through `layer`, now with quantized weights, and compares it with the reference.
@@ -175,17 +199,41 @@ class HiddenStatePair:
         """
         deviation = Deviation()
         calibrated.observers.round_with({name: calibrated.amax[name] for name in calibrated.rounded})
-        for batch in [*self.held_out, *(self.calibration if self.propagates else ())]:
+        for batch in self.held_out:
             out = self._run(layer, self.quantized, batch)
             self.quantized.write(batch, out)
-            if batch.tokens.stop <= len(self.reference.states):
-                deviation.add(self.reference.read(batch, out.device), out)
-        deviation.batches = [*chain.from_iterable(self.options.ranks.all_gather(deviation.batches))]
+            deviation.add(self.reference.read(batch, out.device), out)
+        for batch in self.calibration if self.propagates else ():
+            self.quantized.write(batch, self._run(layer, self.quantized, batch))
+        mine, deviation = deviation, Deviation()
+        deviation.join(self.options.ranks.all_gather(mine))
         if not deviation.finite:
             raise CheckpointError(f"layer {index}: the held-out data produces activations that are not finite")
         if not self.measures:
             return None
-        return {"hidden_relative_error": deviation.relative_error, "hidden_cosine": deviation.cosine}
+        return {
+            "hidden_relative_error": deviation.relative_error,
+            "hidden_cosine": deviation.cosine,
+            "hidden_token_error": deviation.token_error,
+        }
+
+    def outputs(self, layer: TransformerLayer) -> list[torch.Tensor]:
+        """Returns the outputs of `layer` as it is now for the held-out tokens of the quantized stream, by batch."""
+        return [self._run(layer, self.quantized, batch) for batch in self.held_out]
+
+    def change(self, before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> float:
+        """Returns the mean over all ranks' held-out tokens of the squared change of outputs, relative to what they were."""
+        mine = [(token_error(*pair), pair[0].shape[:-1].numel()) for pair in zip(before, after, strict=True)]
+        found = [*chain.from_iterable(self.options.ranks.all_gather(mine))]
+        tokens: int = sum(count for _, count in found)
+        return math.fsum(error for error, _ in found) / tokens
+
+    def serve(self, layer: TransformerLayer) -> None:
+        """Runs the served stream through `layer`, now with the weights that Blackwell's loaders make."""
+        assert self.served is not None
+        for batch in self.held_out:
+            if batch.tokens.stop <= len(self.served.states):
+                self.served.write(batch, self._run(layer, self.served, batch))
 
     def finish(self, norm: Sequence[torch.Tensor], head: torch.Tensor) -> dict[str, Any] | None:
         """Compares next-token distributions on the held-out sequences (None without any), and closes both streams.
@@ -196,19 +244,26 @@ class HiddenStatePair:
         """
         norm = [weight.to(self.options.device) for weight in norm]
         head = head[: self.config.vocab_size].to(self.options.device).float()
-        found = NextTokens()
+        mine = {"held_out": NextTokens(), "unseen": NextTokens(), "served": NextTokens()}
         for sequence in self.sequences:
-            predicting = slice(sequence.start, sequence.tokens.stop - 1)
-            pieces = chunks(predicting, max(1, LOGITS // self.config.vocab_size))
-            found.add(self._piece(piece, norm, head) for piece in pieces)
+            compared = {"unseen" if sequence.start >= self.unseen else "held_out": self.quantized}
+            if self.served is not None and sequence.start < self.unseen:
+                compared["served"] = self.served
+            for name, stream in compared.items():
+                predicting = slice(sequence.start, sequence.tokens.stop - 1)
+                pieces = chunks(predicting, max(1, LOGITS // self.config.vocab_size))
+                mine[name].add(self._piece(stream, piece, norm, head) for piece in pieces)
         self.close()
         if not self.measures:
             return None
-        mine, found = found, NextTokens()
-        found.join(self.options.ranks.all_gather(mine))
-        if not found.finite:
-            raise CheckpointError("output layer: the held-out data produces log probabilities that are not finite")
-        return found.document
+        documents, ranks = dict[str, Any](), self.options.ranks.all_gather(mine)
+        for name in mine:
+            found = NextTokens()
+            found.join(one[name] for one in ranks)
+            if found and not found.finite:
+                raise CheckpointError("output layer: the held-out data produces log probabilities that are not finite")
+            documents[name] = found.document if found else None
+        return {**documents.pop("held_out"), **documents}
 
     def save(self, path: Path) -> None:
         """Writes the rank's batches of both streams at their offsets in a file, from which a run can be resumed."""
@@ -235,7 +290,7 @@ class HiddenStatePair:
     def _bytes(self) -> Iterator[tuple[int, memoryview]]:
         """Yields the bytes of each of the rank's batches in both streams, with their offset in the file."""
         start = 0
-        for states in (self.reference.states, self.quantized.states):
+        for states in (stream.states for stream in self.streams):
             width = states.shape[1] * states.itemsize
             for batch in [*self.held_out, *self.calibration]:
                 if batch.tokens.stop <= len(states):
@@ -245,19 +300,19 @@ class HiddenStatePair:
 
     def close(self) -> None:
         """Frees the memory and removes the files."""
-        self.reference.close()
-        self.quantized.close()
+        for stream in self.streams:
+            stream.close()
 
     def _run(self, layer: torch.nn.Module, stream: HiddenStates, batch: Batch) -> torch.Tensor:
         return run_layer(layer, self.config, stream.read(batch, self.options.device))
 
     def _piece(
-        self, piece: slice, norm: Sequence[torch.Tensor], head: torch.Tensor
+        self, other: HiddenStates, piece: slice, norm: Sequence[torch.Tensor], head: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns float32 logits of both streams at the tokens `piece`, and the ids of the tokens that follow them."""
+        """Returns float32 logits of the reference and another stream at the tokens `piece`, and the ids that follow them."""
         left, right = (
             logits(final_norm(stream.states[piece].to(self.options.device), norm, self.config), head)
-            for stream in (self.reference, self.quantized)
+            for stream in (self.reference, other)
         )
         return left, right, self.ids[piece.start + 1 : piece.stop + 1].to(self.options.device)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mptq.calibration.datasets.options import DataOptions
-from mptq.calibration.datasets.sources import Dataset, find_sources
+from mptq.calibration.datasets.sources import Dataset, find_sources, unseen_source
 from mptq.calibration.tokenizer import encode, load_tokenizer, tokenizer_directory
 from mptq.errors import DataError
 
@@ -20,10 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenData:
-    """Token ids of each sequence, int64 [length]; `account` records them for reports (plain values, no paths)."""
+    """Token ids of each sequence, int64 [length]; `account` records them for reports (plain values, no paths).
+
+    `held_out` are of the datasets that calibrate, and `unseen` of a kind of text that never does.
+    """
 
     calibration: tuple[np.ndarray, ...]
     held_out: tuple[np.ndarray, ...]
+    unseen: tuple[np.ndarray, ...]
     account: dict[str, Any]
 
 
@@ -54,6 +58,9 @@ def check_datasets(options: DataOptions) -> None:
 def load_tokens(options: DataOptions, tokenizer: Path | str | None, vocab_size: int, calibrate: bool) -> TokenData:
     """Returns held-out sequences and, if `calibrate`, calibration sequences; reads no more documents than they need.
 
+    Data that calibrates is not the only kind that a model will see: with a tokenizer there are as many `unseen`
+    sequences as held-out ones then.
+
     `tokenizer` is the directory of the model's tokenizer, or a file in it. The documents of each dataset are shuffled
     with the seed, and the held-out sequences are taken first, so they do not depend on `calib_size` or `calibrate`. The
     rest of a held-out document, and copies of it, are not used to calibrate; a dataset of a single document is split
@@ -83,6 +90,7 @@ def load_tokens(options: DataOptions, tokenizer: Path | str | None, vocab_size: 
         about |= {"documents": supply.documents, "empty": supply.empty, "copies": supply.copies}
         rows.append(about | describe(held[index] + used[index]))
     calibration, held_out = interleave(used), interleave(held)
+    unseen = _unseen(options, tokenizer, vocab_size) if calibrate and tokenizer else ()
     account = {
         "datasets": rows,
         "default_data": not options.datasets,
@@ -92,8 +100,19 @@ def load_tokens(options: DataOptions, tokenizer: Path | str | None, vocab_size: 
         "seq_length": options.seq_length,
         "calibration": describe(calibration),
         "held_out": describe(held_out),
+        "unseen": describe(unseen) | {"name": unseen_source().name} if unseen else None,
     }
-    return TokenData(calibration, held_out, account)
+    return TokenData(calibration, held_out, unseen, account)
+
+
+def _unseen(options: DataOptions, tokenizer: Path | str | None, vocab_size: int) -> tuple[np.ndarray, ...]:
+    """Returns as many sequences as are held out, of the kind of text that never calibrates."""
+    source = unseen_source()
+    (supply,) = _supplies([source], options, tokenizer)
+    found = supply.take(options.eval_size, hold_out=True)
+    _check_enough(source, (len(found), 0), (options.eval_size, 0), options, supply)
+    _check_vocabulary(source, found, tokenizer, vocab_size)
+    return tuple(found)
 
 
 def _supplies(sources: Sequence[Dataset], options: DataOptions, tokenizer: Path | str | None) -> list[Supply]:

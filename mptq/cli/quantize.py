@@ -14,7 +14,7 @@ import typer
 
 from mptq.cli import console, options, tables
 from mptq.cli.progress import Freezing, LiveProgress
-from mptq.errors import GateError
+from mptq.errors import GateError, OptionError
 
 if TYPE_CHECKING:
     from mptq.pipeline.options import Options
@@ -76,7 +76,7 @@ def quantize(  # noqa: PLR0913, PLR0917 (one parameter per option)
     rounding: Annotated[
         str | None,
         typer.Option(
-            metavar="nearest|scales|gptq",
+            metavar="nearest|scales|gptq|qep",
             help="Round weights to nearest, or with regard to the calibration data.",
             show_default="from the recipe",
         ),
@@ -119,6 +119,22 @@ def quantize(  # noqa: PLR0913, PLR0917 (one parameter per option)
             metavar="SIZE",
             help="Keep hidden states in memory up to this size, otherwise in a file.",
             show_default="a quarter of free memory",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    sensitivity: Annotated[
+        bool,
+        typer.Option(
+            "--sensitivity",
+            help="Measure what quantizing each group of linears does to the hidden states.",
+            rich_help_panel=_DATA,
+        ),
+    ] = False,
+    keep_bytes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PERCENT",
+            help="Keep the groups of linears that cost most in source precision, up to this share of the bytes.",
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -182,23 +198,22 @@ def quantize(  # noqa: PLR0913, PLR0917 (one parameter per option)
         batch_size=calib_batch_size,
         activation_memory=None if activation_memory is None else parse_size(activation_memory),
         moe_min_tokens=moe_min_tokens,
+        sensitivity=sensitivity,
         gates=report.QualityLimits(max_kl, parse_percent(max_ppl_increase)),
     )
     chosen = SourceOptions(iteration, tuple(config or ()), hf_config, tokenizer)
-    plan = make_plan(
-        checkpoint,
-        load_recipe(recipe).changed(ignore or (), kv_cache, rounding),
-        tuple(form.strip() for form in formats.split(",")),
-        chosen,
-    )
+    forms = tuple(form.strip() for form in formats.split(","))
+    plan = make_plan(checkpoint, load_recipe(recipe).changed(ignore or (), kv_cache, rounding), forms, chosen)
     out = output or preflight.default_output(plan, checkpoint)
-    if dry_run and is_first():
-        checked = preflight.check(plan, out.resolve(), settings)
-        document = report.describe(plan, checked.work) | {"warnings": checked.notes, "output": str(out)}
-        _show_plan(document, as_json, quiet)
-    if dry_run:
-        return
     quiet = quiet or not is_first()
+    if keep_bytes is not None:
+        if dry_run:
+            raise OptionError("--keep-bytes measures the model, which --dry-run does not run: pass only one of them")
+        keep = _costliest(plan, out, settings, keep_bytes, None if quiet else LiveProgress(verbose))
+        plan = make_plan(checkpoint, plan.recipe.changed(keep), forms, chosen)
+    if dry_run:
+        _show_plan(plan, out, settings, as_json, quiet)
+        return
     document = _run(plan, out, settings, None if quiet else LiveProgress(verbose))
     if not is_first():
         return
@@ -212,7 +227,16 @@ def quantize(  # noqa: PLR0913, PLR0917 (one parameter per option)
         raise GateError(f"{out} was written, but {'; '.join(map(tables.gate, missed))}")
 
 
-def _show_plan(document: dict[str, Any], as_json: bool, quiet: bool) -> None:
+def _show_plan(plan: Plan, out: Path, settings: Options, as_json: bool, quiet: bool) -> None:
+    """Prints what a run would do, on rank 0."""
+    from mptq import report
+    from mptq.distributed import is_first
+    from mptq.pipeline import preflight
+
+    if not is_first():
+        return
+    checked = preflight.check(plan, out.resolve(), settings)
+    document = report.describe(plan, checked.work) | {"warnings": checked.notes, "output": str(out)}
     if as_json:
         console.document(document)
     elif not quiet:
@@ -229,6 +253,17 @@ def _run(plan: Plan, out: Path, options: Options, live: LiveProgress | None) -> 
     except KeyboardInterrupt as error:
         kept = hasattr(error, "__notes__")
         raise typer.Exit(console.fail(error, "interrupted" if kept else "interrupted: nothing was written", 130)) from error
+
+
+def _costliest(plan: Plan, out: Path, options: Options, keep_bytes: str, live: LiveProgress | None) -> tuple[str, ...]:
+    """Returns patterns of the linears that cost most, up to that percentage of the bytes."""
+    from mptq.pipeline.sensitivity import kept
+    from mptq.report.run_log import Silent
+
+    share = parse_percent(keep_bytes)
+    assert share is not None
+    with live or nullcontext(Silent()) as progress:
+        return kept(plan, out.resolve(), options, share / 100, Freezing(progress))
 
 
 def _terminated() -> Callable[[], bool]:

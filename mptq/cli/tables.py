@@ -130,7 +130,8 @@ def gate(row: Mapping[str, Any]) -> str:
     words = {"max_kl": ("the KL divergence is", " nats"), "max_ppl_increase": ("the perplexity increase is", " %")}
     what, unit = words[row["name"]]
     value = "not measured" if row["value"] is None else f"{row['value']:.4g}{unit}"
-    return f"{what} {value} (limit {row['limit']:.4g}{unit})"
+    where = " on text of an unseen kind" if row.get("text") == "unseen" else ""
+    return f"{what} {value}{where} (limit {row['limit']:.4g}{unit})"
 
 
 def fidelity(document: Mapping[str, Any]) -> list[str]:
@@ -138,9 +139,26 @@ def fidelity(document: Mapping[str, Any]) -> list[str]:
     if document["fidelity"] is None:
         return []
     lines = figures(document)
+    lines += served(document)
+    lines += _sensitivity(document)
     lines += _experts(document)
     lines += [f"limit       {'met' if row['met'] else '[red]missed[/]'}: {gate(row)}" for row in document["gates"]]
     return lines
+
+
+def served(document: Mapping[str, Any]) -> list[str]:
+    """Lines about what Blackwell's loaders make of float32 block scales."""
+    form = document["formats"][0]
+    error = document.get("served_error", {}).get(form)
+    if error is None:
+        return []
+    found = document["fidelity"] and document["fidelity"].get("served")
+    kl = f", KL {uncertain(found['kl']['mean'], found['kl']['standard_error'])}" if found else ""
+    stored = _percent(document["relative_error"][form])
+    return [
+        f"Blackwell   weight error {_percent(error)} instead of {stored}{kl}: its loaders round block scales to",
+        "            powers of two; with recipe fp8-blockwise-ue8m0 they are so from the start, and nothing is lost there",
+    ]
 
 
 def figures(document: Mapping[str, Any]) -> list[str]:
@@ -150,12 +168,21 @@ def figures(document: Mapping[str, Any]) -> list[str]:
     where = "default data" if data["default_data"] else ", ".join(row["name"] for row in data["datasets"])
     ratio = uncertain(perplexity["ratio"], perplexity["ratio_standard_error"])
     same = uncertain(100 * agreement["mean"], agreement["standard_error"] and 100 * agreement["standard_error"])
-    return [
+    lines = [
         f"KL          {uncertain(kl['mean'], kl['standard_error'])} nats per token",
         f"perplexity  {perplexity['reference']:.3f} -> {perplexity['quantized']:.3f}, ratio {ratio}",
         f"top-1       {same} % agreement on the most likely next token",
         f"            on {found['tokens']} held-out tokens in {found['sequences']} sequences from {escape(where)}",
     ]
+    unseen = found.get("unseen")
+    if unseen is not None:
+        kl, ratio = unseen["kl"], unseen["perplexity"]["ratio"]
+        lines += [
+            f"unseen kind KL {uncertain(kl['mean'], kl['standard_error'])}, perplexity ratio {ratio:.4f}, "
+            f"top-1 {100 * unseen['top1_agreement']['mean']:.2f} %",
+            f"            on {unseen['tokens']} tokens of {data['unseen']['name']}, a kind of text that never calibrates",
+        ]
+    return lines
 
 
 def left_out(document: Mapping[str, Any]) -> list[str]:
@@ -165,6 +192,19 @@ def left_out(document: Mapping[str, Any]) -> list[str]:
     found = {words: sum(row.get(key, 0) for row in rows) for words, key in counts.items()}
     words = ", ".join(f"{count} {words}" for words, count in found.items() if count)
     return [f"skipped     documents: {words}"] if words else []
+
+
+def _sensitivity(document: Mapping[str, Any]) -> list[str]:
+    """The groups of linears that cost most."""
+    rows = [
+        (cost, f"{group} of layer {row['layer']}")
+        for row in document["layers"]
+        for group, cost in (row.get("sensitivity") or {}).items()
+    ]
+    if not rows:
+        return []
+    worst = ", ".join(f"{name} ({_percent(math.sqrt(cost))})" for cost, name in sorted(rows, reverse=True)[:4])
+    return [f"sensitivity {worst}: change of a token's hidden state after the layer"]
 
 
 def _experts(document: Mapping[str, Any]) -> list[str]:

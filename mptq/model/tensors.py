@@ -159,6 +159,11 @@ def stages(linears: Sequence[LinearSpec]) -> list[list[LinearSpec]]:
     return [group for group in found if group]
 
 
+def group_name(group: Sequence[LinearSpec]) -> str:
+    """Returns the kinds of linears of a stage, as reports and `kept` patterns name it."""
+    return "+".join(dict.fromkeys(linear.kind for linear in group))
+
+
 def layer_linears(config: ModelConfig, layer: int) -> tuple[LinearSpec, ...]:
     """Returns the linears of one layer, in the order of the forward pass."""
     return linears_of(config, config.kinds[layer])

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunContext:
-    """The run on this process. `mine` has the numbers of the units that it writes (None: all)."""
+    """The run on this process. `mine` has the numbers of the units that it writes (None: all).
+
+    With `sensitivity`, what each group of linears does to the hidden states is measured.
+    """
 
     plan: Plan
     device: torch.device
@@ -36,6 +39,7 @@ class RunContext:
     hidden_states: HiddenStatePair | None = None
     mine: Container[int] | None = None
     ranks: Ranks = field(default_factory=Ranks)
+    sensitivity: bool = False
 
     @property
     def dtype(self) -> torch.dtype:

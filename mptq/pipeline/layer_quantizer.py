@@ -12,25 +12,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mptq import report
-from mptq.calibration.moments import moments
+from mptq.calibration.linear_inputs import is_added
+from mptq.calibration.moments import Batches, moments
 from mptq.distributed import shares
 from mptq.errors import CheckpointError
 from mptq.formats import FORMATS
 from mptq.formats.layout import canonical_weight
 from mptq.formats.protocol import QuantizedCache, QuantizedLinear
-from mptq.model.tensors import CORE_ATTENTION, megatron_layer, stages
+from mptq.model.tensors import CORE_ATTENTION, group_name, megatron_layer, stages
 from mptq.pipeline.stored import add, empty, store_unquantized
 from mptq.quantize import quantizer
 from mptq.quantize.compressed_linears import Compressed, CompressedLinears, calibrated_amax, drop, release
-from mptq.quantize.fp8 import dequantize, scale_of
+from mptq.quantize.fp8 import dequantize, encoded, scale_of
 from mptq.quantize.quantizer import require_finite
 from mptq.quantize.rounding.rounder import Rounded, Rounder, Shared
+from mptq.quantize.served import as_served, served_error
 from mptq.types import LayerOutput, TensorSpec
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
-    from mptq.calibration.hidden_state_pair import Calibrated, HiddenStatePair
+    from mptq.calibration.hidden_state_pair import Calibrated, Collected, HiddenStatePair
     from mptq.formats.layout import Layout
     from mptq.model.tensors import LinearSpec
     from mptq.pipeline.context import PlannedReader, RunContext
@@ -82,9 +84,11 @@ class LayerQuantizer:
         self.owners = {number: rank for rank, share in ranks for number in share}
         self.rows: list[tuple[int, dict[str, Any]]] = []
         self.linears: dict[str, CompressedLinears] = {}
-        self.inputs: dict[str, dict[int, torch.Tensor]] = {}
+        self.inputs: Collected = {}
+        self.reference: Collected = {}
         self.rounder: Rounder | None = None
         self.outcomes: dict[str, Rounded] = {}
+        self.scales: dict[str, list[torch.Tensor]] = {}
         self.best: torch.Tensor | None = None
 
     def outputs(self) -> Iterator[LayerOutput]:
@@ -107,22 +111,29 @@ class LayerQuantizer:
 
     def _ordered(self, states: HiddenStatePair | None) -> Iterator[LinearSpec]:
         """Yields the linears; for rounding by their inputs, each group once these are known."""
-        linears = self.plan.linears(self.layer)
-        if self.plan.recipe.rounding == "nearest":
+        linears, rounds = self.plan.linears(self.layer), self.plan.recipe.rounding != "nearest"
+        if states is None or self.live is None or not (rounds or self.context.sensitivity):
             yield from linears
             return
-        assert states is not None
-        assert self.live is not None
-        left = stages(linears)
+        found, left = dict[str, float](), stages(linears)
+        first = states.outputs(self.live) if self.context.sensitivity else []
+        before = first
         while left:
             group, *left = left
             wanted = [linear for linear in group if self._schemes(linear)]
-            if wanted:
+            if wanted and rounds:
                 self.context.progress.doing("collecting inputs")
                 later = [linear.module for linear in chain.from_iterable(left)]
                 with self.context.log.timed("forward"):
-                    self.inputs = states.inputs(self.live, wanted, later).rows
+                    self.inputs = states.inputs(self.live, wanted, later)
             yield from group
+            if wanted and self.context.sensitivity:
+                with self.context.log.timed("forward"):
+                    after = states.outputs(self.live)
+                found[group_name(group)] = states.change(before, after)
+                before = after
+        if self.context.sensitivity:
+            self.row["sensitivity"] = found
 
     def _rounder(self, linear: LinearSpec) -> Rounder | None:
         """Returns what rounds the linears of the group of `linear`, whose first is asked for; None to round to nearest.
@@ -132,8 +143,10 @@ class LayerQuantizer:
         rows, states = self.inputs.pop(linear.module, None), self.context.hidden_states
         if rows is None or states is None:
             return None
+        reference, added = self.reference.pop(linear.module, None), linear.shape[0] if is_added(linear) else 0
+        given = Batches(states.calibration_batches, linear.in_features, rows, reference, added)
         with self.context.log.timed("moments"):
-            found = moments(rows, states.calibration_batches, linear.in_features, self.context.device, self.context.ranks)
+            found = moments(given, self.context.device, self.context.ranks)
         if not torch.isfinite(found.fitted.diagonal()).all():
             name = f"{megatron_layer(self.layer)}{linear.megatron}"
             raise CheckpointError(f"{name}: the calibration data produces activations that are not finite")
@@ -175,6 +188,10 @@ class LayerQuantizer:
         self.context.progress.doing("calibrating" if states.calibration else "running the reference")
         with self.context.log.timed("forward"):
             self.calibrated = states.calibrate(self.layer, live, static)
+            if self.plan.recipe.compares_streams:
+                # The tokens of an expert differ between the streams.
+                wanted = [one for one in self.plan.linears(self.layer) if one.expert is None and self._schemes(one)]
+                self.reference = states.reference_inputs(live, wanted)
         self.live = live
         self.row["experts"] = self.calibrated.experts
 
@@ -185,6 +202,9 @@ class LayerQuantizer:
         self.context.progress.doing("running the quantized layer")
         with self.context.log.timed("forward"):
             self.row |= states.compare(self.layer, self.live, self.calibrated) or {}
+            if states.served is not None:
+                self._serve(self.live)
+                states.serve(self.live)
         release(self.live)
         self.context.log.layers.append(self.row)
 
@@ -262,6 +282,13 @@ class LayerQuantizer:
 
     def _rounded(self, linears: CompressedLinears, name: str, source: torch.Tensor, label: str) -> Compressed:
         """Returns a compressed matrix, rounded to nearest or by its inputs."""
+        scheme = linears.schemes[name]
+        assert scheme is not None
+        made = self._compress(linears, name, source, label)
+        served = served_error(source, made.weight, scheme) if scheme.is_requantized else None
+        return replace(made, served=served)
+
+    def _compress(self, linears: CompressedLinears, name: str, source: torch.Tensor, label: str) -> Compressed:
         if self.rounder is None:
             return linears.compress(name, source, label, self.amax)
         scheme = linears.schemes[name]
@@ -293,6 +320,8 @@ class LayerQuantizer:
         out, first = self.live.get_parameter(f"{linear.module}.weight").data, self.plan.formats[0]
         layout, weights = self.plan.layouts[first], made.get(first)
         scheme = layout.scheme(self.layer, linear)
+        if scheme is not None and weights is not None and scheme.is_requantized:
+            self.scales[linear.module] = [made.weight.scale for made in weights]
         if scheme is None or weights is None:
             out.copy_(source)
         elif layout.splits:
@@ -300,6 +329,22 @@ class LayerQuantizer:
         else:
             (fused,) = weights
             dequantize(fused.weight, scheme, out)
+
+    def _serve(self, live: TransformerLayer) -> None:
+        """Replaces the live weights, which the first format stores, with what Blackwell's loaders make of them.
+
+        Codes can be read off the weights, because the model's dtype is finer than E4M3.
+        """
+        layout = self.plan.layouts[self.plan.formats[0]]
+        for linear in self.plan.linears(self.layer):
+            scales, scheme = self.scales.pop(linear.module, None), layout.scheme(self.layer, linear)
+            if scales is None or scheme is None:
+                continue
+            out = live.get_parameter(f"{linear.module}.weight").data
+            parts = linear.fusion.split(out) if layout.splits else [out]
+            codes = (encoded(part, scale, scheme) for part, scale in zip(parts, scales, strict=True))
+            found = [dequantize(as_served(made, scheme), scheme) for made in codes]
+            out.copy_(linear.fusion.merge(found) if layout.splits else found[0])
 
     def _report(self, number: int, form: str, linear: LinearSpec, weights: Sequence[Compressed]) -> None:
         """Adds a row to the report for each stored weight; weights without an error are reported by another rank."""
@@ -312,6 +357,7 @@ class LayerQuantizer:
             before = TensorSpec(source, self.plan.source.dtype(source), tuple(made.weight.data.shape))
             row = report.tensor_row(form, name, before, scheme, made.error)
             row |= _outcome_row(self.outcomes.pop(name.removesuffix(".weight"), None))
+            row["served_error"] = made.served
             row["input_amax"] = float(self._input_amax(linear)) if scheme.static else None
             self.rows.append((number, row))
             self.context.progress.tensor(row)

@@ -29,8 +29,8 @@ class Options:
     `data` selects the calibration and held-out sequences, `batch_size` of which are processed at once. Their hidden
     states are kept in memory up to `activation_memory` bytes (None: a quarter of the available memory), and in files
     beyond that. An expert that saw fewer than `moe_min_tokens` tokens gets its static scales from the layer's other
-    experts. With `resume`, an interrupted run is continued. `stop` is called after each unit; if it returns True, the
-    run stops.
+    experts. With `sensitivity`, the report has what each group of linears costs. With `resume`, an interrupted run is
+    continued. `stop` is called after each unit; if it returns True, the run stops.
     """
 
     tokenizer: Path | None = None
@@ -41,6 +41,7 @@ class Options:
     batch_size: int = 8
     activation_memory: int | None = None
     moe_min_tokens: int = 16
+    sensitivity: bool = False
     gates: report.QualityLimits = field(default_factory=report.QualityLimits)
     resume: bool = False
     stop: Callable[[], bool] = bool
@@ -76,6 +77,8 @@ KINDS: Mapping[str, str] = {
     "--max-ppl-increase": LIMIT,
     "--output": RUN,
     "--activation-memory": RUN,
+    "--sensitivity": RUN,
+    "--keep-bytes": "recipe",
     "--trust-remote-code": RUN,  # its effects are in `tokens`
     "--overwrite": RUN,
     "--resume": RUN,
@@ -136,7 +139,7 @@ def decisive(
         "calib_packing": data["packed"],
         "seed": data["seed"],
         "moe_min_tokens": options.moe_min_tokens,
-        "tokens": _digest([data["calibration"]["sha256"], data["held_out"]["sha256"]]),
+        "tokens": _digest([data[part]["sha256"] for part in ("calibration", "held_out", "unseen") if data[part]]),
     }
 
 

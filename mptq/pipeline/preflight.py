@@ -81,7 +81,7 @@ def check(plan: Plan, out: Path, options: Options, processes: int = 1) -> Prefli
     if runs and processes > 1 and plan.recipe.calibration.method != "max":
         raise DataError("percentile calibration needs all samples in one process: use method max, or start a single process")
     notes += _without_effect(plan, options, runs)
-    work = _work(plan, options) if runs else None
+    work = _work(plan, options, tokenizer) if runs else None
     checked = Preflight(tokenizer, work, notes, generation)
     if finished(plan, out, options, checked):
         return replace(checked, complete=True)
@@ -134,17 +134,21 @@ def _require_figures(plan: Plan, options: Options) -> None:
         raise DataError(f"a fidelity limit ({' and '.join(options.gates.flags)}) needs fidelity figures, but {reason}")
 
 
-def _work(plan: Plan, options: Options) -> estimates.ActivationBudget:
+def _work(plan: Plan, options: Options, tokenizer: Path | None) -> estimates.ActivationBudget:
     """Returns the budget of the activations, assuming that every sequence is full."""
     data, recipe = options.data, plan.recipe
     length = min(data.seq_length, plan.model.max_position_embeddings)
     calibrating = data.calib_size if recipe.needs_data else 0
-    streams = data.eval_size + calibrating + data.eval_size + calibrating * recipe.propagates
+    both = recipe.propagates + recipe.compares_streams
+    evaluated = data.eval_size * (2 if calibrating and tokenizer is not None else 1)
+    streams = 2 * evaluated + calibrating * max(1, both) + data.eval_size * plan.recipe.is_requantized
     stored = streams * length * plan.model.hidden_size * DTYPE_BYTES[plan.model.dtype]
     kept, filed = (stored, 0) if stored <= activation_memory(options) else (0, stored)
     together = min(options.batch_size, max(data.eval_size, calibrating))
     rounding = calibrating * length if recipe.rounding != "nearest" else 0
-    return estimates.ActivationBudget(kept, filed, together * length, length, data.eval_size > 0, rounding)
+    return estimates.ActivationBudget(
+        kept, filed, together * length, length, data.eval_size > 0, rounding, 1 + recipe.compares_streams
+    )
 
 
 def activation_memory(options: Options) -> int:

@@ -77,7 +77,7 @@ def prepared(plan: Plan, place: Place, checked: Preflight, options: Options, pro
         mine = shares(left, place.ranks.size)[place.ranks.rank]
         # Hidden states pass through the embeddings, layers and output layer on all ranks together.
         units = [unit for unit in plan.units if unit.number in left and (unit.number in mine or (states and unit.flows))]
-        context = RunContext(plan, device, log, progress, states, mine, place.ranks if states else Ranks())
+        context = RunContext(plan, device, log, progress, states, mine, place.ranks if states else Ranks(), options.sensitivity)
         yield Setup(context, units, committer, depends, _calibration(plan, account, states))
 
 

@@ -50,7 +50,7 @@ class ActivationBudget:
     """What activations add to a run: bytes of hidden states in memory or in files, and tokens of a batch.
 
     A batch consists of sequences of `length` tokens. `compares` says whether logits are compared. `rounding_tokens` are the
-    calibration tokens whose inputs are kept for rounding, 0 if that is to nearest.
+    calibration tokens whose inputs are kept for rounding, 0 if that is to nearest; `streams` says of how many streams.
     """
 
     stored_bytes: int
@@ -59,6 +59,7 @@ class ActivationBudget:
     length: int
     compares: bool
     rounding_tokens: int = 0
+    streams: int = 1
 
 
 def peak_memory(plan: Plan, work: ActivationBudget | None = None) -> int:
@@ -166,18 +167,22 @@ def _input_memory(plan: Plan, layer: int, work: ActivationBudget) -> int:
     """Returns the most bytes of inputs that are kept for rounding: those of linears that do not depend on each other."""
     if not work.rounding_tokens:
         return 0
-    model, width, kept = plan.model, DTYPE_BYTES[plan.model.dtype], [0]
-    for group in tensors.stages(plan.linears(layer)):
+    model, linears, width = plan.model, plan.linears(layer), DTYPE_BYTES[plan.model.dtype]
+    kept = []
+    for group in tensors.stages(linears):
         shares = (model.moe_topk / model.num_experts if linear.expert is not None else 1 for linear in group)
         inputs = zip(shares, (linear.in_features for linear in group), strict=True)
-        kept.append(int(sum(share * columns for share, columns in inputs) * work.rounding_tokens * width))
-    return max(kept)
+        kept.append(sum(share * columns for share, columns in inputs))
+    # The reference's inputs are those of the whole layer, and of the residual stream, which the other has once.
+    reference = sum(linear.in_features for linear in linears if linear.expert is None) + 3 * model.hidden_size
+    columns = max(kept, default=0) + reference * (work.streams - 1)
+    return int(columns * work.rounding_tokens * width)
 
 
 _ROUNDED_BYTES = 8 * 4
 """Bytes per weight while it is rounded by its inputs: itself, its target, scales, codes and errors, in float32."""
 _MOMENT_BYTES = 8 * 4
-"""Bytes per pair of inputs: two moments, a batch's, and what factoring one takes, in float32."""
+"""Bytes per pair of inputs: the moments, a batch's, and what factoring one takes, in float32."""
 
 
 _SCORE_BYTES = 12

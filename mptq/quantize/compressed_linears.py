@@ -47,12 +47,14 @@ _UNCALIBRATED = {"algorithm": None}
 class Compressed:
     """A compressed matrix: its weight, its error (None on other ranks than the one that rounded it), and its linear.
 
-    `linear` is ModelOpt's module, which has the same weight, and the state from which ModelOpt restores it.
+    `linear` is ModelOpt's module, which has the same weight, and the state from which ModelOpt restores it. `served` is
+    the relative error after a loader has quantized it again (served.py); None if none does.
     """
 
     weight: Fp8Weight
     error: WeightError | None
     linear: Any
+    served: float | None = None
 
 
 class CompressedLinears:

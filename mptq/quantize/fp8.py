@@ -61,11 +61,11 @@ def strips(weight: Fp8Weight, scheme: Scheme) -> Iterator[tuple[slice, torch.Ten
     rows, columns = weight.data.shape
     for start in range(0, rows, STRIP_ROWS):
         part = slice(start, min(start + STRIP_ROWS, rows))
-        scale = _spread(weight.scale, scheme, part, columns)
+        scale = spread(weight.scale, scheme, part, columns)
         yield part, weight.data[part].float().mul_(scale), scale
 
 
-def _spread(scale: torch.Tensor, scheme: Scheme, rows: slice, columns: int) -> torch.Tensor:
+def spread(scale: torch.Tensor, scheme: Scheme, rows: slice, columns: int) -> torch.Tensor:
     """Returns the float32 scales of `rows`, which broadcast over them: [], or [1 or number of rows, 1 or columns]."""
     if scheme.shared:  # some formats repeat it for every row
         return scale[rows] if scale.dim() else scale
@@ -89,6 +89,15 @@ def dequantize(weight: Fp8Weight, scheme: Scheme, out: torch.Tensor | None = Non
     for rows, values, _ in strips(weight, scheme):
         out[rows] = values
     return out
+
+
+def encoded(values: torch.Tensor, scale: torch.Tensor, scheme: Scheme) -> Fp8Weight:
+    """Returns the weight with that `scale` whose `dequantize`d numbers, rounded to a 16-bit dtype, are `values`."""
+    made = Fp8Weight(torch.empty(values.shape, dtype=torch.float8_e4m3fn, device=values.device), scale)
+    for start in range(0, len(values), STRIP_ROWS):
+        part = slice(start, min(start + STRIP_ROWS, len(values)))
+        made.data[part] = (values[part].float() / spread(scale, scheme, part, values.shape[1])).to(torch.float8_e4m3fn)
+    return made
 
 
 def reference_scale(weight: torch.Tensor, scheme: Scheme, multiple: torch.Tensor | float = 1.0) -> torch.Tensor:

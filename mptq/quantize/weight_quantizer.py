@@ -110,15 +110,24 @@ class WeightQuantizer(TensorQuantizer):  # type: ignore[misc]
         kind = FP8QTensor if made.amax is not None else MXFP8QTensor
         return kind(made.data.shape, dtype, made.data)
 
+    def scale_for(self, amax: torch.Tensor, scheme: Scheme) -> None:
+        """Scales for `amax`, float32 of the shape of the scales, from now on; for MX, when the weight is compressed."""
+        self.rounding = Rounding(amax=amax, scheme=scheme)
+        if not scheme.exponents:
+            self._set_buffer("_amax", self._shaped(amax))
+
     def _quantized(self, inputs: torch.Tensor, scheme: Scheme, amax: torch.Tensor | None) -> tuple[Fp8Weight, WeightError]:
         return quantizer.quantize(inputs.detach(), scheme, self.rounding.name, amax)
 
     def _stored_amax(self, made: Fp8Weight) -> torch.Tensor:
-        """Returns the amax in ModelOpt's shape: with a unit axis after each axis of blocks, and [] for a single one."""
         assert made.amax is not None
+        return self._shaped(made.amax)
+
+    def _shaped(self, amax: torch.Tensor) -> torch.Tensor:
+        """Returns the amax in ModelOpt's shape: with a unit axis after each axis of blocks, and [] for a single one."""
         if not self._block_sizes:
-            return made.amax
-        return made.amax.reshape(()) if made.amax.numel() == 1 else made.amax[:, None, :, None]
+            return amax
+        return amax.reshape(()) if amax.numel() == 1 else amax[:, None, :, None]
 
 
 def assign(linear: Any, weight: torch.Tensor, rounding: Rounding = Rounding()) -> None:

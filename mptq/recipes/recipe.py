@@ -108,6 +108,8 @@ class Override(BaseModel):
         return load_recipe(self.recipe).scheme
 
 
+Rounding = Literal["nearest", "scales", "gptq", "qep"]
+
 _OF_WEIGHTS = ("activations", "kv_cache", "algorithm", "rounding", "misaligned", "overrides")
 """Fields of a recipe that a conversion without quantization leaves at their defaults."""
 
@@ -117,7 +119,8 @@ class Recipe(BaseModel):
 
     `algorithm` is ModelOpt's for the scales of weights: `max` fits the largest magnitude of a cell, and `mse` searches for
     the scale with the least squared error. `rounding` of weights is to nearest, with scales that have the least error of
-    the outputs on the calibration data (`scales`), or with codes that also compensate each other's errors (`gptq`).
+    the outputs on the calibration data (`scales`), with codes that also compensate each other's errors (`gptq`), or with
+    codes that make up for those of earlier linears too (`qep`).
     `misaligned` decides what happens to weights whose dimensions do not fit the scheme in an output: they keep their
     precision, get one scale per row, or are an error. The last of `overrides` that matches a linear applies. Without
     `weights` nothing is quantized: the checkpoint is only converted.
@@ -131,7 +134,7 @@ class Recipe(BaseModel):
     activations: Literal["dynamic", "static"] = "dynamic"
     kv_cache: Literal["none", "fp8"] = "none"
     algorithm: Literal["max", "mse"] = "max"
-    rounding: Literal["nearest", "scales", "gptq"] = "nearest"
+    rounding: Rounding = "nearest"
     hf: Literal["deepseek-fp8", "compressed-tensors", "modelopt", "plain"]
     misaligned: Literal["keep", "per-channel", "error"] = "keep"
     calibration: Calibration = Calibration()
@@ -192,10 +195,20 @@ class Recipe(BaseModel):
         return [self.scheme, *(override.scheme for override in self.overrides)]
 
     @property
+    def is_requantized(self) -> bool:
+        """Whether Blackwell's loaders quantize any of its weights again."""
+        return any(scheme is not None and scheme.is_requantized for scheme in self.schemes)
+
+    @property
     def needs_data(self) -> bool:
         """Whether any scale or the rounding needs calibration."""
         static = any(scheme is not None and scheme.static for scheme in self.schemes)
         return static or self.kv_cache == "fp8" or self.rounding != "nearest"
+
+    @property
+    def compares_streams(self) -> bool:
+        """Whether rounding needs the reference's inputs of each linear beside those of the quantized stream."""
+        return self.rounding == "qep"
 
     @property
     def fingerprint(self) -> str:

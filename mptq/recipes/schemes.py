@@ -54,6 +54,11 @@ class Scheme:
         return self.cell[0] if self.cell[0] == self.cell[1] != WHOLE else None
 
     @property
+    def is_requantized(self) -> bool:
+        """Whether Blackwell's loaders quantize the weight again, for kernels whose block scales are powers of two."""
+        return self.block is not None and not self.powers
+
+    @property
     def block_size(self) -> int | None:
         """The `block_size` of a recipe: 128 for 128x128 blocks, 32 for 32 columns of a row; None without blocks."""
         return self.cell[1] or None

@@ -60,7 +60,15 @@ def relative_error(rows: Iterable[Mapping[str, Any]]) -> float | None:
     return math.sqrt(sum((error * norm) ** 2 for error, norm in pairs) / signal) if signal else 0.0
 
 
-_MEASURED = ("hidden_relative_error", "hidden_cosine", "kv_cache", "experts")
+def _served(rows: Iterable[Mapping[str, Any]]) -> float | None:
+    """Returns the relative error of all weights as served on Blackwell; None if it is the same."""
+    found = list(rows)
+    if all(row["served_error"] is None for row in found):
+        return None
+    return relative_error({**row, "relative_error": row["served_error"] or row["relative_error"]} for row in found)
+
+
+_MEASURED = ("hidden_relative_error", "hidden_cosine", "hidden_token_error", "sensitivity", "kv_cache", "experts")
 
 
 def layer_rows(log: RunLog, layers: int) -> list[dict[str, Any]]:
@@ -124,17 +132,21 @@ class QualityLimits:
             raise OptionError(f"{' and '.join(self.flags)} must be finite: omit an option to set no limit")
 
     def check(self, fidelity: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-        """Returns a row for each limit that is set, with the measured value and whether the limit is met."""
-        values: dict[str, tuple[float | None, float | None]] = {"max_kl": (self.max_kl, None)}
-        values["max_ppl_increase"] = (self.max_ppl_increase, None)
+        """Returns a row for each limit that is set, with the measured value and whether the limit is met.
+
+        A limit holds for the held-out text and for that of an unseen kind.
+        """
+        found = [self._row(name, "held_out", fidelity) for name in ("max_kl", "max_ppl_increase")]
+        if fidelity is not None and fidelity.get("unseen") is not None:
+            found += [self._row(name, "unseen", fidelity["unseen"]) for name in ("max_kl", "max_ppl_increase")]
+        return [row for row in found if row["limit"] is not None]
+
+    def _row(self, name: str, text: str, fidelity: Mapping[str, Any] | None) -> dict[str, Any]:
+        limit, value = getattr(self, name), None
         if fidelity is not None:
-            values["max_kl"] = (self.max_kl, fidelity["kl"]["mean"])
-            values["max_ppl_increase"] = (self.max_ppl_increase, 100 * (fidelity["perplexity"]["ratio"] - 1))
-        return [
-            {"name": name, "limit": limit, "value": value, "met": value is not None and value <= limit}
-            for name, (limit, value) in values.items()
-            if limit is not None
-        ]
+            value = fidelity["kl"]["mean"] if name == "max_kl" else 100 * (fidelity["perplexity"]["ratio"] - 1)
+        met = value is not None and limit is not None and value <= limit
+        return {"name": name, "text": text, "limit": limit, "value": value, "met": met}
 
 
 @dataclass(frozen=True)
@@ -153,6 +165,7 @@ def build(plan: Plan, measured: Measured, gates: QualityLimits) -> dict[str, Any
     seconds = {stage: round(spent, 3) for stage, spent in log.seconds.items()}
     return describe(plan, measured.work) | {
         "warnings": measured.notes,
+        "served_error": {form: _served(row for row in log.rows if row["format"] == form) for form in plan.formats},
         "relative_error": {form: relative_error(row for row in log.rows if row["format"] == form) for form in plan.formats},
         "calibration": measured.calibration,
         "fidelity": log.fidelity,

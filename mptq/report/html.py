@@ -166,12 +166,21 @@ def _fidelity_tiles(fidelity: Mapping[str, Any] | None) -> list[Tile]:
             f"{uncertain(100 * agreement['mean'], agreement['standard_error'] and 100 * agreement['standard_error'])} %",
             "of most likely next tokens unchanged",
         ),
+        *_unseen_tile(fidelity.get("unseen")),
     ]
+
+
+def _unseen_tile(unseen: Mapping[str, Any] | None) -> list[Tile]:
+    if unseen is None:
+        return []
+    kl = uncertain(unseen["kl"]["mean"], unseen["kl"]["standard_error"])
+    return [Tile("KL, unseen kind of text", kl, f"nats per token, over {number(unseen['tokens'])} tokens")]
 
 
 def _gate(gate: Mapping[str, Any]) -> dict[str, Any]:
     name, unit = _GATES[gate["name"]]
     value = "not measured" if gate["value"] is None else f"{gate['value']:.4g}{unit}"
+    name += ", unseen kind of text" if gate.get("text") == "unseen" else ""
     return {"name": name, "value": value, "limit": f"{gate['limit']:.4g}{unit}", "met": gate["met"]}
 
 
@@ -239,6 +248,7 @@ def _facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("calibrated on", _sequences(found["calibration"])),
         ("evaluated on", f"{_sequences(found['held_out'])}, held out"),
+        *([("and on", f"{found['unseen']['name']}: {_sequences(found['unseen'])}")] if found.get("unseen") else []),
         (
             "sequences",
             f"of {found['seq_length']} tokens, {'packed' if found['packed'] else 'one document each'}, seed {found['seed']}",

@@ -68,6 +68,12 @@ class Sequences(Strict):
     sha256: str = Field(description="SHA-256 of the token ids, in order")
 
 
+class Unseen(Sequences):
+    """Sequences of a kind of text that never calibrates."""
+
+    name: str = Field(description="the kind of text")
+
+
 class Calibration(Strict):
     """The data used for calibration and fidelity measurements."""
 
@@ -79,6 +85,9 @@ class Calibration(Strict):
     seq_length: Count = Field(description="sequence length, tokens")
     calibration: Sequences = Field(description="sequences for calibrating scales")
     held_out: Sequences = Field(description="sequences for measuring fidelity; disjoint from the calibration set")
+    unseen: Unseen | None = Field(
+        None, description="sequences of a kind of text that never calibrates; null without calibration or tokenizer"
+    )
     activation_bytes: Bytes = Field(description="size of the activations kept between layers, bytes")
     activations_on_disk: bool = Field(description="whether these activations were kept in files instead of memory")
     propagate: Literal["reference", "quantized"] = Field(description="model whose activations calibrate the next layer")
@@ -102,8 +111,8 @@ class Perplexity(Strict):
     ratio_standard_error: float | None = Field(ge=0, description="standard error of the ratio; null for a single sequence")
 
 
-class Fidelity(Strict):
-    """Difference between the predictions of the quantized and the reference model on held-out sequences."""
+class Predictions(Strict):
+    """Difference between the predictions of the quantized and the reference model on some sequences."""
 
     tokens: Count = Field(description="number of predictions compared")
     sequences: Count = Field(description="number of sequences; each counts as one observation in standard errors")
@@ -112,10 +121,22 @@ class Fidelity(Strict):
     top1_agreement: Mean = Field(description="fraction of tokens (0..1) with the same most likely next token")
 
 
+class Fidelity(Predictions):
+    """Fidelity on the held-out sequences, and on those of the unseen kind."""
+
+    unseen: Predictions | None = Field(None, description="the same on text of a kind that never calibrates; null without it")
+    served: Predictions | None = Field(
+        None,
+        description="the same on the held-out sequences, as served on Blackwell: with the blocks of the first output quantized "
+        "again to power-of-two scales; null without float32 block scales",
+    )
+
+
 class Gate(Strict):
     """A fidelity limit set by the user."""
 
     name: Literal["max_kl", "max_ppl_increase"] = Field(description="name of the command-line limit")
+    text: Literal["held_out", "unseen"] = Field("held_out", description="the sequences that it was measured on")
     limit: float = Field(description="maximum allowed value: nats per token for max_kl, percent for max_ppl_increase")
     value: float | None = Field(description="measured value in the same unit; null if not measured")
     met: bool = Field(description="whether the limit is met")
@@ -147,6 +168,14 @@ class Layer(Strict):
     hidden_relative_error: float | None = Field(
         ge=0, description="norm of the hidden-state error after the layer over the reference norm; null if not measured"
     )
+    hidden_token_error: float | None = Field(
+        None, ge=0, description="root mean square over tokens of the error relative to the token's norm; null if not measured"
+    )
+    sensitivity: dict[str, Annotated[float, Field(ge=0)]] | None = Field(
+        None,
+        description="group of linears -> mean squared change of a token's hidden state after the layer when the group is "
+        "quantized, relative to its norm; null without --sensitivity",
+    )
     hidden_cosine: float | None = Field(
         description="cosine of the two hidden states, with all tokens as one vector; null if not measured"
     )
@@ -173,8 +202,11 @@ class Tensor(Strict):
     scale_max: float = Field(ge=0, description="largest scale")
     zeros: Share = Field(description="fraction (0..1) of elements whose FP8 code is zero")
     saturated: Share = Field(description="fraction (0..1) of elements whose FP8 code has the largest magnitude, 448")
+    served_error: float | None = Field(
+        None, ge=0, description="`relative_error` as served on Blackwell, by every eighth row; null if it is the same"
+    )
     input_amax: float | None = Field(ge=0, description="input amax of a static input scale; null without one")
-    rounding: Literal["nearest", "scales", "gptq"] = Field("nearest", description="how the weight was rounded")
+    rounding: Literal["nearest", "scales", "gptq", "qep"] = Field("nearest", description="how the weight was rounded")
     output_error: float | None = Field(
         None,
         ge=0,
@@ -226,6 +258,10 @@ class Report(Strict):
     fidelity: Fidelity | None = Field(description="fidelity on held-out sequences; null if not measured")
     gates: list[Gate] = Field(description="fidelity limits set by the user")
     relative_error: dict[Form, float | None] = Field(description="output format -> relative error of all quantized weights")
+    served_error: dict[Form, float | None] = Field(
+        default={},
+        description="the same as served on Blackwell, which quantizes blocks with float32 scales again; null if the same",
+    )
     layers: list[Layer] = Field(min_length=1, description="one entry per layer, in order")
     tensors: list[Tensor] = Field(description="one entry per quantized weight of an output")
     seconds: dict[str, float] = Field(description="stage -> seconds; `total` is the wall time")

@@ -146,7 +146,7 @@ def quantized_failures(
     """Returns failures of one quantized weight; its scale is computed from `group`, which contains `source`.
 
     Each scale must be one of those among which the recipe chooses; which of them is best is not computed again. Codes
-    must be the nearest, but for GPTQ's, whose error as a whole is bounded instead (`_CODES`).
+    must be the nearest, but for GPTQ's, whose error as a whole is bounded instead (`_BOUNDS`).
     """
     multiples = torch.ones(1) if scheme.exponents else choice.multiples
     allowed = torch.zeros(weight.scale.shape, dtype=torch.bool)
@@ -156,17 +156,19 @@ def quantized_failures(
         wanted = "the powers of two for" if scheme.exponents or scheme.powers else "amax / 448 of"
         searched = f", times one of the {len(multiples)} factors that the recipe tries" if len(multiples) > 1 else ""
         return [f"{name}: scales differ from {wanted} the source{searched}"]
-    if choice.rounding == "gptq":
+    if choice.rounding in _BOUNDS:
         excess = _excess(source, weight, scheme)
         if math.isnan(excess):
             return [f"{name}: some of its codes are NaN"]
-        return [] if excess <= _CODES else [f"{name}: the error is {excess:.1f} times that of the nearest codes"]
+        return (
+            [] if excess <= _BOUNDS[choice.rounding] else [f"{name}: the error is {excess:.1f} times that of the nearest codes"]
+        )
     place = first_out_of_bound(source, weight, scheme)
     return [] if place is None else [f"{name}: element {list(place)} differs from the source by more than E4M3 rounding error"]
 
 
-_CODES = 1.5
-"""How many times the error of the nearest codes, as a norm, GPTQ's may have: 1.1 was measured (docs/rounding.md)."""
+_BOUNDS = {"gptq": 1.5, "qep": 5.0}
+"""How many times the error of the nearest codes, as a norm, that of others may be; docs/rounding.md has what was measured."""
 
 
 def _excess(source: torch.Tensor, weight: Fp8Weight, scheme: Scheme) -> float:

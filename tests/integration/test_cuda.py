@@ -14,7 +14,8 @@ from torch.distributed import HashStore
 
 from mptq import make_plan, run
 from mptq.calibration.datasets.options import DataOptions
-from mptq.calibration.moments import moments
+from mptq.calibration.linear_inputs import Inputs
+from mptq.calibration.moments import Batches, moments
 from mptq.distributed import Ranks
 from mptq.formats import FORMATS
 from mptq.quantize import cpu_kernels, quantizer, torch_kernels
@@ -401,8 +402,8 @@ def test_rounding_by_the_inputs_is_as_good_as_on_the_cpu(kind):
     inputs = torch.randn(3000, 384) @ torch.randn(384, 384) / 8
     weight, found = (torch.randn(512, 384) / 8).bfloat16(), {}
     for device in ("cpu", GPU):
-        rows = dict(enumerate(inputs.chunk(8)))
-        rounder = Rounder(moments(rows, 8, 384, torch.device(device), Ranks()), "gptq")
+        rows = {number: Inputs(part) for number, part in enumerate(inputs.chunk(8))}
+        rounder = Rounder(moments(Batches(8, 384, rows), torch.device(device), Ranks()), "gptq")
         found[device] = rounder.round(weight.to(device), SCHEMES[kind], "w")
     assert found[GPU].method == found["cpu"].method == "gptq"
     assert found[GPU].error == pytest.approx(found["cpu"].error, rel=0.01)
@@ -413,12 +414,18 @@ def test_rounding_by_the_inputs_is_as_good_as_on_the_cpu(kind):
 
 
 @pytest.mark.parametrize(
-    ("model", "recipe"), [("aligned", "fp8-blockwise"), ("mixtral", "fp8-per-channel"), ("aligned", "mxfp8")]
+    ("model", "recipe", "method"),
+    [
+        ("aligned", "fp8-blockwise", "gptq"),
+        ("aligned", "fp8-blockwise", "qep"),
+        ("mixtral", "fp8-per-channel", "qep"),
+        ("aligned", "mxfp8", "gptq"),
+    ],
 )
-def test_a_run_with_rounding_by_the_inputs(request, options, tokens, model, recipe, tmp_path):
+def test_a_run_with_rounding_by_the_inputs(request, options, tokens, model, recipe, method, tmp_path):
     options = replace(options, data=DataOptions((str(tokens),), calib_size=40, eval_size=3, seq_length=32))
     checkpoint = request.getfixturevalue(model)
-    plan = make_plan(checkpoint, load_recipe(recipe).changed(rounding="gptq"), BOTH)
+    plan = make_plan(checkpoint, load_recipe(recipe).changed(rounding=method), BOTH)
     gpu, cpu = both(plan, tmp_path, options)
     assert verify(gpu, checkpoint).failures == []
     one, other = read(gpu), read(cpu)

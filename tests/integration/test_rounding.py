@@ -3,15 +3,27 @@
 import re
 from dataclasses import replace
 
+import modelopt.torch.quantization as mtq
 import pytest
 import torch
 
 from mptq import make_plan, run, verify
 from mptq.calibration.datasets.options import DataOptions
+from mptq.calibration.hidden_state_pair import HiddenStateOptions, HiddenStatePair
 from mptq.calibration.moments import moments
+from mptq.calibration.tokens import load_tokens
+from mptq.checkpoint.reader import Reader
 from mptq.errors import CheckpointError, DataError
+from mptq.formats import FORMATS
+from mptq.formats.layout import canonical_weight
+from mptq.layers.forward import run_layer
+from mptq.layers.transformer_layer import build_layer
+from mptq.model.tensors import outer_copies
 from mptq.pipeline import layer_quantizer
+from mptq.pipeline.layer_quantizer import place
+from mptq.quantize.modelopt import quant_config, silenced
 from mptq.recipes.recipe import load_recipe, recipe_names
+from mptq.recipes.schemes import SCHEMES
 from mptq.report import read
 from tests.conftest import mptq
 from tests.integration.test_resume import BOTH, stopped, whole
@@ -112,3 +124,51 @@ def test_activations_that_are_not_finite_are_one_line(aligned, enough, monkeypat
     monkeypatch.setattr(layer_quantizer, "moments", broken)
     with pytest.raises(CheckpointError, match=r"^decoder\.layers\.0\.self_attention\.linear_qkv: .* not finite\n"):
         run(make_plan(aligned, rounded("fp8-per-channel", "gptq")), tmp_path / "out", enough)
+
+
+@pytest.mark.parametrize("method", ["scales", "gptq", "qep"])
+def test_modelopts_algorithm_of_that_name_rounds_a_layer_the_same(aligned, enough, method, tmp_path):
+    """The first layer, whose inputs no earlier one has changed: `mtq.quantize` and `mtq.compress`, as anyone may call them."""
+    plan = make_plan(aligned, rounded("fp8-blockwise", method), ("megatron",))
+    run(plan, tmp_path / "out", enough)
+    layer, loop = first_layer(plan, enough, tmp_path)
+    with silenced():
+        mtq.quantize(layer, quant_config(SCHEMES["block"]) | {"algorithm": {"method": f"mptq_{method}"}}, loop)
+        mtq.compress(layer)
+    stored = FORMATS["megatron"].open(tmp_path / "out")
+    for linear in plan.linears(0):
+        module = layer.get_submodule(linear.module)
+        parts = FORMATS["megatron"].load_linear(plan.layouts["megatron"], stored, 0, linear)
+        found = torch.cat([part.data.view(torch.uint8) for part in parts])
+        assert torch.equal(module.weight.data.view(torch.uint8), found)
+
+
+def test_modelopts_algorithm_needs_a_loop(aligned, enough, tmp_path):
+    layer, _ = first_layer(make_plan(aligned, "fp8-blockwise"), enough, tmp_path)
+    with silenced(), pytest.raises(CheckpointError, match="^mptq_gptq needs a forward_loop: pass one that calls the layer"):
+        mtq.quantize(layer, quant_config(SCHEMES["block"]) | {"algorithm": {"method": "mptq_gptq"}})
+
+
+def first_layer(plan, options, folder):
+    """The first layer with its weights, and a loop that passes the calibration tokens' embeddings through it."""
+    reader, model = Reader(plan.source.checkpoint), plan.model
+
+    def read(name, shape):
+        return reader.read_parts(plan.source.places[name], torch.empty(shape, dtype=torch.bfloat16))
+
+    layer = build_layer(model, 0)
+    for tensor in plan.unquantized(0):
+        place(layer, tensor.parameter, read(f"decoder.layers.0.{tensor.megatron}", tensor.shape))
+    for linear in plan.linears(0):
+        place(layer, f"{linear.module}.weight", read(canonical_weight(0, linear), linear.shape))
+    tokens = load_tokens(options.data, None, model.vocab_size, calibrate=True)
+    states = HiddenStatePair(plan, tokens, HiddenStateOptions(torch.device("cpu"), options.batch_size, 1 << 30, folder))
+    before, _ = outer_copies(model)
+    states.embed([read(tensor.megatron, tensor.shape) for tensor in before])
+
+    def loop(called):
+        for batch in states.calibration:
+            stream = states.quantized if plan.recipe.propagates else states.reference
+            run_layer(called, model, stream.read(batch, torch.device("cpu")))
+
+    return layer, loop

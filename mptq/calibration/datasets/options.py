@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class DataOptions:
     """The calibration and held-out data.
 
-    `datasets` are "NAME" or "NAME:WEIGHT"; if empty, text and code that ship with Python are used. `calib_size` and
+    `datasets` are "NAME" or "NAME:WEIGHT"; if empty, mptq's own texts are used. `calib_size` and
     `eval_size` are the numbers of calibration and held-out sequences, of `seq_length` tokens. `packed` joins documents
     end to end into full sequences; otherwise each document is a sequence, cut at `seq_length` and never padded.
     `trust_remote_code` lets a tokenizer run the Python code in its directory; datasets never run code.

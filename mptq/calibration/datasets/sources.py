@@ -44,8 +44,7 @@ KINDS = (
 )
 """The first kind that recognizes a name reads the dataset."""
 
-DEFAULT = {"python-reference": (default.read_reference, 1.0), "python-library": (default.read_library, 2.0)}
-"""Reader and weight of each default dataset; together they have about 700 sequences of 512 tokens."""
+_DEFAULT = DatasetKind("default", lambda _: False, default.read)
 
 
 @dataclass(frozen=True)
@@ -69,12 +68,15 @@ class Dataset:
         )
 
 
+def unseen_source() -> Dataset:
+    """Returns the kind of the default data that never calibrates."""
+    return Dataset(default.UNSEEN, _DEFAULT, 1.0)
+
+
 def find_sources(datasets: tuple[str, ...]) -> list[Dataset]:
     """Returns the given datasets, or the default ones; raises DataError with all problems of the names in one line."""
     if not datasets:
-        return [
-            Dataset(name, DatasetKind("default", lambda _: False, read), weight) for name, (read, weight) in DEFAULT.items()
-        ]
+        return [Dataset(name, _DEFAULT, weight) for name, weight in default.WEIGHTS.items()]
     found: list[Dataset] = []
     problems: list[str] = []
     for given in datasets:

@@ -9,6 +9,7 @@ add to it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,30 +42,54 @@ def damped(moment: torch.Tensor, damping: float) -> torch.Tensor:
     return result
 
 
-def solve(target: torch.Tensor, moment: torch.Tensor, scale: torch.Tensor, name: str) -> torch.Tensor:
-    """Returns `target` [out, in] rounded to E4M3 multiples of `scale` [out, in], with little error of the outputs.
+@dataclass(frozen=True, slots=True)
+class Curvature:
+    """A damped second moment of inputs, float32 [in, in], with what follows from it.
 
-    All are float32; `moment` [in, in] is `damped`. The result is float32 too, code times scale, from which rounding to
-    nearest gives the codes back. One pass in the order of the largest inputs is followed by one of coordinate descent.
-    Raises CheckpointError, with the weight's `name`, for a moment that cannot be factored. Memory: 3 times that of the
-    moment and 4 times that of the target.
+    `order` int64 [in] is that of the largest inputs first, and `factor` [in, in] upper triangular, with
+    moment[order][:, order] = factor factor'.
+    """
+
+    moment: torch.Tensor
+    order: torch.Tensor
+    factor: torch.Tensor
+
+    @property
+    def follows(self) -> torch.Tensor:
+        """How much of the error of a column is fed to later ones, in order: [in, in], unit upper triangular."""
+        return self.factor / self.factor.diagonal()
+
+    def solve(self, products: torch.Tensor) -> torch.Tensor:
+        """Returns products [out, in] times the inverse of the moment; 0 for inputs that are zero."""
+        left = torch.linalg.solve_triangular(self.factor.T, products[:, self.order], upper=False, left=False)
+        found = torch.empty_like(products)
+        found[:, self.order] = torch.linalg.solve_triangular(self.factor, left, upper=True, left=False)
+        return found
+
+
+def factored(moment: torch.Tensor, name: str) -> Curvature:
+    """Factors a `damped` moment; raises CheckpointError with the weight's `name` if that is not possible.
+
+    Memory: 2 matrices besides the result.
     """
     order = moment.diagonal().argsort(descending=True, stable=True)
-    follows = _unit_upper(moment[order][:, order], name)
-    rounded = torch.empty_like(target)
-    rounded[:, order] = _feed_forward(target[:, order], follows, scale[:, order])
-    _descend(target, moment, scale, rounded)
-    return rounded
-
-
-def _unit_upper(moment: torch.Tensor, name: str) -> torch.Tensor:
-    """Returns U, unit upper triangular, of moment = U D U' with D diagonal."""
-    factor, failed = torch.linalg.cholesky_ex(moment.flip(0, 1))
+    factor, failed = torch.linalg.cholesky_ex(moment[order][:, order].flip(0, 1))
     if int(failed):
         raise CheckpointError(f"{name}: the second moment of its inputs is not positive definite: use more calibration data")
-    upper = factor.flip(0, 1)
-    unit: torch.Tensor = upper / upper.diagonal()
-    return unit
+    return Curvature(moment, order, factor.flip(0, 1))
+
+
+def solve(target: torch.Tensor, curvature: Curvature, scale: torch.Tensor) -> torch.Tensor:
+    """Returns `target` [out, in] rounded to E4M3 multiples of `scale` [out, in], with little error of the outputs.
+
+    All are float32. The result is float32 too, code times scale, from which rounding to nearest gives the codes back.
+    One pass in the order of the largest inputs is followed by one of coordinate descent. Memory: that of the moment and 4
+    times that of the target.
+    """
+    order, rounded = curvature.order, torch.empty_like(target)
+    rounded[:, order] = _feed_forward(target[:, order], curvature.follows, scale[:, order])
+    _descend(target, curvature.moment, scale, rounded)
+    return rounded
 
 
 def _feed_forward(target: torch.Tensor, follows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
 from mptq.quantize import quantizer
 from mptq.quantize.fp8 import E4M3_MAX, dequantize, powers_of_two
-from mptq.quantize.rounding.gptq import damped, solve
+from mptq.quantize.rounding.gptq import DEAD, Curvature, damped, factored, solve
 from mptq.quantize.rounding.moments import Moments
 from mptq.quantize.rounding.scales import search, spread
 from mptq.recipes.schemes import Scheme
@@ -21,6 +20,8 @@ DAMPING = 0.1
 """Least share of the mean diagonal that is added to a moment."""
 _SCARCE = 4.0
 """The damping is at least this divided by the number of tokens per input."""
+PROPAGATED = 0.5
+"""Share of the errors of earlier linears that "qep" makes up for (the paper's alpha)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +49,38 @@ class Shared:
 
 
 class Rounder:
-    """Rounds matrices whose inputs have the second `moments`, by `method` ("scales" or "gptq").
+    """Rounds matrices whose inputs have the given `moments`, by `method` ("scales", "gptq" or "qep").
 
-    With fewer tokens than inputs, the method is "scales": GPTQ would fit the codes to these tokens alone. Without withheld
-    inputs, a linear is rounded to nearest; if there is only one batch, its inputs serve for both. Memory: 4
-    matrices [in, in] and 6 times the matrix to round, float32.
+    With fewer tokens than inputs, the method is "scales": GPTQ would fit the codes to these tokens alone. Without the
+    reference's inputs, it is "gptq" instead of "qep". Without withheld inputs, a linear is rounded to nearest. Memory:
+    6 matrices [in, in] and 8 times the matrix to round, float32, and the outputs for the withheld inputs.
     """
 
     def __init__(self, moments: Moments, method: str) -> None:
         self.moments = moments
+        if method == "qep" and moments.shift is None:
+            method = "gptq"
         self.method = method if moments.tokens >= len(moments.fitted) else "scales"
-        self.judge = moments.fitted if moments.withheld is None else moments.withheld
+        self._curvature: Curvature | None = None
 
-    @cached_property
-    def _damped(self) -> torch.Tensor:
-        damping = max(DAMPING, _SCARCE * len(self.moments.fitted) / self.moments.tokens)
-        return damped(self.moments.fitted, damping)
+    def _factored(self, name: str) -> Curvature:
+        """Returns the damped moment, factored when it is first asked for: matrices with the same inputs share it."""
+        if self._curvature is None:
+            damping = max(DAMPING, _SCARCE * len(self.moments.fitted) / self.moments.tokens)
+            self._curvature = factored(damped(self.moments.fitted, damping), name)
+        return self._curvature
+
+    def _target(self, weight: torch.Tensor, curvature: Curvature) -> torch.Tensor:
+        """Returns what to round: the weight, with part of what makes up for the errors of the linears before it."""
+        if self.method != "qep":
+            return weight
+        assert self.moments.shift is not None
+        missed = weight @ self.moments.shift
+        if self.moments.residual is not None:
+            missed += self.moments.residual
+        dead = self.moments.fitted.diagonal() <= DEAD * self.moments.fitted.diagonal().mean()
+        missed[:, dead] = 0
+        return weight + curvature.solve(missed).mul_(PROPAGATED)
 
     @property
     def diagonal(self) -> torch.Tensor:
@@ -88,13 +105,14 @@ class Rounder:
             best = search([weight], self.diagonal, scheme, best)
         made, _ = quantizer.quantize(source, scheme, name, best)
         rounded = dequantize(made, scheme)
-        if self.method == "gptq":
-            scale = powers_of_two(made.scale) if scheme.exponents else made.scale
-            rounded = solve(weight, self._damped, spread(scale, scheme, tuple(weight.shape)), name)
-        signal = self._energy(weight)
+        if self.method != "scales":
+            scale, curvature = powers_of_two(made.scale) if scheme.exponents else made.scale, self._factored(name)
+            rounded = solve(self._target(weight, curvature), curvature, spread(scale, scheme, tuple(weight.shape)))
+        signal = _energy(self.moments.withheld.rows @ weight.T)
         if not signal:
             return Rounded(kept, _magnitudes(nearest), "nearest")
-        error, error_of_nearest = (self._energy(one - weight) / signal for one in (rounded, kept))
+        missed = self._missed(weight)
+        error, error_of_nearest = (self._error(one - weight, missed) / signal for one in (rounded, kept))
         better = error < error_of_nearest
         return Rounded(
             rounded if better else kept,
@@ -104,9 +122,22 @@ class Rounder:
             math.sqrt(error_of_nearest),
         )
 
-    def _energy(self, difference: torch.Tensor) -> float:
-        """Returns the sum of squares of the outputs that a matrix [out, in] makes of the withheld inputs."""
-        return max(0.0, float(((difference @ self.judge).double() * difference.double()).sum()))
+    def _missed(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """Returns what the linears before have left for this one to make up for: the withheld [tokens, out]."""
+        held = self.moments.withheld
+        if self.method != "qep" or held.shift is None:
+            return None
+        outputs = held.shift @ weight.T
+        return outputs if held.residual is None else outputs.add_(held.residual)
+
+    def _error(self, difference: torch.Tensor, missed: torch.Tensor | None) -> float:
+        """Returns the sum of squared errors of the withheld outputs, given that of the matrix [out, in]."""
+        outputs = self.moments.withheld.rows @ difference.T
+        return _energy(outputs if missed is None else outputs.sub_(missed))
+
+
+def _energy(outputs: torch.Tensor) -> float:
+    return float(outputs.square().sum(dtype=torch.float64))
 
 
 def _magnitudes(made: Fp8Weight) -> torch.Tensor:

@@ -5,7 +5,8 @@ import torch
 
 from mptq.quantize import quantizer
 from mptq.quantize.compressed_linears import CompressedLinears
-from mptq.quantize.fp8 import dequantize, first_out_of_bound, fitted, reference_scale
+from mptq.quantize.fp8 import dequantize, encoded, first_out_of_bound, fitted, reference_scale
+from mptq.quantize.served import as_served, served_error
 from mptq.recipes.schemes import SCHEMES
 from mptq.verification.numbers import quantized_failures
 
@@ -79,3 +80,50 @@ def test_blackwells_loaders_keep_the_numbers_and_spoil_those_of_float32_scales()
     stored, spoiled = errors["block"]
     assert spoiled > 1.3 * stored
     assert served < 1.02 * stored
+
+
+def test_float32_scales_are_served_as_vllms_function_makes_them():
+    torch.manual_seed(0)
+    weight = torch.randn(512, 384).bfloat16()
+    made, error = quantizer.quantize(weight, FLOATS, "w")
+    codes, scale = requantized(made.data, made.scale)
+    found = as_served(made, FLOATS)
+    assert torch.equal(found.scale, scale)
+    assert torch.equal(found.data.view(torch.uint8), codes.view(torch.uint8))
+    assert not torch.equal(scale, made.scale)
+    # A sample of the rows is enough.
+    whole = quantizer.measured(weight, found, FLOATS).relative
+    assert served_error(weight, made, FLOATS) == pytest.approx(whole, rel=0.02)
+    assert whole > 1.2 * error.relative
+
+
+def test_a_ragged_weight_is_served_like_a_padded_one():
+    weight = weights()[:200, :150]
+    made, _ = quantizer.quantize(weight, FLOATS, "w")
+    padded, _ = quantizer.quantize(torch.nn.functional.pad(weight, (0, 106, 0, 56)), FLOATS, "w")
+    found, whole = as_served(made, FLOATS), as_served(padded, FLOATS)
+    assert torch.equal(found.scale, whole.scale)
+    assert torch.equal(found.data.view(torch.uint8), whole.data[:200, :150].view(torch.uint8))
+
+
+def test_small_blocks_have_the_smallest_scale_of_the_loader():
+    weight = torch.full((128, 128), 1e-7)
+    made, _ = quantizer.quantize(weight, FLOATS, "w")
+    assert torch.equal(as_served(made, FLOATS).scale, requantized(made.data, made.scale)[1])
+    assert as_served(made, FLOATS).scale == 2.0**-22  # 1e-4 / 448, rounded up
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scheme", [FLOATS, POWERS])
+def test_codes_can_be_read_off_the_models_weights(dtype, scheme):
+    made, _ = quantizer.quantize(torch.randn(256, 384), scheme, "w")
+    found = encoded(dequantize(made, scheme).to(dtype), made.scale, scheme)
+    assert torch.equal(found.data.view(torch.uint8), made.data.view(torch.uint8))
+
+
+def test_powers_of_two_are_served_as_they_are():
+    made, _ = quantizer.quantize(weights(), POWERS, "w")
+    found = as_served(made, POWERS)
+    assert torch.equal(dequantize(found, POWERS), dequantize(made, POWERS))
+    assert not POWERS.is_requantized
+    assert FLOATS.is_requantized

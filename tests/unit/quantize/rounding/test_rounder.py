@@ -5,11 +5,12 @@ from itertools import product
 import pytest
 import torch
 
-from mptq.calibration.moments import moments, withheld
+from mptq.calibration.linear_inputs import Inputs
+from mptq.calibration.moments import Batches, moments, withheld
 from mptq.distributed import Ranks
 from mptq.quantize import quantizer
 from mptq.quantize.fp8 import dequantize
-from mptq.quantize.rounding.moments import Moments
+from mptq.quantize.rounding.moments import Moments, Sample
 from mptq.quantize.rounding.rounder import Rounder, Shared
 from mptq.recipes.schemes import SCHEMES
 from tests.unit.quantize.rounding.conftest import correlated
@@ -19,8 +20,8 @@ CPU = torch.device("cpu")
 
 def of(inputs, batches=8):
     """Moments of inputs in batches."""
-    rows = dict(enumerate(inputs.chunk(batches)))
-    return moments(rows, len(rows), inputs.shape[1], CPU, Ranks())
+    rows = {number: Inputs(part) for number, part in enumerate(inputs.chunk(batches))}
+    return moments(Batches(len(rows), inputs.shape[1], rows), CPU, Ranks())
 
 
 @pytest.mark.parametrize(("kind", "method"), [*product(("block", "row"), ("scales", "gptq")), ("mx", "gptq")])
@@ -44,14 +45,14 @@ def test_the_outputs_of_withheld_inputs_are_nearer(kind, method):
 @pytest.mark.parametrize("kind", ["block", "row", "tensor", "mx"])
 def test_nearest_is_kept_where_the_method_is_not_better(kind):
     """The inputs that were withheld are unlike those that the codes were fitted to."""
-    inputs, other = correlated(3500, 96), correlated(500, 96, seed=1)[:, torch.arange(95, -1, -1)]
+    inputs = correlated(3500, 96)
     weight, scheme = torch.randn(128, 96), SCHEMES[kind]
     fitted = inputs.T @ inputs
-    turned = torch.linalg.qr(torch.randn(96, 96))[0]
-    strange = torch.linalg.eigh(fitted)
-    least = strange.eigenvectors[:, :20]  # directions that the inputs hardly had, in which GPTQ leaves its errors
-    held = least @ turned[:20, :20] @ turned[:20, :20].T @ least.T * 1000 + other.T @ other * 1e-6
-    found = Rounder(Moments(fitted, 3500, held), "gptq").round(weight, scheme, "w")
+    least = torch.linalg.eigh(fitted).eigenvectors[
+        :, :20
+    ]  # directions that the inputs hardly had: GPTQ leaves its errors there
+    held = torch.randn(500, 20) @ least.T
+    found = Rounder(Moments(fitted, 3500, Sample(held)), "gptq").round(weight, scheme, "w")
     nearest, _ = quantizer.quantize(weight, scheme, "w")
     assert found.method == "nearest"
     assert found.error == found.nearest
@@ -66,7 +67,7 @@ def test_few_tokens_only_choose_the_scales():
 
 def test_no_tokens_leave_nearest_and_measure_nothing():
     weight = torch.randn(128, 96)
-    rounder = Rounder(moments({}, 4, 96, CPU, Ranks()), "gptq")
+    rounder = Rounder(moments(Batches(4, 96, {}), CPU, Ranks()), "gptq")
     found = rounder.round(weight, SCHEMES["row"], "w")
     nearest, _ = quantizer.quantize(weight, SCHEMES["row"], "w")
     assert torch.equal(found.weight, dequantize(nearest, SCHEMES["row"]))
@@ -78,9 +79,10 @@ def test_no_tokens_leave_nearest_and_measure_nothing():
 def test_inputs_none_of_which_were_withheld_show_nothing():
     """As of an expert that only some batches are routed to."""
     inputs, weight = correlated(3000, 96), torch.randn(128, 96)
-    found = Rounder(Moments(inputs.T @ inputs, 3000, torch.zeros(96, 96)), "gptq").round(weight, SCHEMES["row"], "w")
+    none = Sample(torch.zeros(0, 96))
+    found = Rounder(Moments(inputs.T @ inputs, 3000, none), "gptq").round(weight, SCHEMES["row"], "w")
     assert (found.method, found.error, found.nearest) == ("nearest", None, None)
-    alone = Rounder(Moments(inputs.T @ inputs, 3000, None), "gptq").round(weight, SCHEMES["row"], "w")
+    alone = Rounder(of(inputs, 1), "gptq").round(weight, SCHEMES["row"], "w")
     assert alone.method == "gptq"
     assert alone.error < alone.nearest
 
@@ -92,3 +94,46 @@ def test_a_group_with_one_scale():
     found = [rounder.round(weight, scheme, "w", shared) for weight in weights]
     assert {float(one.amax) for one in found} == {float(shared.best)}
     assert all(one.error < one.nearest for one in found)
+
+
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("kind", ["block", "row", "mx"])
+def test_codes_make_up_for_what_earlier_linears_have_done(kind, added):
+    """The outputs, and the residual stream that they are added to, are nearer to those of the reference."""
+    rows, weight, scheme = correlated(4000, 96), torch.randn(128, 96) / 8, SCHEMES[kind]
+    reference = rows + 0.05 * rows @ torch.randn(96, 96) / 8
+    streams = [torch.randn(4000, 128), torch.randn(4000, 128)] if added else [None, None]
+    if added:
+        streams[1] = streams[0] + 0.02 * rows @ torch.randn(96, 128)
+    weights = torch.rand(4000, 1) + 0.5 if added else None
+    parts = torch.arange(4000).chunk(8)
+    mine, theirs = (
+        {
+            number: Inputs(x[part], None if weights is None else weights[part], None if h is None else h[part])
+            for number, part in enumerate(parts)
+        }
+        for x, h in ((rows, streams[0]), (reference, streams[1]))
+    )
+    found = moments(Batches(8, 96, mine, theirs, 128 if added else 0), CPU, Ranks())
+    one, both = (Rounder(found, method).round(weight, scheme, "w") for method in ("gptq", "qep"))
+    assert (one.method, both.method) == ("gptq", "qep")
+
+    def error(rounded):
+        held, w = parts[7], 1.0 if weights is None else weights[parts[7]].double()
+        missed = reference[held].double() @ weight.double().T - rows[held].double() @ rounded.double().T
+        if added:
+            missed += (streams[1] - streams[0])[held].double()
+        return float((missed * w).norm() / (rows[held].double() @ weight.double().T * w).norm())
+
+    nearest, _ = quantizer.quantize(weight, scheme, "w")
+    assert both.error == pytest.approx(error(both.weight), rel=1e-3)
+    assert both.nearest == pytest.approx(error(dequantize(nearest, scheme)), rel=1e-3)
+    assert error(both.weight) < 0.9 * error(one.weight)
+
+
+def test_one_stream_is_rounded_by_it_alone():
+    """As an expert, whose tokens differ between the streams."""
+    inputs, weight = correlated(3000, 96), torch.randn(128, 96)
+    one, both = (Rounder(of(inputs), method).round(weight, SCHEMES["row"], "w") for method in ("gptq", "qep"))
+    assert both.method == "gptq"
+    assert torch.equal(one.weight, both.weight)

@@ -1,0 +1,91 @@
+"""Which groups of linears to keep in source precision: those whose quantization costs most per byte."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mptq.distributed import started
+from mptq.errors import DataError
+from mptq.model.tensors import group_name, stages
+from mptq.pipeline.options import Options
+from mptq.pipeline.preflight import activation_memory, check, pick_device, tokens_of
+from mptq.plan.plan import Plan
+from mptq.report.run_log import Progress, RunLog, Silent
+from mptq.types import DTYPE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Linears of a layer that depend on the same ones: its bytes in source precision, and what quantizing it costs.
+
+    `cost` is the mean squared relative change of the hidden states after the layer. `patterns` match its linears.
+    """
+
+    patterns: tuple[str, ...]
+    nbytes: int
+    cost: float
+
+
+def kept(plan: Plan, out: Path, options: Options, share: float, progress: Progress = Silent()) -> tuple[str, ...]:
+    """Returns patterns of linears to keep: at most `share` (0 to 1) of the bytes of those that `plan` quantizes.
+
+    Runs the whole model once, as `plan` quantizes it but rounded to nearest, and writes nothing. All ranks call it at
+    once. Raises DataError if the model cannot be run on held-out data, and what `run` raises.
+    """
+    if not options.data.eval_size:
+        raise DataError("--keep-bytes measures the cost on held-out sequences, but --eval-size is 0")
+    if not plan.runs:
+        reason = "; ".join(plan.model.not_run) or f"recipe {plan.recipe.name} quantizes nothing"
+        raise DataError(f"--keep-bytes needs forward passes, but {reason}")
+    plan = replace(plan, recipe=plan.recipe.changed(rounding="nearest"))
+    ranks = started()
+    checked = ranks.broadcast_object(lambda: check(plan, out, replace(options, resume=False, overwrite=True)))
+    if checked.work is None:
+        raise DataError("--keep-bytes measures the cost on held-out sequences: pass --tokenizer DIR, or token ids as data")
+    from mptq.calibration.hidden_state_pair import HiddenStateOptions, HiddenStatePair
+    from mptq.pipeline.context import RunContext
+    from mptq.pipeline.layer_stream import LayerStream
+
+    tokens, log, device = tokens_of(plan, checked, options), RunLog(), pick_device(options.device)
+    assert tokens is not None
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
+        memory = activation_memory(options)
+        settings = HiddenStateOptions(device, options.batch_size, memory, Path(folder), options.moe_min_tokens, ranks)
+        with closing(HiddenStatePair(plan, tokens, settings)) as states:
+            context = RunContext(plan, device, log, progress, states, (), ranks, sensitivity=True)
+            layers = [unit for unit in plan.units if unit.flows and (unit.layer is not None or unit.number == 0)]
+            with closing(LayerStream(context, layers).outputs()) as outputs:
+                for output in outputs:
+                    if output.last:
+                        progress.stage(output.index, len(plan.units), "measuring the sensitivity")
+    return choose(groups(plan, log.layers), share)
+
+
+def groups(plan: Plan, rows: Iterable[Mapping[str, Any]]) -> list[Group]:
+    """Returns the groups of all layers, given the report's rows of the layers."""
+    found = []
+    for row in rows:
+        layer = row["layer"]
+        for group in stages(plan.linears(layer)):
+            name = group_name(group)
+            if name in row["sensitivity"]:
+                patterns = tuple(f"decoder.layers.{layer}.*{kind}" for kind in name.split("+"))
+                size = sum(linear.shape[0] * linear.shape[1] for linear in group) * DTYPE_BYTES[plan.model.dtype]
+                found.append(Group(patterns, size, row["sensitivity"][name]))
+    return found
+
+
+def choose(among: list[Group], share: float) -> tuple[str, ...]:
+    """Returns the patterns of the groups that cost most per byte, as far as they fit into `share` of all bytes."""
+    left = share * sum(group.nbytes for group in among)
+    chosen: list[str] = []
+    for group in sorted(among, key=lambda one: -one.cost / one.nbytes):
+        if group.nbytes <= left:
+            left -= group.nbytes
+            chosen += group.patterns
+    return tuple(chosen)
