@@ -1,25 +1,38 @@
-"""Measure what rounding by the inputs takes for one matrix, beside a float32 product of the same size.
+"""Measure what rounding by the inputs gives for a model, or what it takes for one matrix.
 
+    python scripts/bench_rounding.py --work DIR CKPT...     # a table for each checkpoint; a process for each row
     python scripts/bench_rounding.py [--device cuda] [--rows 4096] [--columns 4096] [--tokens 28672]
 
-The second moment of the inputs, the search for the scales of 128x128 blocks, and GPTQ; each after a first run.
+Without checkpoints: the second moment of the inputs, the search for the scales of 128x128 blocks, and GPTQ, each after a
+first run, beside a float32 product of the same size. With checkpoints: the KL divergence of each method on held-out text of
+the default data and on a kind that never calibrates, and its ratio to rounding to nearest, with the errors of both.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import platform
+import shutil
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from mptq.calibration.moments import moments
+from mptq.calibration.linear_inputs import Inputs
+from mptq.calibration.moments import Batches, moments
 from mptq.distributed import Ranks
 from mptq.quantize import quantizer
-from mptq.quantize.rounding.gptq import damped, solve
+from mptq.quantize.rounding.gptq import damped, factored, solve
 from mptq.quantize.rounding.scales import search, spread
 from mptq.recipes.schemes import SCHEMES
+from mptq.report.formatting import uncertain
 
 BLOCK = SCHEMES["block"]
 
@@ -36,18 +49,88 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return spent
 
 
+ROWS = [
+    *(("fp8-blockwise", method) for method in ("nearest", "scales", "gptq", "qep")),
+    *(("fp8-blockwise-ue8m0", method) for method in ("nearest", "scales", "gptq", "qep")),
+    *(("fp8-per-channel", method) for method in ("nearest", "scales", "gptq", "qep")),
+    *(("fp8-per-tensor", method) for method in ("nearest", "scales", "gptq", "qep")),
+    *(("mxfp8", method) for method in ("nearest", "gptq", "qep")),
+]
+"""Recipes and methods; a recipe's ratios are to its first row."""
+
+
+def quantized(checkpoint: Path, out: Path, recipe: str, method: str, more: Sequence[str]) -> dict[str, Any]:
+    """The report of a run."""
+    shutil.rmtree(out, ignore_errors=True)
+    # Blocks of any model fit in the Megatron form, whatever its sizes; its numbers are those of the other form.
+    command = [sys.executable, "-m", "mptq", "quantize", checkpoint, "-o", out, "-q", "--json", "--recipe", recipe]
+    command += ["--rounding", method, "--format", "megatron" if "block" in recipe else "hf", *more]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+def ratio(kl: dict[str, float], base: dict[str, float]) -> str:
+    """The ratio of two means, with the error of independent ones."""
+    value = kl["mean"] / base["mean"]
+    spread = math.hypot(kl["standard_error"] / kl["mean"], base["standard_error"] / base["mean"])
+    return f"{value:.2f} ± {value * spread:.2f}"
+
+
+def table(checkpoint: Path, given: argparse.Namespace) -> None:
+    """Print the rows of a checkpoint."""
+    print(f"\n{checkpoint}\n\n| recipe | rounding | KL, in | ratio | KL, out | ratio | served on Blackwell | seconds | GB |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    first: dict[str, Any] = {}
+    for recipe, method in ROWS:
+        if given.only and recipe not in given.only:
+            continue
+        report = quantized(checkpoint, given.work / "out", recipe, method, given.options)
+        found = report["fidelity"]
+        base = first.setdefault(recipe, found)
+        served, cells = found["served"] and found["served"]["kl"], [recipe, method]
+        for one, other in ((found, base), (found["unseen"], base["unseen"])):
+            cells += [uncertain(one["kl"]["mean"], one["kl"]["standard_error"]), ratio(one["kl"], other["kl"])]
+        cells.append(uncertain(served["mean"], served["standard_error"]) if served else "the same")
+        cells += [f"{report['seconds']['total']:.0f}", f"{report['peak_rss_bytes'] / 1e9:.2f}"]
+        print("| " + " | ".join(cells) + " |", flush=True)
+    shutil.rmtree(given.work / "out", ignore_errors=True)
+
+
 def main() -> None:
-    """Print a line for each step: seconds, FLOP/s of its products, and the ratio to the plain product's."""
-    parser = argparse.ArgumentParser()
+    """Print the tables, or a line for each step: seconds, FLOP/s of its products, and the ratio to the plain product's."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     for name, value in (("rows", 4096), ("columns", 4096), ("tokens", 28672)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--work", type=Path, help="directory for outputs, which are removed again")
+    parser.add_argument("--only", action="append", help="a recipe; repeatable")
+    parser.add_argument(
+        "--options",
+        type=str.split,
+        default=["--eval-size", "16", "--unseen-size", "16"],
+        help="more options of `mptq quantize`",
+    )
+    parser.add_argument("checkpoints", type=Path, nargs="*")
     given = parser.parse_args()
+    packages = ", ".join(f"{name} {version(name)}" for name in ("mptq", "torch", "megatron-core", "nvidia-modelopt"))
+    print(f"{platform.platform()}, {torch.get_num_threads()} threads; {packages}")
+    for checkpoint in given.checkpoints:
+        table(checkpoint, given)
+    if not given.checkpoints:
+        steps(given)
+
+
+def steps(given: argparse.Namespace) -> None:
+    """Print what the steps take for one matrix."""
     device, shape = given.device, (given.rows, given.columns)
     torch.manual_seed(0)
     inputs = torch.randn(given.tokens, given.columns, device=device).bfloat16()
     weight = torch.randn(shape, device=device) / 64
-    found = moments({0: inputs}, 1, given.columns, device, Ranks())
+    batches = Batches(8, given.columns, {number: Inputs(part) for number, part in enumerate(inputs.chunk(8))})
+    found = moments(batches, device, Ranks())
     moment, diagonal = damped(found.fitted, 0.1), found.fitted.diagonal().contiguous()
     made, _ = quantizer.quantize(weight, BLOCK, "w")
     assert made.amax is not None
@@ -55,9 +138,9 @@ def main() -> None:
     product = 2 * given.rows * given.columns**2
     steps: dict[str, tuple[Callable[[], object], float]] = {
         "plain product": (lambda: weight @ moment, product),
-        "moment": (lambda: moments({0: inputs}, 1, given.columns, device, Ranks()), 2 * given.tokens * given.columns**2),
+        "moment": (lambda: moments(batches, device, Ranks()), 2 * found.tokens * given.columns**2),
         "scales": (lambda: search([weight], diagonal, BLOCK, amax), 0),
-        "GPTQ": (lambda: solve(weight, moment, scale, "w"), 1.5 * product + given.columns**3 / 3),
+        "GPTQ": (lambda: solve(weight, factored(moment, "w"), scale), 1.5 * product + given.columns**3 / 3),
     }
     where = (
         torch.cuda.get_device_name(device)

@@ -31,7 +31,7 @@ class TokenData:
     account: dict[str, Any]
 
 
-LEAST = {"calib_size": 1, "eval_size": 0, "seq_length": 2, "seed": 0}
+LEAST = {"calib_size": 1, "eval_size": 0, "unseen_size": 0, "seq_length": 2, "seed": 0}
 """Minimum of each numeric option."""
 
 
@@ -45,7 +45,7 @@ def check_datasets(options: DataOptions) -> None:
     problems = [
         f"{name} must be at least {least}, not {getattr(options, name)}"
         for name, least in LEAST.items()
-        if getattr(options, name) < least
+        if (getattr(options, name) or 0) < least
     ]
     try:
         find_sources(options.datasets)
@@ -58,8 +58,7 @@ def check_datasets(options: DataOptions) -> None:
 def load_tokens(options: DataOptions, tokenizer: Path | str | None, vocab_size: int, calibrate: bool) -> TokenData:
     """Returns held-out sequences and, if `calibrate`, calibration sequences; reads no more documents than they need.
 
-    Data that calibrates is not the only kind that a model will see: with a tokenizer there are as many `unseen`
-    sequences as held-out ones then.
+    Data that calibrates is not the only kind that a model will see: with a tokenizer there are `unseen` sequences too.
 
     `tokenizer` is the directory of the model's tokenizer, or a file in it. The documents of each dataset are shuffled
     with the seed, and the held-out sequences are taken first, so they do not depend on `calib_size` or `calibrate`. The
@@ -90,7 +89,7 @@ def load_tokens(options: DataOptions, tokenizer: Path | str | None, vocab_size: 
         about |= {"documents": supply.documents, "empty": supply.empty, "copies": supply.copies}
         rows.append(about | describe(held[index] + used[index]))
     calibration, held_out = interleave(used), interleave(held)
-    unseen = _unseen(options, tokenizer, vocab_size) if calibrate and tokenizer else ()
+    unseen = _unseen(options, options.unseen(calibrate), tokenizer, vocab_size) if tokenizer else ()
     account = {
         "datasets": rows,
         "default_data": not options.datasets,
@@ -105,13 +104,15 @@ def load_tokens(options: DataOptions, tokenizer: Path | str | None, vocab_size: 
     return TokenData(calibration, held_out, unseen, account)
 
 
-def _unseen(options: DataOptions, tokenizer: Path | str | None, vocab_size: int) -> tuple[np.ndarray, ...]:
-    """Returns as many sequences as are held out, of the kind of text that never calibrates."""
+def _unseen(options: DataOptions, count: int, tokenizer: Path | str, vocab_size: int) -> tuple[np.ndarray, ...]:
+    """Returns `count` sequences, or as many as there are, of the kind of text that never calibrates."""
+    if not count:
+        return ()
     source = unseen_source()
     (supply,) = _supplies([source], options, tokenizer)
-    found = supply.take(options.eval_size, hold_out=True)
-    _check_enough(source, (len(found), 0), (options.eval_size, 0), options, supply)
-    _check_vocabulary(source, found, tokenizer, vocab_size)
+    found = supply.take(count, hold_out=True)
+    if found:
+        _check_vocabulary(source, found, tokenizer, vocab_size)
     return tuple(found)
 
 

@@ -99,7 +99,7 @@ def quantize(  # noqa: PLR0913, PLR0917 (one parameter per option)
         typer.Option(
             metavar="DATA[:WEIGHT]",
             help="Calibration data: text, JSONL, parquet, Hugging Face dataset or Megatron .bin/.idx. Repeatable.",
-            show_default="English text and code shipped with Python",
+            show_default="mptq's own texts of many kinds",
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -112,6 +112,15 @@ def quantize(  # noqa: PLR0913, PLR0917 (one parameter per option)
     eval_size: Annotated[
         int, typer.Option(min=0, help="Number of held-out sequences to measure fidelity on; 0 to skip.", rich_help_panel=_DATA)
     ] = 8,
+    unseen_size: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Number of sequences of a kind of text that never calibrates, to measure fidelity on.",
+            show_default="--eval-size, or 0 for a recipe without calibration",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Random seed for choosing documents.", rich_help_panel=_DATA)] = 0,
     activation_memory: Annotated[
         str | None,
@@ -182,6 +191,7 @@ def quantize(  # noqa: PLR0913, PLR0917 (one parameter per option)
         datasets=tuple(calib_dataset or ()),
         calib_size=calib_size,
         eval_size=eval_size,
+        unseen_size=unseen_size,
         seq_length=calib_seq_length,
         packed=calib_packing,
         seed=seed,

@@ -152,6 +152,9 @@ _ORDER = (
 """Kinds of linears: the inputs of one depend on the linears of the earlier kinds."""
 
 
+MLP_KINDS = ("linear_fc1", "linear_fc2")
+
+
 def stages(linears: Sequence[LinearSpec]) -> list[list[LinearSpec]]:
     """Divides the linears of a layer into groups, each of which only depends on those before it."""
     found = [[linear for linear in linears if linear.kind in kinds] for kinds in _ORDER]
@@ -159,9 +162,18 @@ def stages(linears: Sequence[LinearSpec]) -> list[list[LinearSpec]]:
     return [group for group in found if group]
 
 
-def group_name(group: Sequence[LinearSpec]) -> str:
-    """Returns the kinds of linears of a stage, as reports and `kept` patterns name it."""
-    return "+".join(dict.fromkeys(linear.kind for linear in group))
+def groups(linears: Sequence[LinearSpec]) -> dict[str, list[LinearSpec]]:
+    """Returns the groups of a layer's linears that are measured together, by the kinds in them, in order.
+
+    They are the stages, but that an MLP of experts is one: each expert is quantized as a whole.
+    """
+    found: dict[str, list[LinearSpec]] = {}
+    for stage in stages(linears):
+        group = stage
+        if any(linear.expert is not None for linear in linears) and stage[0].kind in MLP_KINDS:
+            group = [linear for linear in linears if linear.kind in MLP_KINDS]
+        found["+".join(dict.fromkeys(linear.kind for linear in group))] = group
+    return found
 
 
 def layer_linears(config: ModelConfig, layer: int) -> tuple[LinearSpec, ...]:

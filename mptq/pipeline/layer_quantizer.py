@@ -19,7 +19,7 @@ from mptq.errors import CheckpointError
 from mptq.formats import FORMATS
 from mptq.formats.layout import canonical_weight
 from mptq.formats.protocol import QuantizedCache, QuantizedLinear
-from mptq.model.tensors import CORE_ATTENTION, group_name, megatron_layer, stages
+from mptq.model.tensors import CORE_ATTENTION, groups, megatron_layer, stages
 from mptq.pipeline.stored import add, empty, store_unquantized
 from mptq.quantize import quantizer
 from mptq.quantize.compressed_linears import Compressed, CompressedLinears, calibrated_amax, drop, release
@@ -102,7 +102,7 @@ class LayerQuantizer:
             if self.plan.assignment.has_cache(self.layer):
                 yield self._kv_cache()
         numbers = {linear.megatron: number for number, linear in enumerate(self.plan.linears(self.layer))}
-        for linear in self._ordered(states):
+        for linear in self._measured(states, self._ordered(states)):
             yield self._linear(linear, numbers[linear.megatron])
         rows = chain.from_iterable(self.context.ranks.all_gather(self.rows))
         self.context.log.rows.extend(row for _, row in sorted(rows, key=itemgetter(0)))
@@ -111,29 +111,40 @@ class LayerQuantizer:
 
     def _ordered(self, states: HiddenStatePair | None) -> Iterator[LinearSpec]:
         """Yields the linears; for rounding by their inputs, each group once these are known."""
-        linears, rounds = self.plan.linears(self.layer), self.plan.recipe.rounding != "nearest"
-        if states is None or self.live is None or not (rounds or self.context.sensitivity):
+        linears = self.plan.linears(self.layer)
+        if self.plan.recipe.rounding == "nearest":
             yield from linears
             return
-        found, left = dict[str, float](), stages(linears)
-        first = states.outputs(self.live) if self.context.sensitivity else []
-        before = first
+        assert states is not None
+        assert self.live is not None
+        left = stages(linears)
         while left:
             group, *left = left
             wanted = [linear for linear in group if self._schemes(linear)]
-            if wanted and rounds:
+            if wanted:
                 self.context.progress.doing("collecting inputs")
                 later = [linear.module for linear in chain.from_iterable(left)]
                 with self.context.log.timed("forward"):
                     self.inputs = states.inputs(self.live, wanted, later)
             yield from group
-            if wanted and self.context.sensitivity:
+
+    def _measured(self, states: HiddenStatePair | None, linears: Iterator[LinearSpec]) -> Iterator[LinearSpec]:
+        """Yields `linears`; with `sensitivity`, measures what each group has done to the output once it is quantized."""
+        if not self.context.sensitivity or states is None or self.live is None:
+            yield from linears
+            return
+        found: dict[str, float] = {}
+        left = {name: {linear.megatron for linear in group} for name, group in groups(self.plan.linears(self.layer)).items()}
+        before = states.outputs(self.live)
+        for linear in linears:
+            yield linear
+            name = next(name for name, waiting in left.items() if linear.megatron in waiting)
+            left[name].remove(linear.megatron)
+            if not left[name]:
                 with self.context.log.timed("forward"):
                     after = states.outputs(self.live)
-                found[group_name(group)] = states.change(before, after)
-                before = after
-        if self.context.sensitivity:
-            self.row["sensitivity"] = found
+                found[name], before = states.change(before, after), after
+        self.row["sensitivity"] = found
 
     def _rounder(self, linear: LinearSpec) -> Rounder | None:
         """Returns what rounds the linears of the group of `linear`, whose first is asked for; None to round to nearest.

@@ -71,6 +71,7 @@ KINDS: Mapping[str, str] = {
     "--calib-batch-size": "calib_batch_size",
     "--calib-packing": "calib_packing",
     "--eval-size": "eval_size",
+    "--unseen-size": "unseen_size",
     "--seed": "seed",
     "--moe-min-tokens": "moe_min_tokens",
     "--max-kl": LIMIT,
@@ -138,8 +139,9 @@ def decisive(
         "calib_batch_size": options.batch_size,
         "calib_packing": data["packed"],
         "seed": data["seed"],
+        "unseen_size": data["unseen"]["sequences"] if data.get("unseen") else 0,
         "moe_min_tokens": options.moe_min_tokens,
-        "tokens": _digest([data[part]["sha256"] for part in ("calibration", "held_out", "unseen") if data[part]]),
+        "tokens": _digest([data[part]["sha256"] for part in ("calibration", "held_out", "unseen") if data.get(part)]),
     }
 
 

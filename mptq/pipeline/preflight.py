@@ -75,6 +75,8 @@ def check(plan: Plan, out: Path, options: Options, processes: int = 1) -> Prefli
         _require_no_data(plan, options, missing)
         if options.data.eval_size and plan.runs:
             notes.append(f"no fidelity figures ({missing}): pass --tokenizer DIR, or --eval-size 0 to skip them")
+    if tokenizer is None and options.data.unseen_size:
+        raise DataError(f"--unseen-size needs text, but {missing}: pass --tokenizer DIR")
     if tokenizer is None and _has_tokenizer(plan):
         notes.append(f"no tokenizer in the output ({missing}): pass --tokenizer DIR")
     runs = plan.runs and has_data and (plan.recipe.needs_data or options.data.eval_size > 0)
@@ -140,7 +142,8 @@ def _work(plan: Plan, options: Options, tokenizer: Path | None) -> estimates.Act
     length = min(data.seq_length, plan.model.max_position_embeddings)
     calibrating = data.calib_size if recipe.needs_data else 0
     both = recipe.propagates + recipe.compares_streams
-    evaluated = data.eval_size * (2 if calibrating and tokenizer is not None else 1)
+    unseen = data.unseen(recipe.needs_data) if tokenizer is not None else 0
+    evaluated = data.eval_size + unseen
     streams = 2 * evaluated + calibrating * max(1, both) + data.eval_size * plan.recipe.is_requantized
     stored = streams * length * plan.model.hidden_size * DTYPE_BYTES[plan.model.dtype]
     kept, filed = (stored, 0) if stored <= activation_memory(options) else (0, stored)

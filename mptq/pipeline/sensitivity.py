@@ -11,7 +11,7 @@ from typing import Any
 
 from mptq.distributed import started
 from mptq.errors import DataError
-from mptq.model.tensors import group_name, stages
+from mptq.model import tensors
 from mptq.pipeline.options import Options
 from mptq.pipeline.preflight import activation_memory, check, pick_device, tokens_of
 from mptq.plan.plan import Plan
@@ -71,12 +71,10 @@ def groups(plan: Plan, rows: Iterable[Mapping[str, Any]]) -> list[Group]:
     found = []
     for row in rows:
         layer = row["layer"]
-        for group in stages(plan.linears(layer)):
-            name = group_name(group)
-            if name in row["sensitivity"]:
-                patterns = tuple(f"decoder.layers.{layer}.*{kind}" for kind in name.split("+"))
-                size = sum(linear.shape[0] * linear.shape[1] for linear in group) * DTYPE_BYTES[plan.model.dtype]
-                found.append(Group(patterns, size, row["sensitivity"][name]))
+        for name, group in tensors.groups(plan.linears(layer)).items():
+            patterns = tuple(f"decoder.layers.{layer}.*{kind}" for kind in name.split("+"))
+            size = sum(linear.shape[0] * linear.shape[1] for linear in group) * DTYPE_BYTES[plan.model.dtype]
+            found.append(Group(patterns, size, row["sensitivity"][name]))
     return found
 
 

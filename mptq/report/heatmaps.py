@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mptq.formats import FORMATS
@@ -24,22 +24,46 @@ FALLBACK = "#ff3b30"
 
 def signal_to_noise(document: Mapping[str, Any], form: str) -> Plot | None:
     """Signal-to-noise ratio of the weights of an output, by module and layer; for experts, the lowest in the layer."""
-    layers = len(document["layers"])
-    table = views.grid(views.of_format(document, form), "sqnr_db", layers, min)
+    table = views.grid(views.of_format(document, form), "sqnr_db", len(document["layers"]), min)
     if not table:
         return None
-    figure, axes = svg.axes(_WIDTH, 96 + 26 * len(table), "layer", "", grid=None)
-    svg.heat(figure, axes, list(table.values()), "SNR [dB]")
-    axes.set_yticks(range(len(table)), list(table))
-    svg.cell_lines(axes, len(table), layers)
-    svg.whole_ticks(axes.xaxis)
-    lowest, name, layer = min(
-        (value, name, layer) for name, line in table.items() for layer, value in enumerate(line) if not math.isnan(value)
-    )
+    lowest, name, layer = min(_cells(table))
     title = f"Signal-to-noise ratio of the weights ({FORMATS[form].label})"
     text = f"{title}, by module and layer. Lowest: {lowest:.2f} dB, {name} of layer {layer}."
     note = " For experts, the lowest in the layer." if any("expert" in name for name in table) else ""
-    return Plot(title, text + note, svg.inline(figure, f"snr-{form}"), wide=True)
+    return Plot(title, text + note, svg.inline(_map(table, "SNR [dB]"), f"snr-{form}"), wide=True)
+
+
+def output_errors(document: Mapping[str, Any], form: str) -> Plot | None:
+    """Errors of the outputs against those of rounding to nearest, by module and layer; for experts, the highest."""
+    rows = [
+        {**row, "ratio": row["output_error"] / row["output_error_nearest"]}
+        for row in views.of_format(document, form)
+        if row.get("output_error") is not None and row.get("output_error_nearest")
+    ]
+    table = views.grid(rows, "ratio", len(document["layers"]), max)
+    if not table:
+        return None
+    highest, name, layer = max(_cells(table))
+    title = f"Error of the outputs against rounding to nearest ({FORMATS[form].label})"
+    text = f"{title}, by module and layer, on withheld inputs. Highest: {highest:.2f}, {name} of layer {layer}."
+    note = " For experts, the highest in the layer." if any("expert" in name for name in table) else ""
+    return Plot(title, text + note, svg.inline(_map(table, "ratio"), f"outputs-{form}"), wide=True)
+
+
+def _cells(table: Mapping[str, list[float]]) -> Iterator[tuple[float, str, int]]:
+    """Yields value, module and layer of each cell that has a value."""
+    for name, line in table.items():
+        yield from ((value, name, layer) for layer, value in enumerate(line) if not math.isnan(value))
+
+
+def _map(table: Mapping[str, list[float]], label: str) -> Figure:
+    figure, axes = svg.axes(_WIDTH, 96 + 26 * len(table), "layer", "", grid=None)
+    svg.heat(figure, axes, list(table.values()), label)
+    axes.set_yticks(range(len(table)), list(table))
+    svg.cell_lines(axes, len(table), len(next(iter(table.values()))))
+    svg.whole_ticks(axes.xaxis)
+    return figure
 
 
 def expert_tokens(document: Mapping[str, Any]) -> Plot | None:

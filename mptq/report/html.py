@@ -199,6 +199,7 @@ def _sections(document: Mapping[str, Any]) -> list[Section]:
                 "Weights",
                 [
                     *(heatmaps.signal_to_noise(document, form) for form in forms),
+                    *(heatmaps.output_errors(document, form) for form in forms),
                     figures.weight_amax(document),
                     figures.input_amax(document),
                 ],

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import modelopt.torch.quantization as mtq
 import pytest
@@ -149,13 +150,14 @@ def test_modelopts_algorithm_needs_a_loop(aligned, enough, tmp_path):
         mtq.quantize(layer, quant_config(SCHEMES["block"]) | {"algorithm": {"method": "mptq_gptq"}})
 
 
+def read_source(plan, name, shape):
+    """A tensor of the checkpoint, by its canonical name."""
+    return Reader(plan.source.checkpoint).read_parts(plan.source.places[name], torch.empty(shape, dtype=torch.bfloat16))
+
+
 def first_layer(plan, options, folder):
     """The first layer with its weights, and a loop that passes the calibration tokens' embeddings through it."""
-    reader, model = Reader(plan.source.checkpoint), plan.model
-
-    def read(name, shape):
-        return reader.read_parts(plan.source.places[name], torch.empty(shape, dtype=torch.bfloat16))
-
+    model, read = plan.model, partial(read_source, plan)
     layer = build_layer(model, 0)
     for tensor in plan.unquantized(0):
         place(layer, tensor.parameter, read(f"decoder.layers.0.{tensor.megatron}", tensor.shape))

@@ -51,7 +51,7 @@ class Driven:
 
 def tokens_of(held_out, calibration=()):
     """Rows of ids as sequences."""
-    return TokenData(*(tuple(row.numpy() for row in rows) for rows in (calibration, held_out)), {})
+    return TokenData(*(tuple(row.numpy() for row in rows) for rows in (calibration, held_out, ())), {})
 
 
 def float32(plan):

@@ -134,7 +134,14 @@ def tensor(draw: random.Random, shape: Shape, form: str, name: str, heard: dict[
         "zeros": draw.uniform(0, 0.004),
         "saturated": draw.uniform(0, 0.0004),
         "input_amax": heard.get(shared) if shape.fidelity else None,
+        "served_error": None if shape.fidelity else 1.4 * relative,
+        **(rounded(draw) if shape.fidelity else {}),
     }
+
+
+def rounded(draw: random.Random) -> dict[str, Any]:
+    nearest = abs(draw.gauss(0.022, 0.004))
+    return {"rounding": "gptq", "output_error": nearest * draw.uniform(0.4, 0.9), "output_error_nearest": nearest}
 
 
 def layers(draw: random.Random, shape: Shape, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -143,6 +150,7 @@ def layers(draw: random.Random, shape: Shape, rows: list[dict[str, Any]]) -> lis
     for row in found:
         error *= 1 + draw.uniform(-0.02, 0.13) * 30 / shape.layers
         row["hidden_relative_error"] = error if shape.fidelity else None
+        row["hidden_token_error"] = 1.1 * error if shape.fidelity else None
         row["hidden_cosine"] = 1 - error**2 / 2 if shape.fidelity else None
         scales = {"k_scale": draw.uniform(0.02, 0.1), "v_scale": draw.uniform(0.005, 0.02)}
         row["kv_cache"] = scales if shape.fidelity else None
@@ -173,6 +181,7 @@ def calibration(shape: Shape) -> dict[str, Any]:
         "seq_length": 2048,
         "calibration": part,
         "held_out": part | {"sequences": 64, "tokens": 131_072},
+        "unseen": part | {"sequences": 64, "tokens": 131_072, "name": "plays"},
         "activation_bytes": 524_288 * shape.hidden * 2,
         "activations_on_disk": False,
         "propagate": "quantized",
@@ -181,6 +190,10 @@ def calibration(shape: Shape) -> dict[str, Any]:
 
 
 def fidelity() -> dict[str, Any]:
+    return predictions() | {"unseen": predictions() | {"kl": {"mean": 0.0141, "standard_error": 0.0002}}, "served": None}
+
+
+def predictions() -> dict[str, Any]:
     return {
         "tokens": 131_008,
         "sequences": 64,

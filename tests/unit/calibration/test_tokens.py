@@ -144,7 +144,9 @@ def test_the_account(rows, words):
         "seq_length": 8,
         "calibration": describe(data.calibration),
         "held_out": describe(data.held_out),
+        "unseen": describe(data.unseen) | {"name": "plays"},
     }
+    assert len(data.unseen) == len(data.held_out)
     assert data.account["calibration"]["sequences"] == 10
     assert data.account["held_out"]["tokens"] == 32
 
@@ -191,9 +193,30 @@ def test_default_data(words):
     data = load_tokens(DataOptions(calib_size=9, eval_size=3, seq_length=64), words, VOCABULARY, True)
     assert data.account["default_data"]
     assert [(row["name"], row["sequences"]) for row in data.account["datasets"]] == [
-        ("python-reference", 4),
-        ("python-library", 8),
+        ("technical", 3),
+        ("prose", 3),
+        ("code", 3),
+        ("dialogue", 1),
+        ("mathematics", 1),
+        ("languages", 1),
     ]
+
+
+def test_text_of_an_unseen_kind(rows, words, corpus):
+    """Where data calibrates, fidelity is measured on a kind of text too that never does, whatever the data."""
+    plays = load(rows, words).unseen
+    assert plays
+    others = load_tokens(replace(SMALL, datasets=()), words, VOCABULARY, True)
+    assert [ids.tolist() for ids in others.unseen] == [ids.tolist() for ids in plays]
+    assert load(corpus).unseen == ()  # there is no tokenizer
+    assert load(rows, words, calibrate=False).unseen == ()
+    none = load(rows, words, options=replace(SMALL, eval_size=0))
+    assert (none.unseen, none.account["unseen"]) == ((), None)
+    assert len(load(rows, words, calibrate=False, options=replace(SMALL, unseen_size=3)).unseen) == 3
+    assert load(rows, words, options=replace(SMALL, unseen_size=0)).unseen == ()
+    # As many as there are.
+    many = load_tokens(replace(SMALL, eval_size=2000, calib_size=1, seq_length=64, datasets=()), words, VOCABULARY, True)
+    assert 100 < len(many.unseen) < 2000
 
 
 def fails(path, tokenizer=None, vocab_size=VOCABULARY, **options):
@@ -222,7 +245,7 @@ def test_too_little_data(rows, words, tmp_path):
     )
     (tmp_path / "empty.txt").touch()
     assert "has 0 usable sequences" in fails(tmp_path / "empty.txt", words)
-    with pytest.raises(DataError, match=r"dataset 'python-reference' has \d+ usable sequences of 512 tokens.*, but 3334 are"):
+    with pytest.raises(DataError, match=r"dataset 'technical' has \d+ usable sequences of 512 tokens.*, but 3334 are"):
         load_tokens(replace(SMALL, calib_size=10_000, seq_length=512), words, VOCABULARY, True)
 
 

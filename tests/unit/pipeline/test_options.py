@@ -68,6 +68,7 @@ def other(crossing, aligned_hf, tokenizer, tmp_path):
         "--ignore": {"recipe": load_recipe("fp8").changed(["decoder.layers.0.*"])},
         "--kv-cache": {"recipe": load_recipe("fp8").changed(kv_cache="fp8")},
         "--rounding": {"recipe": load_recipe("fp8").changed(rounding="gptq")},
+        "--keep-bytes": {"recipe": load_recipe("fp8").changed(["decoder.layers.0.*linear_fc2"])},
         "--format": {"formats": ("hf", "megatron")},
         "--tokenizer": {"options": {"tokenizer": tokenizer}},
         "--max-shard-size": {"options": {"max_shard_bytes": 200_000}},
@@ -78,6 +79,7 @@ def other(crossing, aligned_hf, tokenizer, tmp_path):
         "--calib-batch-size": {"options": {"batch_size": 2}},
         "--calib-packing": data(packed=False),
         "--eval-size": data(eval_size=2),
+        "--unseen-size": {"options": {"tokenizer": tokenizer}} | data(unseen_size=2),
         "--seed": data(seed=1),
         "--moe-min-tokens": {"options": {"moe_min_tokens": 3}},
     }
@@ -179,7 +181,9 @@ def test_differences_that_follow_from_an_option_are_not_named():
     assert differences(made, made) == []
     assert differences(made, made | {"eval_size": 4, "tokens": {"sha256": "b"}}) == ["--eval-size (8, now 4)"]
     assert differences(made, made | {"tokens": {"sha256": "b"}}) == ["the contents of the data"]
-    assert differences(made, made | {"recipe": {"sha256": "b"}}) == ["--recipe or --ignore or --kv-cache or --rounding"]
+    assert differences(made, made | {"recipe": {"sha256": "b"}}) == [
+        "--recipe or --ignore or --kv-cache or --rounding or --keep-bytes"
+    ]
     assert differences(made, made | {"format": ["hf", "megatron"]}) == ["--format (hf, now hf,megatron)"]
     assert differences(made, made | {"seed": 0}) == ["--seed"]
     assert differences(made, {key: value for key, value in made.items() if key != "eval_size"}) == ["--eval-size"]

@@ -71,7 +71,7 @@ def test_unknown_name_lists_all():
         (GOOD + "calibration: {method: mse}\n", "calibration.method: ModelOpt's mse calibrator is for integer formats"),
         (GOOD + "algorithm: awq_lite\n", "algorithm: awq_lite is not supported: engines' FP8 checkpoints have no place for"),
         (GOOD + "algorithm: gptq\n", "algorithm: gptq is not supported: it is about codes, not scales: use `rounding: gptq`"),
-        (GOOD + "rounding: gptk\n", "rounding: Input should be 'nearest', 'scales' or 'gptq'"),
+        (GOOD + "rounding: gptk\n", "rounding: Input should be 'nearest', 'scales', 'gptq' or 'qep'"),
         (GOOD + "rounding: scales\nalgorithm: mse\n", "`rounding: scales` searches for the scales itself: `algorithm` must"),
         (
             "description: x\nweights: {scale: mx, block_size: 32}\nhf: modelopt\nrounding: scales\n",

@@ -3,7 +3,7 @@
 import pytest
 
 from mptq.calibration.datasets.options import DataOptions
-from mptq.calibration.datasets.sources import find_sources
+from mptq.calibration.datasets.sources import find_sources, unseen_source
 from mptq.calibration.tokens import check_datasets, needs_tokenizer
 from mptq.errors import DataError
 
@@ -63,10 +63,10 @@ def test_names_in_reports_have_no_path(folder):
 
 
 def test_default_datasets():
-    assert [(source.name, source.kind.name) for source in find_sources(())] == [
-        ("python-reference", "default"),
-        ("python-library", "default"),
-    ]
+    found = find_sources(())
+    assert [source.name for source in found] == ["technical", "prose", "code", "dialogue", "mathematics", "languages"]
+    assert {source.kind.name for source in [*found, unseen_source()]} == {"default"}
+    assert unseen_source().name not in [source.name for source in found]
 
 
 UNKNOWN = {
