@@ -23,10 +23,10 @@ from mptq.model.tensors import outer_copies
 from mptq.pipeline import layer_quantizer
 from mptq.pipeline.layer_quantizer import place
 from mptq.quantize.modelopt import quant_config, silenced
-from mptq.recipes.recipe import load_recipe, recipe_names
+from mptq.recipes.recipe import load_recipe
 from mptq.recipes.schemes import SCHEMES
 from mptq.report import read
-from tests.conftest import mptq
+from tests.conftest import RECIPES, mptq
 from tests.integration.test_resume import BOTH, stopped, whole
 from tests.integration.test_verification import edit_hf
 from tests.support.killing import check, comparable
@@ -45,9 +45,9 @@ def rounded(recipe, method):
 
 
 CASES = [
-    *(("aligned", recipe, "gptq") for recipe in recipe_names() if recipe != "none"),
-    *(("aligned", recipe, "scales") for recipe in recipe_names() if recipe not in ("none", "mxfp8")),
-    *((model, "fp8", method) for model in ("mixtral", "deepseek-v3") for method in ("scales", "gptq")),
+    *(("aligned", recipe, method) for recipe in (*RECIPES, "fp8-blockwise-ue8m0") for method in ("gptq", "qep")),
+    *(("aligned", recipe, "scales") for recipe in (*RECIPES, "fp8-blockwise-ue8m0") if recipe != "mxfp8"),
+    *((model, "fp8", method) for model in ("mixtral", "deepseek-v3") for method in ("scales", "gptq", "qep")),
     *(("mixtral", "fp8-blockwise", "gptq"), ("deepseek-v3", "fp8-per-channel", "gptq")),
 ]
 
@@ -64,8 +64,8 @@ def test_both_formats_are_nearer_than_nearest_and_verify(request, zoo, enough, m
     assert all(row["output_error"] <= row["output_error_nearest"] for row in rows)
     better = [row for row in rows if row["rounding"] != "nearest"]
     assert all(row["output_error"] < row["output_error_nearest"] for row in better)
-    if method == "gptq":
-        assert sum(row["rounding"] == "gptq" for row in rows) > len(rows) / 4
+    if method != "scales":
+        assert sum(row["rounding"] in ("gptq", method) for row in rows) > len(rows) / 4
 
 
 @pytest.mark.slow

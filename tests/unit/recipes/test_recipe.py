@@ -14,17 +14,32 @@ def test_built_in_recipes():
     assert recipe_names() == [
         "fp8",
         "fp8-blockwise",
+        "fp8-blockwise-gptq",
         "fp8-blockwise-ue8m0",
         "fp8-per-channel",
+        "fp8-per-channel-gptq",
         "fp8-per-tensor",
         "mxfp8",
         "none",
     ]
     *schemes, nothing = (load_recipe(name).scheme for name in recipe_names())
     assert nothing is None
-    assert [scheme.name for scheme in schemes] == ["tensor-static", "block", "block-ue8m0", "row", "tensor", "mx"]
-    assert [scheme.grid(300, 128) for scheme in schemes] == [(), (3, 1), (3, 1), (300, 1), (), (300, 4)]
-    assert [name for name in recipe_names() if load_recipe(name).needs_data] == ["fp8"]
+    assert [scheme.name for scheme in schemes] == [
+        "tensor-static",
+        "block",
+        "block",
+        "block-ue8m0",
+        "row",
+        "row",
+        "tensor",
+        "mx",
+    ]
+    assert [scheme.grid(300, 128) for scheme in schemes] == [(), (3, 1), (3, 1), (3, 1), (300, 1), (300, 1), (), (300, 4)]
+    assert [name for name in recipe_names() if load_recipe(name).needs_data] == [
+        "fp8",
+        "fp8-blockwise-gptq",
+        "fp8-per-channel-gptq",
+    ]
     assert all(scheme_named(scheme.name) == scheme for scheme in schemes)
 
 
@@ -56,7 +71,8 @@ def test_unknown_name_suggests_a_similar_one(name, near):
 
 
 def test_unknown_name_lists_all():
-    known = "fp8, fp8-blockwise, fp8-blockwise-ue8m0, fp8-per-channel, fp8-per-tensor, mxfp8, none"
+    known = "fp8, fp8-blockwise, fp8-blockwise-gptq, fp8-blockwise-ue8m0, fp8-per-channel, fp8-per-channel-gptq, "
+    known += "fp8-per-tensor, mxfp8, none"
     with pytest.raises(RecipeError, match=f"'zzz': the built-in recipes are {known}"):
         load_recipe("zzz")
 
@@ -187,8 +203,8 @@ def test_modelopts_other_recipes_are_refused_with_the_reason(name, message):
         ),
         (
             "nvfp4",
-            "unknown recipe 'nvfp4': the built-in recipes are fp8, fp8-blockwise, fp8-blockwise-ue8m0, "
-            "fp8-per-channel, fp8-per-tensor, mxfp8, none",
+            "unknown recipe 'nvfp4': the built-in recipes are fp8, fp8-blockwise, fp8-blockwise-gptq, fp8-blockwise-ue8m0, "
+            "fp8-per-channel, fp8-per-channel-gptq, fp8-per-tensor, mxfp8, none",
         ),
     ],
 )
