@@ -145,10 +145,14 @@ def _check_enough(
         kind = f"of {options.seq_length} tokens" if options.packed else "(one document each)"
         counts = {"empty documents": supply.empty, "copies of held-out documents": supply.copies}
         left_out = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
+        name = f"dataset {source.path!r}"
+        more = "add datasets"
+        if source.kind.name == "default":
+            name, kind, more = "mptq's default data", f"{kind} of the kind {source.path!r}", "pass --calib-dataset"
         raise DataError(
-            f"dataset {source.path!r} has {sum(there)} usable sequences {kind}{left_out and ', not counting '}{left_out}, but "
+            f"{name} has {sum(there)} usable sequences {kind}{left_out and ', not counting '}{left_out}, but "
             f"{sum(asked)} are needed "
-            f"({asked[0]} held out, {asked[1]} to calibrate): add datasets, or use fewer or shorter sequences"
+            f"({asked[0]} held out, {asked[1]} to calibrate): {more}, or use fewer or shorter sequences"
         )
 
 

@@ -215,7 +215,9 @@ def test_text_of_an_unseen_kind(rows, words, corpus):
     assert len(load(rows, words, calibrate=False, options=replace(SMALL, unseen_size=3)).unseen) == 3
     assert load(rows, words, options=replace(SMALL, unseen_size=0)).unseen == ()
     # As many as there are.
-    many = load_tokens(replace(SMALL, eval_size=2000, calib_size=1, seq_length=64, datasets=()), words, VOCABULARY, True)
+    many = load_tokens(
+        replace(SMALL, eval_size=1, unseen_size=2000, calib_size=1, seq_length=64, datasets=()), words, VOCABULARY, True
+    )
     assert 100 < len(many.unseen) < 2000
 
 
@@ -245,7 +247,9 @@ def test_too_little_data(rows, words, tmp_path):
     )
     (tmp_path / "empty.txt").touch()
     assert "has 0 usable sequences" in fails(tmp_path / "empty.txt", words)
-    with pytest.raises(DataError, match=r"dataset 'technical' has \d+ usable sequences of 512 tokens.*, but 3334 are"):
+    with pytest.raises(
+        DataError, match=r"default data has \d+ usable .*'technical'.*, but 2001 are .*: pass --calib-dataset, or use"
+    ):
         load_tokens(replace(SMALL, calib_size=10_000, seq_length=512), words, VOCABULARY, True)
 
 
