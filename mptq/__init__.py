@@ -50,6 +50,9 @@ _MODULES = {
     "verify": "mptq.verification.structure",
 }
 
+_ALGORITHMS = "mptq.calibration.rounding_modes"
+"""Registers ModelOpt algorithms for the layers of `mptq.layers.real_quant`."""
+
 
 def __getattr__(name: str) -> Any:
     """Imports a public function, or looks up the version, on first use."""
@@ -61,4 +64,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'mptq' has no attribute {name!r}")
     import importlib
 
+    if _MODULES[name] == "mptq.layers.real_quant":
+        importlib.import_module(_ALGORITHMS)
     return getattr(importlib.import_module(_MODULES[name]), name)

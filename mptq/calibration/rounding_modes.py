@@ -11,7 +11,8 @@ and has a reference stream that no earlier layer has changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -21,17 +22,9 @@ from mptq.distributed import Ranks
 from mptq.errors import CheckpointError
 from mptq.model.fused import Fusion
 from mptq.model.tensors import LinearSpec, stages
+from mptq.quantize.rounding.modes import Loop, register
 from mptq.quantize.rounding.rounder import Rounder
 from mptq.quantize.weight_quantizer import WeightQuantizer
-from mptq.quiet import quiet_imports
-
-with quiet_imports():
-    from modelopt.torch.opt.config import ModeloptField
-    from modelopt.torch.quantization.config import QuantizeAlgorithmConfig
-    from modelopt.torch.quantization.conversion import set_quantizer_by_cfg_context
-    from modelopt.torch.quantization.mode import BaseCalibrateModeDescriptor, CalibrateModeRegistry
-
-type Loop = Callable[[torch.nn.Module], None]
 
 _EXPERTS = ".experts.local_experts."
 """What precedes the number of an expert in megatron-core's names."""
@@ -98,24 +91,9 @@ class _Rounding:
         module.weight_quantizer.scale_for(made.amax, scheme)
 
 
-def _register(name: str) -> None:
-    class Config(QuantizeAlgorithmConfig):  # type: ignore[misc]
-        method: Literal[name] = ModeloptField(name)  # type: ignore[valid-type]
-
-    def calibrate(layer: torch.nn.Module, forward_loop: Loop | None) -> None:
-        rounding = _Rounding(layer, forward_loop, name)
-        # Weights that are not rounded yet are used as they are.
-        with torch.no_grad(), set_quantizer_by_cfg_context(layer, [{"quantizer_name": "*", "enable": False}]):
-            rounding.run()
-
-    @CalibrateModeRegistry.register_mode
-    class _Mode(BaseCalibrateModeDescriptor):  # type: ignore[misc]
-        _calib_func = calibrate
-
-        @property
-        def config_class(self) -> type[QuantizeAlgorithmConfig]:
-            return Config
+def _prepared(method: str, layer: torch.nn.Module, forward_loop: Loop | None) -> Callable[[], None]:
+    return _Rounding(layer, forward_loop, method).run
 
 
 for _method in ("mptq_scales", "mptq_gptq", "mptq_qep"):
-    _register(_method)
+    register(_method, partial(_prepared, _method))

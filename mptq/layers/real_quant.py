@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from mptq.calibration import rounding_modes as _rounding_modes  # noqa: F401 (registers ModelOpt algorithms)
 from mptq.errors import OptionError
 from mptq.layers.attention import CoreAttention, LatentAttention
 from mptq.layers.linear import Linear

@@ -8,7 +8,7 @@ import modelopt.torch.quantization as mtq
 import pytest
 import torch
 
-from mptq import make_plan, run, verify
+from mptq import RealQuantTransformerLayer, make_plan, run, verify
 from mptq.calibration.datasets.options import DataOptions
 from mptq.calibration.hidden_state_pair import HiddenStateOptions, HiddenStatePair
 from mptq.calibration.moments import moments
@@ -133,6 +133,7 @@ def test_modelopts_algorithm_of_that_name_rounds_a_layer_the_same(aligned, enoug
     plan = make_plan(aligned, rounded("fp8-blockwise", method), ("megatron",))
     run(plan, tmp_path / "out", enough)
     layer, loop = first_layer(plan, enough, tmp_path)
+    assert isinstance(layer, RealQuantTransformerLayer)
     with silenced():
         mtq.quantize(layer, quant_config(SCHEMES["block"]) | {"algorithm": {"method": f"mptq_{method}"}}, loop)
         mtq.compress(layer)
