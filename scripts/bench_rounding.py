@@ -72,11 +72,14 @@ def quantized(checkpoint: Path, out: Path, recipe: str, method: str, more: Seque
     return report
 
 
-def ratio(kl: dict[str, float], base: dict[str, float]) -> str:
-    """The ratio of two means, with the error of independent ones."""
-    value = kl["mean"] / base["mean"]
-    spread = math.hypot(kl["standard_error"] / kl["mean"], base["standard_error"] / base["mean"])
-    return f"{value:.2f} ± {value * spread:.2f}"
+def ratio(found: dict[str, Any], base: dict[str, Any]) -> str:
+    """The ratio of two means over the same sequences, with its jackknife error (sequences have the same length)."""
+    pairs = list(zip(found["kl_of_sequences"], base["kl_of_sequences"], strict=True))
+    over, under = map(sum, zip(*pairs, strict=True))
+    left_out = [(over - one) / (under - other) for one, other in pairs]
+    mean, count = sum(left_out) / len(pairs), len(pairs)
+    spread = math.sqrt((count - 1) / count * sum((value - mean) ** 2 for value in left_out))
+    return f"{over / under:.3f} ± {spread:.3f}"
 
 
 def table(checkpoint: Path, given: argparse.Namespace) -> None:
@@ -92,8 +95,8 @@ def table(checkpoint: Path, given: argparse.Namespace) -> None:
         base = first.setdefault(recipe, found)
         served, cells = found["served"] and found["served"]["kl"], [recipe, method]
         for one, other in ((found, base), (found["unseen"], base["unseen"])):
-            cells += [uncertain(one["kl"]["mean"], one["kl"]["standard_error"]), ratio(one["kl"], other["kl"])]
-        cells.append(uncertain(served["mean"], served["standard_error"]) if served else "the same")
+            cells += [uncertain(one["kl"]["mean"], one["kl"]["standard_error"]), ratio(one, other)]
+        cells.append(f"{served['mean']:.5f}" if served else "the same")
         cells += [f"{report['seconds']['total']:.0f}", f"{report['peak_rss_bytes'] / 1e9:.2f}"]
         print("| " + " | ".join(cells) + " |", flush=True)
     shutil.rmtree(given.work / "out", ignore_errors=True)

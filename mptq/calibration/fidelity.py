@@ -155,6 +155,7 @@ class NextTokens:
             "tokens": sum(self.kl.counts),
             "sequences": len(self.kl.counts),
             "kl": {"mean": self.kl.mean, "standard_error": self.kl.standard_error},
+            "kl_of_sequences": [total / count for total, count in zip(self.kl.sums, self.kl.counts, strict=True)],
             "perplexity": {
                 "reference": math.exp(self.reference.mean),
                 "quantized": math.exp(self.quantized.mean),

@@ -117,6 +117,9 @@ class Predictions(Strict):
     tokens: Count = Field(description="number of predictions compared")
     sequences: Count = Field(description="number of sequences; each counts as one observation in standard errors")
     kl: Mean = Field(description="KL divergence of the quantized from the reference distribution, nats per token")
+    kl_of_sequences: list[float] | None = Field(
+        None, description="the same of each sequence, to compare runs on the same text; several ranks interleave them"
+    )
     perplexity: Perplexity = Field(description="perplexity before and after")
     top1_agreement: Mean = Field(description="fraction of tokens (0..1) with the same most likely next token")
 
