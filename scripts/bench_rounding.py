@@ -63,7 +63,20 @@ def quantized(checkpoint: Path, out: Path, recipe: str, method: str, more: Seque
     """The report of a run."""
     shutil.rmtree(out, ignore_errors=True)
     # Blocks of any model fit in the Megatron form, whatever its sizes; its numbers are those of the other form.
-    command = [sys.executable, "-m", "mptq", "quantize", checkpoint, "-o", out, "-q", "--json", "--recipe", recipe]
+    command = [
+        sys.executable,
+        "-m",
+        "mptq",
+        "quantize",
+        checkpoint,
+        "-o",
+        out,
+        "--overwrite",
+        "-q",
+        "--json",
+        "--recipe",
+        recipe,
+    ]
     command += ["--rounding", method, "--format", "megatron" if "block" in recipe else "hf", *more]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     if done.returncode:
