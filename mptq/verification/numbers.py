@@ -167,7 +167,7 @@ def quantized_failures(
     return [] if place is None else [f"{name}: element {list(place)} differs from the source by more than E4M3 rounding error"]
 
 
-_BOUNDS = {"gptq": 1.5, "qep": 5.0}
+_BOUNDS = {"gptq": 1.5, "qep": 3.0}
 """How many times the error of the nearest codes, as a norm, that of others may be; docs/rounding.md has what was measured."""
 
 

@@ -71,11 +71,11 @@ def test_both_formats_are_nearer_than_nearest_and_verify(request, zoo, enough, m
 @pytest.mark.slow
 def test_the_same_bytes_from_several_processes(mixtral, tokens, enough, tmp_path_factory):
     alone = tmp_path_factory.mktemp("alone") / "out"
-    run(make_plan(mixtral, rounded("fp8-blockwise", "gptq"), BOTH), alone, replace(enough, max_shard_bytes=200_000))
+    run(make_plan(mixtral, rounded("fp8-blockwise", "qep"), BOTH), alone, replace(enough, max_shard_bytes=200_000))
     for size in (2, 3):
         out = tmp_path_factory.mktemp(str(size)) / "out"
         data = ("--calib-dataset", tokens, "--calib-size", ENOUGH, "--eval-size", 3, "--calib-seq-length", 32)
-        more = ("--calib-batch-size", 4, "--format", "hf,megatron", "--max-shard-size", 200000, "--rounding", "gptq")
+        more = ("--calib-batch-size", 4, "--format", "hf,megatron", "--max-shard-size", 200000, "--rounding", "qep")
         done = mptq("quantize", mixtral, "--recipe", "fp8-blockwise", *data, *more, "-o", out, "--quiet", processes=size)
         assert done.returncode == 0, done.stderr
         figures = ("calibration", "fidelity", "layers", "predicted_peak_bytes", "ranks")
@@ -83,12 +83,13 @@ def test_the_same_bytes_from_several_processes(mixtral, tokens, enough, tmp_path
         assert read(out)["tensors"] == read(alone)["tensors"]
 
 
-def test_a_stopped_run_resumes(aligned, enough, tmp_path, tmp_path_factory):
-    plan = make_plan(aligned, rounded("fp8-per-channel", "gptq"), BOTH)
+@pytest.mark.parametrize("method", ["gptq", "qep"])
+def test_a_stopped_run_resumes(aligned, enough, method, tmp_path, tmp_path_factory):
+    plan = make_plan(aligned, rounded("fp8-blockwise", method), BOTH)
     stopped(plan, tmp_path / "out", 2, enough)
     document = run(plan, tmp_path / "out", replace(enough, resume=True))
     check(tmp_path / "out", whole(plan, tmp_path_factory.mktemp("one"), enough))
-    assert {row["rounding"] for row in document["tensors"]} <= {"gptq", "nearest"}
+    assert {row["rounding"] for row in document["tensors"]} <= {method, "nearest"}
 
 
 def test_codes_that_were_changed_do_not_verify(aligned, enough, tmp_path):
