@@ -176,9 +176,13 @@ def _input_memory(plan: Plan, layer: int, work: ActivationBudget) -> int:
     # The reference's inputs are those of the whole layer, and of the residual stream, which the other has once.
     reference = sum(linear.in_features for linear in linears if linear.expert is None) + 3 * model.hidden_size
     columns = max(kept, default=0) + reference * (work.streams - 1)
-    return int(columns * work.rounding_tokens * width)
+    # A batch, and what is withheld, in float32; with two streams also their difference, and that of the residual stream.
+    widest = max((linear.in_features for linear in linears), default=0)
+    sample = work.streams * widest + (work.streams - 1) * model.hidden_size
+    return int(columns * work.rounding_tokens * width) + _SAMPLE_BYTES * work.batch_tokens * sample
 
 
+_SAMPLE_BYTES = 2 * 4
 _ROUNDED_BYTES = 8 * 4
 """Bytes per weight while it is rounded by its inputs: itself, its target, scales, codes and errors, in float32."""
 _MOMENT_BYTES = 8 * 4

@@ -174,10 +174,10 @@ def _refuse_misaligned(layout: HfLayout) -> None:
 
 
 def _refuse_nothing(layout: HfLayout) -> None:
-    schemes = {name: load_recipe(name).scheme for name in recipe_names()}
-    others = [name for name, scheme in schemes.items() if scheme is not None and scheme.unit == (1, 1)]
+    recipe, known = layout.assignment.recipe, map(load_recipe, recipe_names())
+    alike = [one for one in known if one.scheme is not None and one.rounding == recipe.rounding]
+    others = [one.name for one in alike if one.scheme is not None and one.scheme.unit == (1, 1)]
     sizes = sorted({size for _, linear in layout.assignment.linears() for _, shape in linear.members for size in shape})
-    recipe = layout.assignment.recipe
     assert recipe.scheme is not None
     raise RecipeError(
         f"{recipe.name}: no linear of this model has sizes that are all multiples of "

@@ -404,8 +404,13 @@ def test_inputs_and_moments_of_rounding_are_in_the_prediction():
     )
     fc2 = 2048 * 8192
     layer, made = 2 * (4 * 2048**2 + 3 * fc2 + 2 * 2048), (2 + 1) * fc2 + 2 * fc2  # the fc1 before it is being written
-    assert rounding - estimates.IMPORTS_BYTES == layer + made + 32 * fc2 + 32 * 8192**2 + 2 * 32768 * 8192
+    steps = layer + made + 32 * fc2 + 32 * 8192**2
+    assert rounding - estimates.IMPORTS_BYTES == steps + 2 * 32768 * 8192 + 8 * 512 * 8192
     assert plain < rounding
+    # With two streams also the reference's inputs, and the residual stream: before attention and MLP, and once more.
+    both = estimates.peak_memory(plan, estimates.ActivationBudget(0, 0, 512, 512, False, 32768, 2))
+    more = 2 * 32768 * (3 * 2048 + 8192 + 3 * 2048) + 8 * 512 * (8192 + 2048)
+    assert both == rounding + more
 
 
 def test_a_search_for_scales_is_in_the_prediction():
