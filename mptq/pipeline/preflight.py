@@ -71,12 +71,12 @@ def check(plan: Plan, out: Path, options: Options, processes: int = 1) -> Prefli
     has_data = tokenizer is not None or not needs_tokenizer(options.data)
     options.gates.require_finite()
     _require_figures(plan, options)
+    if tokenizer is None:
+        _require_no_text(options, missing)
     if not has_data:
         _require_no_data(plan, options, missing)
         if options.data.eval_size and plan.runs:
             notes.append(f"no fidelity figures ({missing}): pass --tokenizer DIR, or --eval-size 0 to skip them")
-    if tokenizer is None and options.data.unseen_size:
-        raise DataError(f"--unseen-size needs text, but {missing}: pass --tokenizer DIR")
     if tokenizer is None and _has_tokenizer(plan):
         notes.append(f"no tokenizer in the output ({missing}): pass --tokenizer DIR")
     runs = plan.runs and has_data and (plan.recipe.needs_data or options.data.eval_size > 0)
@@ -122,18 +122,28 @@ def _needed_bytes(plan: Plan, work: estimates.ActivationBudget | None) -> int:
 
 
 def _require_figures(plan: Plan, options: Options) -> None:
-    """Raises DataError for a limit on the fidelity if this run cannot measure it."""
-    if options.gates == report.QualityLimits():
+    """Raises DataError for an option that needs fidelity figures if this run cannot measure any."""
+    wanted = _of_figures(options)
+    if wanted is None:
         return
     reason = None
     if not options.data.eval_size:
         reason = "--eval-size is 0: use at least 1 sequence"
     elif plan.recipe.scheme is None:
-        reason = f"recipe {plan.recipe.name} quantizes nothing: remove the limit"
+        reason = f"recipe {plan.recipe.name} quantizes nothing: remove it"
     elif plan.model.not_run:
-        reason = f"mptq cannot run this model, which has {'; '.join(plan.model.not_run)}: remove the limit"
+        reason = f"mptq cannot run this model, which has {'; '.join(plan.model.not_run)}: remove it"
     if reason is not None:
-        raise DataError(f"a fidelity limit ({' and '.join(options.gates.flags)}) needs fidelity figures, but {reason}")
+        raise DataError(f"{wanted} needs fidelity figures, but {reason}")
+
+
+def _of_figures(options: Options) -> str | None:
+    """Returns the option that needs fidelity figures, in words; None if there is none."""
+    if options.gates != report.QualityLimits():
+        return f"a fidelity limit ({' and '.join(options.gates.flags)})"
+    if options.sensitivity:
+        return "--sensitivity"
+    return "--unseen-size" if options.data.unseen_size else None
 
 
 def _work(plan: Plan, options: Options, tokenizer: Path | None) -> estimates.ActivationBudget:
@@ -184,14 +194,19 @@ def _generation(plan: Plan, tokenizer: Path | None) -> Generation:
     return resolve([*beside, *plan.source.generation, *itself], plan.model.vocab_size)
 
 
+def _require_no_text(options: Options, missing: str) -> None:
+    if options.data.unseen_size:
+        raise DataError(f"--unseen-size needs text, but {missing}: pass --tokenizer DIR")
+
+
 def _require_no_data(plan: Plan, options: Options, missing: str) -> None:
     wanted = None
     if plan.recipe.needs_data:
         wanted = f"recipe {plan.recipe.name} calibrates scales on data"
     elif options.data.datasets:
         wanted = "--calib-dataset is text"
-    elif options.gates != report.QualityLimits():
-        wanted = "a fidelity limit needs fidelity figures"
+    elif _of_figures(options) is not None:
+        wanted = f"{_of_figures(options)} needs fidelity figures"
     if wanted is not None:
         raise DataError(f"{wanted}, but {missing}: pass --tokenizer DIR, or a Megatron indexed dataset as --calib-dataset")
 

@@ -25,22 +25,40 @@ def plan(recipe="fp8-blockwise", **features):
     return plan_source(source(256, 384, 4, 2, 64, **features), load_recipe(recipe), ("megatron" if features else "hf",))
 
 
-@pytest.mark.parametrize("gates", LIMITS, ids=["--max-kl", "--max-ppl-increase"])
-@pytest.mark.parametrize(
+UNMEASURED = pytest.mark.parametrize(
     ("recipe", "features", "eval_size", "reason"),
     [
         ("fp8-blockwise", {}, 0, "--eval-size is 0: use at least 1 sequence"),
-        ("fp8-blockwise", NOT_RUN, 8, r"mptq cannot run this model, which has residuals in float32 .*: remove the limit"),
-        ("none", {}, 8, "recipe none quantizes nothing: remove the limit"),
+        ("fp8-blockwise", NOT_RUN, 8, r"mptq cannot run this model, which has residuals in float32 .*: remove it"),
+        ("none", {}, 8, "recipe none quantizes nothing: remove it"),
     ],
     ids=["no sequences", "not run", "not quantized"],
 )
+
+
+@UNMEASURED
+@pytest.mark.parametrize("gates", LIMITS, ids=["--max-kl", "--max-ppl-increase"])
 def test_a_limit_without_metrics_is_refused(tokens, tmp_path, gates, recipe, features, eval_size, reason):
     options = Options(gates=gates, data=DataOptions((str(tokens),), eval_size=eval_size))
     (flag,) = gates.flags
     with pytest.raises(DataError, match=rf"^a fidelity limit \({flag}\) needs fidelity figures, but {reason}$"):
         check(plan(recipe, **features), tmp_path / "out", options)
     assert list(tmp_path.iterdir()) == []
+
+
+@UNMEASURED
+@pytest.mark.parametrize(("flag", "change"), [("--sensitivity", {"sensitivity": True}), ("--unseen-size", {"unseen_size": 2})])
+def test_other_options_without_metrics_are_refused(tokens, tmp_path, recipe, features, eval_size, reason, flag, change):
+    data, more = (change, {}) if flag == "--unseen-size" else ({}, change)
+    options = Options(data=DataOptions((str(tokens),), eval_size=eval_size, **data), **more)
+    with pytest.raises(DataError, match=rf"^{flag} needs fidelity figures, but {reason}$"):
+        check(plan(recipe, **features), tmp_path / "out", options)
+
+
+def test_the_unseen_kind_needs_a_tokenizer(tokens, tmp_path):
+    options = Options(data=DataOptions((str(tokens),), unseen_size=2))
+    with pytest.raises(DataError, match=r"^--unseen-size needs text, but .*: pass --tokenizer DIR$"):
+        check(plan(), tmp_path / "out", options)
 
 
 @pytest.mark.parametrize("limit", [math.nan, math.inf])
