@@ -38,11 +38,18 @@ def test_plots_of_a_dense_model(pages):
         "Relative error by layer",
         "Hidden state: 1 - cosine by layer",
         "Signal-to-noise ratio of the weights (Hugging Face)",
+        "Error of the outputs against rounding to nearest (Hugging Face)",
         "Distribution of the weights&#39; amax",
         "Largest input by layer (static scales)",
         "Size before and after, by component",
         "Where the time went",
     ]
+
+
+def test_text_of_an_unseen_kind_has_its_own_tile(pages):
+    assert "KL, unseen kind of text" in pages["dense"]
+    assert "plays: 64 sequences" in pages["dense"]
+    assert "unseen" not in pages["plain"]
 
 
 def test_parts_without_data_are_absent(pages):
