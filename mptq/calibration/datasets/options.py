@@ -19,11 +19,11 @@ class DataOptions:
     datasets: tuple[str, ...] = ()
     calib_size: int = 64
     eval_size: int = 8
-    unseen_size: int | None = None
     seq_length: int = 512
     packed: bool = True
     seed: int = 0
     trust_remote_code: bool = False
+    unseen_size: int | None = None
 
     def unseen(self, calibrate: bool) -> int:
         """Returns the number of sequences of the unseen kind, for a run that does `calibrate` or does not."""
