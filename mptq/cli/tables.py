@@ -100,14 +100,14 @@ def summary(document: Mapping[str, Any]) -> RenderableType:
 
 def rounding(document: Mapping[str, Any]) -> list[str]:
     """One line about rounding by the inputs: the mean error of the outputs, and for how many weights nearest was kept."""
-    rows = [row for row in document["tensors"] if row.get("output_error") is not None]
+    rows = [row for row in document["tensors"] if None not in (row.get("output_error"), row.get("output_error_nearest"))]
     if not rows:
         return []
     error, nearest = (
         math.sqrt(sum(row[key] ** 2 for row in rows) / len(rows)) for key in ("output_error", "output_error_nearest")
     )
-    kept = sum(row["rounding"] == "nearest" for row in rows)
-    method = document["recipe"]["rounding"]
+    kept = sum(row.get("rounding") == "nearest" for row in rows)
+    method = document["recipe"].get("rounding", "nearest")
     found = f"output error {_percent(error)} (nearest {_percent(nearest)}); nearest kept for {kept} of {len(rows)}"
     return [f"rounding    {method}: {found}"]
 
@@ -176,11 +176,11 @@ def figures(document: Mapping[str, Any]) -> list[str]:
     ]
     unseen = found.get("unseen")
     if unseen is not None:
-        kl, ratio = unseen["kl"], unseen["perplexity"]["ratio"]
+        kl, ratio, kind = unseen["kl"], unseen["perplexity"]["ratio"], (data.get("unseen") or {}).get("name", "a text")
         lines += [
             f"unseen kind KL {uncertain(kl['mean'], kl['standard_error'])}, perplexity ratio {ratio:.4f}, "
             f"top-1 {100 * unseen['top1_agreement']['mean']:.2f} %",
-            f"            on {unseen['tokens']} tokens of {data['unseen']['name']}, a kind of text that never calibrates",
+            f"            on {unseen['tokens']} tokens of {escape(kind)}, a kind of text that never calibrates",
         ]
     return lines
 

@@ -140,7 +140,7 @@ def test_missing_data_is_refused_or_reported(aligned, tmp_path):
         return mptq("quantize", aligned, "--recipe", recipe, "-o", tmp_path / "out", *options)
 
     refused(quantize(recipe="fp8"), "recipe fp8 calibrates scales on data", "names no tokenizer: pass --tokenizer DIR")
-    refused(quantize("--max-kl", 1), "a fidelity limit needs fidelity figures")
+    refused(quantize("--max-kl", 1), "a fidelity limit (--max-kl) needs fidelity figures, but the checkpoint names")
     refused(quantize("--calib-dataset", tmp_path / "none.txt"), "none.txt")
     (tmp_path / "text.txt").write_text("words")
     refused(quantize("--calib-dataset", tmp_path / "text.txt"), "--calib-dataset is text")
@@ -307,7 +307,7 @@ def test_report_as_html(quantized, tmp_path):
 def test_recipes():
     assert "fp8-blockwise   " in mptq("recipes").stdout
     assert "block_size: 128" in mptq("recipes", "fp8-blockwise").stdout
-    assert len(json.loads(mptq("recipes", "--json").stdout)["recipes"]) == 7
+    assert len(json.loads(mptq("recipes", "--json").stdout)["recipes"]) == 9
     assert json.loads(mptq("recipes", "fp8-per-tensor", "--json").stdout)["weights"]["scale"] == "tensor"
     refused(mptq("recipes", "nothing"), "unknown recipe")
 

@@ -69,7 +69,7 @@ def test_sections_and_drawings_without_console_output(visit, page):
     assert seen.console == []
     for anchor in ("summary", "layers", "weights", "experts", "size", "calibration", "run"):
         assert f'<section id="{anchor}"' in seen.dom
-    assert seen.dom.count("<svg") == page.count("<svg") == 9
+    assert seen.dom.count("<svg") == page.count("<svg") == 11
     assert seen.dom.count("<image") == page.count("<image") > 0
 
 
