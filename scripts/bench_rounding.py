@@ -29,8 +29,9 @@ from mptq.calibration.linear_inputs import Inputs
 from mptq.calibration.moments import Batches, moments
 from mptq.distributed import Ranks
 from mptq.quantize import quantizer
+from mptq.quantize.fp8 import element_scales
 from mptq.quantize.rounding.gptq import damped, factored, solve
-from mptq.quantize.rounding.scales import search, spread
+from mptq.quantize.rounding.scales import search
 from mptq.recipes.schemes import SCHEMES
 from mptq.report.formatting import uncertain
 
@@ -150,7 +151,7 @@ def steps(given: argparse.Namespace) -> None:
     moment, diagonal = damped(found.fitted, 0.1), found.fitted.diagonal().contiguous()
     made, _ = quantizer.quantize(weight, BLOCK, "w")
     assert made.amax is not None
-    amax, scale = made.amax, spread(made.scale, BLOCK, shape)
+    amax, scale = made.amax, element_scales(made, BLOCK)
     product = 2 * given.rows * given.columns**2
     steps: dict[str, tuple[Callable[[], object], float]] = {
         "plain product": (lambda: weight @ moment, product),

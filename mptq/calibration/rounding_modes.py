@@ -10,7 +10,7 @@ and has a reference stream that no earlier layer has changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from mptq.distributed import Ranks
 from mptq.errors import CheckpointError
 from mptq.model.fused import Fusion
 from mptq.model.tensors import LinearSpec, stages
-from mptq.quantize.rounding.modes import Loop, register
+from mptq.quantize.modelopt import Loop, quantizers_off, register_algorithm
 from mptq.quantize.rounding.rounder import Rounder
 from mptq.quantize.weight_quantizer import WeightQuantizer
 
@@ -91,9 +91,11 @@ class _Rounding:
         module.weight_quantizer.scale_for(made.amax, scheme)
 
 
-def _prepared(method: str, layer: torch.nn.Module, forward_loop: Loop | None) -> Callable[[], None]:
-    return _Rounding(layer, forward_loop, method).run
+def _calibrate(method: str, layer: torch.nn.Module, forward_loop: Loop | None) -> None:
+    rounding = _Rounding(layer, forward_loop, method)
+    with torch.no_grad(), quantizers_off(layer):  # weights that are not rounded yet are used as they are
+        rounding.run()
 
 
 for _method in ("mptq_scales", "mptq_gptq", "mptq_qep"):
-    register(_method, partial(_prepared, _method))
+    register_algorithm(_method, partial(_calibrate, _method))

@@ -8,7 +8,7 @@ experts the amax of the largest, and because none of its algorithms uses the per
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
@@ -16,16 +16,13 @@ from mptq.quiet import quiet_imports
 
 with quiet_imports():
     import modelopt.torch.quantization as mtq
-    from modelopt.torch.opt.config import ModeloptField
-    from modelopt.torch.quantization.config import QuantizeAlgorithmConfig
-    from modelopt.torch.quantization.mode import BaseCalibrateModeDescriptor, CalibrateModeRegistry
     from modelopt.torch.quantization.model_calib import enable_stats_collection
     from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry, TensorQuantizer
     from modelopt.torch.quantization.tensor_quant import fp8_eager
 
 from mptq.errors import CheckpointError
 from mptq.quantize.fp8 import floored
-from mptq.quantize.modelopt import E4M3, silenced
+from mptq.quantize.modelopt import E4M3, register_algorithm, silenced
 from mptq.recipes.recipe import Calibration
 
 CACHED = {
@@ -74,13 +71,11 @@ class ActivationQuantizer(TensorQuantizer):  # type: ignore[misc]
         return rounded
 
 
-class _ActivationsConfig(QuantizeAlgorithmConfig):  # type: ignore[misc]
-    method: Literal["mptq_activations"] = ModeloptField("mptq_activations")
-    percentile: float | None = ModeloptField(default=None)
-
-
 def _collect(layer: torch.nn.Module, forward_loop: Callable[[torch.nn.Module], None], percentile: float | None) -> None:
-    """Runs `forward_loop`, while the enabled quantizers collect without rounding; afterwards all are disabled."""
+    """Runs `forward_loop`, while the enabled quantizers collect without rounding; afterwards all are disabled.
+
+    The amax of each is that of its own tokens, or their percentile.
+    """
     enable_stats_collection(layer)
     forward_loop(layer)
     for quantizer in layer.modules():
@@ -90,15 +85,7 @@ def _collect(layer: torch.nn.Module, forward_loop: Callable[[torch.nn.Module], N
             quantizer.disable()
 
 
-@CalibrateModeRegistry.register_mode
-class _Activations(BaseCalibrateModeDescriptor):  # type: ignore[misc]
-    """The algorithm `mptq_activations`: the amax of each quantizer's own tokens, or their percentile."""
-
-    _calib_func = _collect
-
-    @property
-    def config_class(self) -> type[QuantizeAlgorithmConfig]:
-        return _ActivationsConfig
+register_algorithm("mptq_activations", _collect, percentile=(float | None, None))
 
 
 def has_cache(attention: type[torch.nn.Module], name: str) -> None:

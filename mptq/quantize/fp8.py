@@ -77,6 +77,12 @@ def spread(scale: torch.Tensor, scheme: Scheme, rows: slice, columns: int) -> to
     return cells if len(cells) == 1 else cells.repeat_interleave(height, dim=0)[: rows.stop - rows.start]
 
 
+def element_scales(weight: Fp8Weight, scheme: Scheme) -> torch.Tensor:
+    """Returns the float32 scale of each element [out, in]."""
+    rows, columns = weight.data.shape
+    return spread(weight.scale, scheme, slice(0, rows), columns).expand(rows, columns).contiguous()
+
+
 def powers_of_two(scale: torch.Tensor) -> torch.Tensor:
     """Decodes E8M0 bytes to float32, 2 ** (byte - 127) (OCP Microscaling Formats specification 1.0, section 5.4.1)."""
     return torch.exp2(scale.float() - 127)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
+import pydantic
 import torch
 
 from mptq.quiet import quiet_imports
@@ -17,6 +18,9 @@ with quiet_imports():
     import modelopt.torch.opt as mto
     import modelopt.torch.quantization as mtq
     from modelopt.torch.opt.plugins.mcore_dist_checkpointing import remove_per_module_state
+    from modelopt.torch.quantization.config import QuantizeAlgorithmConfig
+    from modelopt.torch.quantization.conversion import set_quantizer_by_cfg_context
+    from modelopt.torch.quantization.mode import BaseCalibrateModeDescriptor, CalibrateModeRegistry
     from modelopt.torch.quantization.plugins.megatron import quant_module_get_extra_state
     from modelopt.torch.utils.distributed import ParallelState
     from modelopt.torch.utils.serialization import safe_save
@@ -55,6 +59,34 @@ def silenced() -> Iterator[None]:
     """Silences ModelOpt, which prints to stdout (reserved for results) and warns that compression is experimental."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
+        yield
+
+
+type Loop = Callable[[torch.nn.Module], None]
+"""ModelOpt's `forward_loop`: calls the module that it is given, once for each batch."""
+
+
+def register_algorithm(name: str, calibrate: Callable[..., None], **settings: Any) -> None:
+    """Makes `algorithm: {"method": name}` call `calibrate(module, forward_loop=..., **settings)`.
+
+    `settings` are what an algorithm's config may have besides, as pydantic takes them: name=(type, default).
+    """
+    fields: dict[str, Any] = {"method": (Literal[name], name)} | settings
+    config: type[QuantizeAlgorithmConfig] = pydantic.create_model(name, __base__=QuantizeAlgorithmConfig, **fields)
+
+    @CalibrateModeRegistry.register_mode
+    class _Mode(BaseCalibrateModeDescriptor):  # type: ignore[misc]
+        _calib_func = staticmethod(calibrate)
+
+        @property
+        def config_class(self) -> type[QuantizeAlgorithmConfig]:
+            return config
+
+
+@contextlib.contextmanager
+def quantizers_off(module: torch.nn.Module) -> Iterator[None]:
+    """Lets a module run as if it were not quantized."""
+    with set_quantizer_by_cfg_context(module, [{"quantizer_name": "*", "enable": False}]):
         yield
 
 

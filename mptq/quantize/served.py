@@ -43,10 +43,15 @@ def served_error(source: torch.Tensor, weight: Fp8Weight, scheme: Scheme) -> flo
     scales = served_scale(weight, scheme)
     for start in range(0, len(source), STRIP_ROWS):
         part = slice(start, min(start + STRIP_ROWS, len(source)))
-        before, after = (spread(one, scheme, part, source.shape[1])[:1] for one in (weight.scale, scales))
+        before, after = (_sampled(spread(one, scheme, part, source.shape[1])) for one in (weight.scale, scales))
         original = source[part][::_SAMPLED].float()
         values = weight.data[part][::_SAMPLED].float() * before
         found = (values / after).to(torch.float8_e4m3fn).float().mul_(after)
         noise += float((found - original).square().sum(dtype=torch.float64))
         signal += float(original.square().sum(dtype=torch.float64))
     return math.sqrt(noise / signal) if signal else 0.0
+
+
+def _sampled(scales: torch.Tensor) -> torch.Tensor:
+    """Returns the scales of the sampled rows; those of a single row of blocks are one row already."""
+    return scales if len(scales) == 1 else scales[::_SAMPLED]

@@ -25,5 +25,6 @@ TEXTS = Path(__file__).parent / "texts"
 
 def read(name: str, options: DataOptions, bits: np.random.PCG64) -> Iterator[Document]:
     """Yields stretches of the texts of the kind `name`."""
-    rows = map(json.loads, (TEXTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines())
+    with (TEXTS / f"{name}.jsonl").open(encoding="utf-8", newline="\n") as file:
+        rows = [json.loads(line) for line in file]
     return stretches([(f"{name}, {row['title']}", row["text"].encode()) for row in rows], options, bits)

@@ -26,14 +26,18 @@ DEAD = 1e-12
 """Inputs whose mean square is below this share of the average are as good as zero."""
 
 
+def dead_inputs(moment: torch.Tensor) -> torch.Tensor:
+    """Returns which inputs are as good as zero, bool [in], by their second moment [in, in]."""
+    diagonal = moment.diagonal()
+    return diagonal <= DEAD * diagonal.mean()
+
+
 def damped(moment: torch.Tensor, damping: float) -> torch.Tensor:
     """Returns a copy of a second moment [in, in] with `damping` times the mean diagonal added to it, fit to be factored.
 
     Inputs that are zero have no influence on others: their rows and columns become those of a unit matrix.
     """
-    diagonal = moment.diagonal()
-    mean = diagonal.mean()
-    dead = diagonal <= DEAD * mean
+    mean, dead = moment.diagonal().mean(), dead_inputs(moment)
     result = moment.clone()
     result[dead, :] = 0
     result[:, dead] = 0
@@ -60,7 +64,7 @@ class Curvature:
         return self.factor / self.factor.diagonal()
 
     def solve(self, products: torch.Tensor) -> torch.Tensor:
-        """Returns products [out, in] times the inverse of the moment; 0 for inputs that are zero."""
+        """Returns products [out, in] times the inverse of the moment."""
         left = torch.linalg.solve_triangular(self.factor.T, products[:, self.order], upper=False, left=False)
         found = torch.empty_like(products)
         found[:, self.order] = torch.linalg.solve_triangular(self.factor, left, upper=True, left=False)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from mptq.quantize import quantizer
-from mptq.quantize.fp8 import E4M3_MAX, dequantize, powers_of_two
-from mptq.quantize.rounding.gptq import DEAD, Curvature, damped, factored, solve
+from mptq.quantize.fp8 import E4M3_MAX, dequantize, element_scales, powers_of_two
+from mptq.quantize.rounding.gptq import Curvature, damped, dead_inputs, factored, solve
 from mptq.quantize.rounding.moments import Moments
-from mptq.quantize.rounding.scales import search, spread
+from mptq.quantize.rounding.scales import search
 from mptq.recipes.schemes import Scheme
 from mptq.types import Fp8Weight
 
@@ -78,8 +78,7 @@ class Rounder:
         missed = weight @ self.moments.shift
         if self.moments.residual is not None:
             missed += self.moments.residual
-        dead = self.moments.fitted.diagonal() <= DEAD * self.moments.fitted.diagonal().mean()
-        missed[:, dead] = 0
+        missed[:, dead_inputs(self.moments.fitted)] = 0
         return weight + curvature.solve(missed).mul_(PROPAGATED)
 
     @property
@@ -106,8 +105,8 @@ class Rounder:
         made, _ = quantizer.quantize(source, scheme, name, best)
         rounded = dequantize(made, scheme)
         if self.method != "scales":
-            scale, curvature = powers_of_two(made.scale) if scheme.exponents else made.scale, self._factored(name)
-            rounded = solve(self._target(weight, curvature), curvature, spread(scale, scheme, tuple(weight.shape)))
+            curvature = self._factored(name)
+            rounded = solve(self._target(weight, curvature), curvature, element_scales(made, scheme))
         signal = _energy(self.moments.withheld.rows @ weight.T)
         if not signal:
             return Rounded(kept, _magnitudes(nearest), "nearest")

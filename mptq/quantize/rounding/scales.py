@@ -22,13 +22,6 @@ def cells(scheme: Scheme, shape: tuple[int, ...]) -> tuple[int, int]:
     return height, width
 
 
-def spread(scale: torch.Tensor, scheme: Scheme, shape: tuple[int, ...]) -> torch.Tensor:
-    """Returns the float32 scale of each element [out, in] from those of the cells."""
-    (height, width), (rows, columns) = cells(scheme, shape), shape
-    grid = scale.reshape(-(-rows // height), -(-columns // width))
-    return grid.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns].contiguous()
-
-
 def search(weights: Iterable[torch.Tensor], diagonal: torch.Tensor, scheme: Scheme, amax: torch.Tensor) -> torch.Tensor:
     """Returns the amax, float32 of the shape of the scales, with the least weighted error of all `weights` [out, in].
 

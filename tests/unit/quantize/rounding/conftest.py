@@ -3,8 +3,7 @@
 import torch
 
 from mptq.quantize import quantizer
-from mptq.quantize.fp8 import powers_of_two
-from mptq.quantize.rounding.scales import spread
+from mptq.quantize.fp8 import element_scales
 
 
 def correlated(tokens, width, seed=0):
@@ -22,7 +21,7 @@ def e4m3(values, scale):
 def element_scale(weight, scheme):
     """The scale of each element with rounding to nearest."""
     made, _ = quantizer.quantize(weight, scheme, "w")
-    return spread(powers_of_two(made.scale) if scheme.exponents else made.scale, scheme, tuple(weight.shape))
+    return element_scales(made, scheme)
 
 
 def loss(weight, rounded, moment):

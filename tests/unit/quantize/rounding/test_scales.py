@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from mptq.quantize import quantizer
+from mptq.quantize.fp8 import element_scales
 from mptq.quantize.rounding import kernels
-from mptq.quantize.rounding.scales import cells, errors_by_torch, search, spread
+from mptq.quantize.rounding.scales import cells, errors_by_torch, search
 from mptq.recipes.algorithms import SEARCHED
 from mptq.recipes.schemes import SCHEMES
 from tests.unit.quantize.rounding.conftest import e4m3
@@ -71,6 +72,6 @@ def test_each_element_has_the_scale_of_its_cell():
     for kind in ("block", "row", "tensor"):
         scheme = SCHEMES[kind]
         made, _ = quantizer.quantize(weight, scheme, "w")
-        whole = spread(made.scale, scheme, (130, 200))
+        whole = element_scales(made, scheme)
         for (rows, columns), scale in zip(cases(weight, scheme), made.scale.flatten(), strict=True):
             assert (whole[rows, columns] == scale).all()
