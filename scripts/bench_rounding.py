@@ -50,35 +50,24 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return spent
 
 
+METHODS = ("nearest", "scales", "gptq", "qep")
 ROWS = [
-    *(("fp8-blockwise", method) for method in ("nearest", "scales", "gptq", "qep")),
-    *(("fp8-blockwise-ue8m0", method) for method in ("nearest", "scales", "gptq", "qep")),
-    *(("fp8-per-channel", method) for method in ("nearest", "scales", "gptq", "qep")),
-    *(("fp8-per-tensor", method) for method in ("nearest", "scales", "gptq", "qep")),
+    *(("fp8-blockwise", method) for method in METHODS),
+    *(("fp8-blockwise-ue8m0", method) for method in METHODS),
+    *(("fp8-per-channel", method) for method in METHODS),
+    *(("fp8-per-tensor", method) for method in METHODS),
     *(("mxfp8", method) for method in ("nearest", "gptq", "qep")),
 ]
-"""Recipes and methods; a recipe's ratios are to its first row."""
+BASES = {"fp8-blockwise-ue8m0": "fp8-blockwise"}
+"""Ratios are to a recipe's rounding to nearest, or to another recipe's: what the powers of two are chosen instead of."""
 
 
 def quantized(checkpoint: Path, out: Path, recipe: str, method: str, more: Sequence[str]) -> dict[str, Any]:
     """The report of a run."""
     shutil.rmtree(out, ignore_errors=True)
     # Blocks of any model fit in the Megatron form, whatever its sizes; its numbers are those of the other form.
-    command = [
-        sys.executable,
-        "-m",
-        "mptq",
-        "quantize",
-        checkpoint,
-        "-o",
-        out,
-        "--overwrite",
-        "-q",
-        "--json",
-        "--recipe",
-        recipe,
-    ]
-    command += ["--rounding", method, "--format", "megatron" if "block" in recipe else "hf", *more]
+    command = [sys.executable, "-m", "mptq", "quantize", checkpoint, "-o", out, "--overwrite", "-q", "--json"]
+    command += ["--recipe", recipe, "--rounding", method, "--format", "megatron" if "block" in recipe else "hf", *more]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -98,19 +87,23 @@ def ratio(found: dict[str, Any], base: dict[str, Any]) -> str:
 
 def table(checkpoint: Path, given: argparse.Namespace) -> None:
     """Print the rows of a checkpoint."""
-    print(f"\n{checkpoint}\n\n| recipe | rounding | KL, in | ratio | KL, out | ratio | served on Blackwell | seconds | GB |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(
+        f"\n{checkpoint}\n\n| recipe | rounding | KL, in | ratio | KL, out | ratio | in, on Blackwell | ratio | seconds | GB |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
     first: dict[str, Any] = {}
     for recipe, method in ROWS:
-        if given.only and recipe not in given.only:
+        if recipe not in (given.only or (recipe,)) or method not in (given.method or (method,)):
             continue
         report = quantized(checkpoint, given.work / "out", recipe, method, given.options)
         found = report["fidelity"]
-        base = first.setdefault(recipe, found)
-        served, cells = found["served"] and found["served"]["kl"], [recipe, method]
+        base = first.setdefault(BASES.get(recipe, recipe), found)
+        cells = [recipe, method]
         for one, other in ((found, base), (found["unseen"], base["unseen"])):
             cells += [uncertain(one["kl"]["mean"], one["kl"]["standard_error"]), ratio(one, other)]
-        cells.append(f"{served['mean']:.5f}" if served else "the same")
+        # Powers of two are served as they are.
+        served, other = ((one["served"] or one)["kl"]["mean"] for one in (found, base))
+        cells += [f"{served:.4f}", f"{served / other:.3f}"]
         cells += [f"{report['seconds']['total']:.0f}", f"{report['peak_rss_bytes'] / 1e9:.2f}"]
         print("| " + " | ".join(cells) + " |", flush=True)
     shutil.rmtree(given.work / "out", ignore_errors=True)
@@ -124,6 +117,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--work", type=Path, help="directory for outputs, which are removed again")
     parser.add_argument("--only", action="append", help="a recipe; repeatable")
+    parser.add_argument("--method", action="append", choices=METHODS, help="a method; repeatable, `nearest` first")
     parser.add_argument(
         "--options",
         type=str.split,
