@@ -78,7 +78,7 @@ KINDS: Mapping[str, str] = {
     "--max-ppl-increase": LIMIT,
     "--output": RUN,
     "--activation-memory": RUN,
-    "--sensitivity": RUN,
+    "--sensitivity": "sensitivity",
     "--keep-bytes": "recipe",
     "--trust-remote-code": RUN,  # its effects are in `tokens`
     "--overwrite": RUN,
@@ -129,6 +129,7 @@ def decisive(
         "max_shard_size": options.max_shard_bytes if sharded else None,
         "device": device,
         "eval_size": 0 if data is None else data["held_out"]["sequences"],
+        "sensitivity": options.sensitivity,
     }
     if data is None:
         return found

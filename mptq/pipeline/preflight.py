@@ -155,12 +155,20 @@ def _work(plan: Plan, options: Options, tokenizer: Path | None) -> estimates.Act
     unseen = data.unseen(recipe.needs_data) if tokenizer is not None else 0
     evaluated = data.eval_size + unseen
     streams = 2 * evaluated + calibrating * max(1, both) + data.eval_size * plan.recipe.is_requantized
-    stored = streams * length * plan.model.hidden_size * DTYPE_BYTES[plan.model.dtype]
+    sequence = length * plan.model.hidden_size * DTYPE_BYTES[plan.model.dtype]
+    stored = streams * sequence
     kept, filed = (stored, 0) if stored <= activation_memory(options) else (0, stored)
     together = min(options.batch_size, max(data.eval_size, calibrating))
     rounding = calibrating * length if recipe.rounding != "nearest" else 0
     return estimates.ActivationBudget(
-        kept, filed, together * length, length, data.eval_size > 0, rounding, 1 + recipe.compares_streams
+        stored_bytes=kept,
+        file_bytes=filed,
+        batch_tokens=together * length,
+        length=length,
+        compares=data.eval_size > 0,
+        rounding_tokens=rounding,
+        streams=1 + recipe.compares_streams,
+        measured_bytes=2 * evaluated * sequence if options.sensitivity else 0,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import closing
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mptq.distributed import started
-from mptq.errors import DataError
+from mptq.errors import DataError, OptionError, StoppedError
 from mptq.model import tensors
 from mptq.pipeline.options import Options
 from mptq.pipeline.preflight import activation_memory, check, pick_device, tokens_of
@@ -20,7 +21,7 @@ from mptq.types import DTYPE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class MeasuredGroup:
     """Linears of a layer that depend on the same ones: its bytes in source precision, and what quantizing it costs.
 
     `cost` is the mean squared relative change of the hidden states after the layer. `patterns` match its linears.
@@ -35,8 +36,11 @@ def kept(plan: Plan, out: Path, options: Options, share: float, progress: Progre
     """Returns patterns of linears to keep: at most `share` (0 to 1) of the bytes of those that `plan` quantizes.
 
     Runs the whole model once, as `plan` quantizes it but rounded to nearest, and writes nothing. All ranks call it at
-    once. Raises DataError if the model cannot be run on held-out data, and what `run` raises.
+    once. Raises DataError if the model cannot be run on held-out data, OptionError for a share that keeps nothing or all,
+    StoppedError if `options.stop` requested it, and what `run` raises.
     """
+    if not 0 < share < 1:
+        raise OptionError(f"--keep-bytes {100 * share:g}%: use more than 0 and less than 100 %")
     if not options.data.eval_size:
         raise DataError("--keep-bytes measures the cost on held-out sequences, but --eval-size is 0")
     if not plan.runs:
@@ -44,7 +48,9 @@ def kept(plan: Plan, out: Path, options: Options, share: float, progress: Progre
         raise DataError(f"--keep-bytes needs forward passes, but {reason}")
     plan = replace(plan, recipe=plan.recipe.changed(rounding="nearest"))
     ranks = started()
-    checked = ranks.broadcast_object(lambda: check(plan, out, replace(options, resume=False, overwrite=True)))
+    # What is there of an earlier run is compared once the recipe is known.
+    fresh = replace(options, resume=False, overwrite=True) if options.resume else options
+    checked = ranks.broadcast_object(lambda: check(plan, out, fresh, ranks.size))
     if checked.work is None:
         raise DataError("--keep-bytes measures the cost on held-out sequences: pass --tokenizer DIR, or token ids as data")
     from mptq.calibration.hidden_state_pair import HiddenStateOptions, HiddenStatePair
@@ -63,22 +69,26 @@ def kept(plan: Plan, out: Path, options: Options, share: float, progress: Progre
                 for output in outputs:
                     if output.last:
                         progress.stage(output.index, len(plan.units), "measuring the sensitivity")
-    return choose(groups(plan, log.layers), share)
+                        if any(ranks.all_gather(options.stop())):
+                            raise StoppedError("stopped while measuring for --keep-bytes: nothing was written")
+    return choose(measured(plan, log.layers), share)
 
 
-def groups(plan: Plan, rows: Iterable[Mapping[str, Any]]) -> list[Group]:
-    """Returns the groups of all layers, given the report's rows of the layers."""
+def measured(plan: Plan, rows: Iterable[Mapping[str, Any]]) -> list[MeasuredGroup]:
+    """Returns the groups of all layers that `plan` quantizes, given the report's rows of the layers."""
     found = []
     for row in rows:
         layer = row["layer"]
         for name, group in tensors.groups(plan.linears(layer)).items():
-            patterns = tuple(f"decoder.layers.{layer}.*{kind}" for kind in name.split("+"))
-            size = sum(linear.shape[0] * linear.shape[1] for linear in group) * DTYPE_BYTES[plan.model.dtype]
-            found.append(Group(patterns, size, row["sensitivity"][name]))
+            quantized = [linear for linear in group if plan.assignment.scheme(layer, linear) is not None]
+            if quantized:
+                patterns = tuple(f"decoder.layers.{layer}.*{kind}" for kind in name.split("+"))
+                size = sum(math.prod(linear.shape) for linear in quantized) * DTYPE_BYTES[plan.model.dtype]
+                found.append(MeasuredGroup(patterns, size, row["sensitivity"][name]))
     return found
 
 
-def choose(among: list[Group], share: float) -> tuple[str, ...]:
+def choose(among: list[MeasuredGroup], share: float) -> tuple[str, ...]:
     """Returns the patterns of the groups that cost most per byte, as far as they fit into `share` of all bytes."""
     left = share * sum(group.nbytes for group in among)
     chosen: list[str] = []

@@ -51,6 +51,7 @@ class ActivationBudget:
 
     A batch consists of sequences of `length` tokens. `compares` says whether logits are compared. `rounding_tokens` are the
     calibration tokens whose inputs are kept for rounding, 0 if that is to nearest; `streams` says of how many streams.
+    `measured_bytes` are a layer's outputs before and after a group of its linears is quantized, if that is measured.
     """
 
     stored_bytes: int
@@ -60,6 +61,7 @@ class ActivationBudget:
     compares: bool
     rounding_tokens: int = 0
     streams: int = 1
+    measured_bytes: int = 0
 
 
 def peak_memory(plan: Plan, work: ActivationBudget | None = None) -> int:
@@ -74,7 +76,8 @@ def peak_memory(plan: Plan, work: ActivationBudget | None = None) -> int:
     if work is None:
         running = _outer_memory(plan, max(_window(_items(plan, layer)) for layer in kinds))
     else:
-        running = work.stored_bytes + max(_head_memory(plan, work), *(_live_memory(plan, layer, work) for layer in kinds))
+        layers = (work.measured_bytes + _live_memory(plan, layer, work) for layer in kinds)
+        running = work.stored_bytes + max(_head_memory(plan, work), *layers)
     return IMPORTS_BYTES + max(running, END_BYTES)
 
 

@@ -128,10 +128,12 @@ def test_activations_that_are_not_finite_are_one_line(aligned, enough, monkeypat
         run(make_plan(aligned, rounded("fp8-per-channel", "gptq")), tmp_path / "out", enough)
 
 
-@pytest.mark.parametrize("method", ["scales", "gptq", "qep"])
-def test_modelopts_algorithm_of_that_name_rounds_a_layer_the_same(aligned, enough, method, tmp_path):
+@pytest.mark.parametrize(
+    ("model", "method"), [*(("aligned", method) for method in ("scales", "gptq", "qep")), ("mixtral", "gptq")]
+)
+def test_modelopts_algorithm_of_that_name_rounds_a_layer_the_same(request, enough, model, method, tmp_path):
     """The first layer, whose inputs no earlier one has changed: `mtq.quantize` and `mtq.compress`, as anyone may call them."""
-    plan = make_plan(aligned, rounded("fp8-blockwise", method), ("megatron",))
+    plan = make_plan(request.getfixturevalue(model), rounded("fp8-blockwise", method), ("megatron",))
     run(plan, tmp_path / "out", enough)
     layer, loop = first_layer(plan, enough, tmp_path)
     assert isinstance(layer, RealQuantTransformerLayer)

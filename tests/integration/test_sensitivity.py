@@ -13,7 +13,7 @@ from mptq.quantize import quantizer
 from mptq.quantize.fp8 import dequantize
 from mptq.recipes.schemes import SCHEMES
 from mptq.report import read
-from tests.conftest import mptq
+from tests.conftest import mptq, read_json
 from tests.integration.test_rounding import first_layer, read_source
 from tests.support.killing import check, comparable
 
@@ -23,7 +23,10 @@ def test_bytes_are_the_same_and_every_group_has_a_cost(request, options, model, 
     plan = make_plan(request.getfixturevalue(model), "fp8-blockwise", ("hf", "megatron"))
     run(plan, tmp_path / "plain" / "out", options)
     report = run(plan, tmp_path / "measured" / "out", replace(options, sensitivity=True))
-    check(tmp_path / "measured" / "out", comparable(tmp_path / "plain" / "out"), apart=["report.json: layers"])
+    apart = ["report.json: layers", "report.json: predicted_peak_bytes", "manifest.json"]  # which has the option
+    check(tmp_path / "measured" / "out", comparable(tmp_path / "plain" / "out"), apart)
+    plain, measured = (read_json(tmp_path / name / "out" / "manifest.json") for name in ("plain", "measured"))
+    assert plain["tensors"] == measured["tensors"]
     mlp = ["linear_fc1", "linear_fc2"] if model == "aligned" else ["linear_fc1+linear_fc2"]
     for row in report["layers"]:
         assert list(row["sensitivity"]) == ["linear_qkv", "linear_proj", *mlp]

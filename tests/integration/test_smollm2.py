@@ -131,3 +131,18 @@ def test_the_bytes_of_modelopt_on_the_whole_model(beginning, tmp_path, name, alg
         expected = module.weight_quantizer._scale.flatten()
         assert torch.equal(scale.flatten()[expected > 0], expected[expected > 0]), linear
         assert (scale.flatten()[expected == 0] == 1).all()
+
+
+def test_a_kind_that_never_calibrates_is_measured(beginning, tmp_path):
+    _, checkpoint = beginning
+    data = ("--calib-size", 4, "--eval-size", 4, "--calib-seq-length", 128)
+    report = quantize(checkpoint, "fp8", tmp_path / "out", *data)
+    unseen = report["fidelity"]["unseen"]
+    assert report["calibration"]["unseen"]["name"] == "plays"
+    assert unseen["sequences"] == report["calibration"]["unseen"]["sequences"] > 0
+    assert 0 < unseen["kl"]["mean"] != report["fidelity"]["kl"]["mean"]
+    without = quantize(checkpoint, "fp8", tmp_path / "without", *data, "--unseen-size", 0)
+    assert without["fidelity"]["unseen"] is None
+    assert without["fidelity"]["kl"] == report["fidelity"]["kl"]
+    weights = [next((tmp_path / name).glob("*.safetensors")).read_bytes() for name in ("out", "without")]
+    assert weights[0] == weights[1]

@@ -86,6 +86,14 @@ def test_figures_that_are_not_finite_are_detected(sequences, factor, finite):
     assert found.finite == finite
 
 
+def test_the_mean_is_that_of_sequences_weighted_by_length(sequences):
+    found = measured(sequences)
+    lengths = [len(following) for _, _, following in sequences]
+    own = found["kl_of_sequences"]
+    assert len(own) == len(sequences)
+    assert found["kl"]["mean"] == pytest.approx(np.average(own, weights=lengths), rel=1e-12)
+
+
 def test_one_sequence_has_no_standard_error(sequences):
     found = measured(sequences[1:2])
     assert found["kl"]["standard_error"] is None

@@ -79,6 +79,7 @@ def other(crossing, aligned_hf, tokenizer, tmp_path):
         "--calib-batch-size": {"options": {"batch_size": 2}},
         "--calib-packing": data(packed=False),
         "--eval-size": data(eval_size=2),
+        "--sensitivity": {"options": {"sensitivity": True}},
         "--unseen-size": {"options": {"tokenizer": tokenizer}} | data(unseen_size=2),
         "--seed": data(seed=1),
         "--moe-min-tokens": {"options": {"moe_min_tokens": 3}},
