@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mptq.cli import console, inspection_tables, options
+from mptq.cli import console, options
 
 
 def inspect(
@@ -25,6 +25,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the contents of a checkpoint or model, reading only metadata."""
+    from mptq.cli import inspection_tables
     from mptq.inspection import SCHEMA
     from mptq.inspection import inspect as look
     from mptq.model.source import SourceOptions

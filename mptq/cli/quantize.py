@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mptq.cli import console, options, tables
-from mptq.cli.progress import Freezing, LiveProgress
+from mptq.cli import console, options
 from mptq.errors import GateError, OptionError
 
 if TYPE_CHECKING:
+    from mptq.cli.progress import LiveProgress
     from mptq.pipeline.options import Options
     from mptq.plan.plan import Plan
 
@@ -179,6 +179,8 @@ def quantize(  # noqa: PLR0913, PLR0917 (one parameter per option)
     """Quantize a Megatron checkpoint to FP8 and write a model that inference engines can load."""
     from mptq import report
     from mptq.calibration.datasets.options import DataOptions
+    from mptq.cli import tables
+    from mptq.cli.progress import LiveProgress
     from mptq.distributed import is_first
     from mptq.model.source import SourceOptions
     from mptq.pipeline import preflight
@@ -240,6 +242,7 @@ def quantize(  # noqa: PLR0913, PLR0917 (one parameter per option)
 def _show_plan(plan: Plan, out: Path, settings: Options, as_json: bool, quiet: bool) -> None:
     """Prints what a run would do, on rank 0."""
     from mptq import report
+    from mptq.cli import tables
     from mptq.distributed import is_first
     from mptq.pipeline import preflight
 
@@ -254,6 +257,7 @@ def _show_plan(plan: Plan, out: Path, settings: Options, as_json: bool, quiet: b
 
 
 def _run(plan: Plan, out: Path, options: Options, live: LiveProgress | None) -> dict[str, Any]:
+    from mptq.cli.progress import Freezing
     from mptq.pipeline import run
     from mptq.report.run_log import Silent
 
@@ -267,6 +271,7 @@ def _run(plan: Plan, out: Path, options: Options, live: LiveProgress | None) -> 
 
 def _costliest(plan: Plan, out: Path, options: Options, keep_bytes: str, live: LiveProgress | None) -> tuple[str, ...]:
     """Returns patterns of the linears that cost most, up to that percentage of the bytes."""
+    from mptq.cli.progress import Freezing
     from mptq.pipeline.sensitivity import kept
     from mptq.report.run_log import Silent
 

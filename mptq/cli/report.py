@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mptq.cli import console, options, tables
+from mptq.cli import console, options
 
 
 def report(
@@ -22,6 +22,7 @@ def report(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print one line per tensor.")] = False,
 ) -> None:
     """Show the report of a run: errors, fidelity, sizes and times."""
+    from mptq.cli import tables
     from mptq.report import read
 
     document = read(output)

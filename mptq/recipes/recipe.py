@@ -257,7 +257,7 @@ def load_recipe(name: str) -> Recipe:
     a similar one, and for an invalid file, listing all of its problems.
     """
     if name in recipe_names():
-        return _load_yaml(_configs() / f"{name}.yaml")
+        return _built_in(name)
     require_local(name)
     path = Path(name)
     if name.endswith((".yaml", ".yml")):
@@ -269,6 +269,11 @@ def load_recipe(name: str) -> Recipe:
 
         return recipe_from(recipe_fields(name), f"ModelOpt's {name}")
     raise RecipeError(f"unknown recipe {name!r}: {_nearest(name, recipe_names())}")
+
+
+@cache
+def _built_in(name: str) -> Recipe:
+    return _load_yaml(_configs() / f"{name}.yaml")
 
 
 def _load_yaml(path: Path) -> Recipe:

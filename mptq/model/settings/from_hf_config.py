@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mptq.errors import CheckpointError
 from mptq.model.architectures.config_type import UNSAID, ConfigType
 from mptq.model.generation import IDS, GenerationSource
-from mptq.model.settings.hf_config_fields import ACTIVATIONS, EPSILONS, SETTINGS, Rope, understood
 from mptq.model.settings.settings import LARGEST
 from mptq.model.settings.values import activation
+
+if TYPE_CHECKING:
+    from mptq.model.settings.hf_config_fields import Rope
 
 _LARGEST = 16 << 20  # size limit in bytes; configs have a few kB
 
@@ -83,6 +85,8 @@ def from_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
 
     Raises CheckpointError naming `where` for fields that are not understood (hf_config_fields.py).
     """
+    from mptq.model.settings.hf_config_fields import ACTIVATIONS, EPSILONS, SETTINGS, understood
+
     kind, given = understood(_text(fields, where), where)
     settings = dict(kind.settings) | {SETTINGS[name]: value for name, value in given.items() if name in SETTINGS}
     epsilon = next((given[name] for name in EPSILONS if name in given), None)
