@@ -21,7 +21,7 @@ from mptq.output.directory import check_output
 from mptq.pipeline.options import MAX_SHARD_BYTES, Options, decisive, differences
 from mptq.plan import estimates
 from mptq.plan.plan import Plan
-from mptq.report import manifest
+from mptq.report import html, manifest
 from mptq.types import DTYPE_BYTES
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def check(plan: Plan, out: Path, options: Options, processes: int = 1) -> Prefli
     runs = plan.runs and has_data and (plan.recipe.needs_data or options.data.eval_size > 0)
     if runs and processes > 1 and plan.recipe.calibration.method != "max":
         raise DataError("percentile calibration needs all samples in one process: use method max, or start a single process")
-    notes += _without_effect(plan, options, runs)
+    notes += [*_without_effect(plan, options, runs), *html.unavailable()]
     work = _work(plan, options, tokenizer) if runs else None
     checked = Preflight(tokenizer, work, notes, generation)
     if finished(plan, out, options, checked):

@@ -49,8 +49,9 @@ def _run(plan: Plan, place: Place, checked: Preflight, options: Options, progres
         log = setup.context.log
         document = report.build(plan, report.Measured(log, checked.notes, setup.calibration, checked.work), options.gates)
         report.write(place.partial, document)
-        with log.timed("report"):
-            html.write(place.partial / html.NAME, html.render(document))
+        if not html.unavailable():  # preflight has said so
+            with log.timed("report"):
+                html.write(place.partial / html.NAME, html.render(document))
         manifest.write_manifest(place.partial, report.manifest_of(plan, files, setup.depends))
     return document
 

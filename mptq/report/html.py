@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from mptq.errors import OutputError
+from mptq.extras import missing
 from mptq.formats import FORMATS
 from mptq.report import figures, heatmaps, svg, tables
 from mptq.report.formatting import change, duration, number, percent, size, uncertain
@@ -81,8 +82,16 @@ def render(document: Mapping[str, Any]) -> str:
     )
 
 
+def unavailable() -> list[str]:
+    """Returns a line if the packages that draw the page are not installed, else none."""
+    problem = missing("jinja2", "matplotlib")
+    return [f"no {NAME}: {problem}"] if problem else []
+
+
 def check(path: Path) -> None:
-    """Raises OutputError if `path` is a directory or its parent directory does not exist."""
+    """Raises OutputError if a page cannot be drawn here, or `path` is a directory or its parent does not exist."""
+    for problem in unavailable():
+        raise OutputError(f"{path} cannot be written: {problem}")
     if path.is_dir():
         raise OutputError(f"{path} is a directory: pass a file name, such as {path / NAME}")
     if not path.parent.is_dir():

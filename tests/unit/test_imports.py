@@ -13,7 +13,7 @@ from mptq.formats import FORMATS
 
 PACKAGE = Path(__file__).parents[2] / "mptq"
 ORDER = [
-    *("errors", "types", "files", "quiet"),
+    *("errors", "extras", "types", "files", "quiet"),
     *("checkpoint", "model", "recipes", "quantize", "output", "formats", "layers", "plan", "distributed", "calibration"),
     *("report", "inspection", "verification", "pipeline", "cli", "__init__", "__main__"),
 ]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from mptq.calibration.datasets import default, files, huggingface, megatron_indexed
 from mptq.errors import DataError
+from mptq.extras import missing
 from mptq.files import remote_url
 
 if TYPE_CHECKING:
@@ -21,12 +22,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DatasetKind:
-    """How to recognize a dataset of this kind by its name, and to read its documents, shuffled with the random bits."""
+    """How to recognize a dataset of this kind by its name, and to read its documents, shuffled with the random bits.
+
+    `needs` are packages that mptq's own installation does not include.
+    """
 
     name: str
     recognize: Callable[[str], object]
     read: Callable[[str, DataOptions, np.random.PCG64], Iterator[Document]]
     tokenized: bool = False
+    needs: tuple[str, ...] = ()
 
 
 def _file_of(*suffixes: str) -> Callable[[str], bool]:
@@ -36,11 +41,11 @@ def _file_of(*suffixes: str) -> Callable[[str], bool]:
 KINDS = (
     DatasetKind("megatron", megatron_indexed.is_indexed, megatron_indexed.read_indexed, tokenized=True),
     DatasetKind("json-lines", _file_of(".jsonl", ".json"), files.read_json_lines),
-    DatasetKind("parquet", _file_of(".parquet"), files.read_parquet),
+    DatasetKind("parquet", _file_of(".parquet"), files.read_parquet, needs=("pyarrow",)),
     DatasetKind("text", files.text_files, files.read_text),
-    DatasetKind("saved", huggingface.is_saved, huggingface.read_saved),
-    DatasetKind("directory", huggingface.is_directory, huggingface.read_streamed),
-    DatasetKind("hub", huggingface.is_hub_name, huggingface.read_streamed),
+    DatasetKind("saved", huggingface.is_saved, huggingface.read_saved, needs=("datasets",)),
+    DatasetKind("directory", huggingface.is_directory, huggingface.read_streamed, needs=("datasets",)),
+    DatasetKind("hub", huggingface.is_hub_name, huggingface.read_streamed, needs=("datasets",)),
 )
 """The first kind that recognizes a name reads the dataset."""
 
@@ -103,6 +108,8 @@ def _find(given: str) -> Dataset:
         raise DataError(f"dataset {given!r}: the weight must be a positive number")
     for kind in KINDS:
         if path and kind.recognize(path):
+            if problem := missing(*kind.needs):
+                raise DataError(f"dataset {path!r} cannot be read: {problem}")
             return Dataset(path, kind, weight)
     raise DataError(_unknown(path))
 
