@@ -1,6 +1,8 @@
-"""Continue the same prompts greedily with two models, side by side. FP8 blocks are dequantized, so that it runs on any machine.
+"""Continue the same prompts greedily with several models, side by side, and show what mptq's reports say of each.
 
-python scripts/compare.py BF16_DIR FP8_DIR
+FP8 blocks are dequantized, so that it runs on any machine.
+
+python scripts/compare.py BF16_DIR FP8_DIR...
 """
 
 from __future__ import annotations
@@ -34,17 +36,31 @@ def continuations(folder: Path, tokens: int) -> list[str]:
     return found
 
 
+def fidelity(folder: Path) -> list[str]:
+    """What an output's report says: KL in nats per token and top-1 agreement on held-out text, and KL on an unseen kind."""
+    report = folder / "report.json"
+    found = json.loads(report.read_text())["fidelity"] if report.is_file() else None
+    if found is None:
+        return ["-"] * 3
+    unseen = found["unseen"] and f"{found['unseen']['kl']['mean']:.4f}"
+    return [f"{found['kl']['mean']:.4f}", f"{100 * found['top1_agreement']['mean']:.2f} %", unseen or "-"]
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", type=Path, nargs=2, help="Hugging Face directories")
+    parser.add_argument("models", type=Path, nargs="+", help="Hugging Face directories")
     parser.add_argument("--tokens", type=int, default=16, help="tokens to generate")
     options = parser.parse_args()
     disable_progress_bar()
-    table = Table("prompt", *(folder.name for folder in options.models))
+    table = Table("", *(folder.name for folder in options.models))
     columns = [continuations(folder, options.tokens) for folder in options.models]
     for row in zip(PROMPTS, *columns, strict=True):
         table.add_row(*(repr(cell)[1:-1] for cell in row))
+    table.add_section()
+    figures = ("KL, held-out text", "top-1 agreement", "KL, unseen kind")
+    for name, *row in zip(figures, *map(fidelity, options.models), strict=True):
+        table.add_row(name, *row)
     Console().print(table)
 
 
