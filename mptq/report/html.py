@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -86,6 +87,13 @@ def unavailable() -> list[str]:
     """Returns a line if the packages that draw the page are not installed, else none."""
     problem = missing("jinja2", "matplotlib")
     return [f"no {NAME}: {problem}"] if problem else []
+
+
+def load() -> None:
+    """Imports the packages that draw the page, if they are installed; it takes half a second."""
+    if not unavailable():
+        for name in ("jinja2", "matplotlib.figure", "matplotlib.ticker"):
+            importlib.import_module(name)
 
 
 def check(path: Path) -> None:
