@@ -23,7 +23,7 @@ EPILOG = (
 )
 
 _GARBAGE = 50_000
-"""Threshold of the garbage collector: imports allocate about a million objects that live until exit (docs/log.md)."""
+"""Threshold of the garbage collector: imports allocate about a million objects that live until exit (docs/dev/log.md)."""
 
 app = typer.Typer(
     name="mptq",
@@ -61,7 +61,7 @@ for command in (quantize, inspect, verify, recipes, report):
 def main() -> None:
     """Runs the command line; prints an MptqError as one line on stderr and exits with its code."""
     gc.set_threshold(_GARBAGE)
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch allocates large tensors in huge pages (docs/log.md)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch allocates large tensors in huge pages (docs/dev/log.md)
     try:
         app(standalone_mode=True)
     except MptqError as error:

@@ -1,7 +1,7 @@
 """Layers whose linears ModelOpt has quantized and compressed, with the interface of megatron-core's own.
 
 Source: megatron/core/post_training/modelopt/layers.py, whose `Norm` needs Transformer Engine, and whose two configs
-quantize nothing with ModelOpt 0.44 and later (docs/upstream.md).
+quantize nothing with ModelOpt 0.44 and later (docs/dev/upstream.md).
 """
 
 from __future__ import annotations

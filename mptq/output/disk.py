@@ -16,7 +16,7 @@ PIECE_BYTES = 1 << 18
 """Maximum bytes of one write.
 
 Linux caches written data in pages as large as the piece, and large pages can take ten times as long to allocate as small
-ones: writing 2.2 GB took 0.5 s of CPU time in pieces of 256 kB and 5 s in pieces of 16 MB (docs/log.md).
+ones: writing 2.2 GB took 0.5 s of CPU time in pieces of 256 kB and 5 s in pieces of 16 MB (docs/dev/log.md).
 """
 
 

@@ -17,7 +17,7 @@ ORDER = [
     *("checkpoint", "model", "recipes", "quantize", "output", "formats", "layers", "plan", "distributed", "calibration"),
     *("report", "inspection", "verification", "pipeline", "cli", "__init__", "__main__"),
 ]
-"""Each imports only from those before it, including for type checking: the diagram in docs/architecture.md."""
+"""Each imports only from those before it, including for type checking: the diagram in docs/dev/architecture.md."""
 HOMES = {
     "modelopt": {"quantize", "recipes"},
     "megatron": {"calibration", "layers", "pipeline"},

@@ -1,4 +1,4 @@
-"""What docs/upstream.md says of megatron-core's own real-quant configs, with the installed versions."""
+"""What docs/dev/upstream.md says of megatron-core's own real-quant configs, with the installed versions."""
 
 import contextlib
 import io
@@ -16,7 +16,7 @@ with quiet_imports():  # neither the configs nor the layers of this file need Tr
 CONFIGS = {name: getattr(upstream, name) for name in ("FP8_PER_TENSOR_REAL_QUANT_CFG", "FP8_2D_BLOCKWISE_REAL_QUANT_CFG")}
 MENDED = (
     "megatron-core or ModelOpt has mended this, or its error has another text: if weights are quantized, drop the section "
-    "of docs/upstream.md, its line in the README and this file, otherwise correct the error in docs/upstream.md"
+    "of docs/dev/upstream.md, its line in the README and this file, otherwise correct the error in docs/dev/upstream.md"
 )
 FP8 = [torch.float8_e4m3fn, torch.float8_e4m3fn]
 
@@ -45,7 +45,7 @@ def as_list(rules):
 
 
 def default_first(rules):
-    """The fix of docs/upstream.md."""
+    """The fix of docs/dev/upstream.md."""
     return {"default": rules["default"]} | {pattern: rule for pattern, rule in rules.items() if pattern != "default"}
 
 

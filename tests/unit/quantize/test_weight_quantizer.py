@@ -97,7 +97,7 @@ def test_a_format_that_no_scheme_covers_is_rounded_by_modelopt():
     ],
 )
 def test_modelopt_has_the_private_attributes_that_mptq_uses(owner, name):
-    """An update of ModelOpt that moves one of them fails here by name (docs/architecture.md lists them)."""
+    """An update of ModelOpt that moves one of them fails here by name (docs/dev/architecture.md lists them)."""
     assert name in vars(owner)
 
 

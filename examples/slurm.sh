@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A Slurm job that distributes the layers over processes, on one node or several, and continues automatically after a time limit:
-#     sbatch --nodes 2 --ntasks-per-node 4 scripts/slurm.sh CKPT OUT fp8-blockwise [OPTIONS OF mptq quantize]
+#     sbatch --nodes 2 --ntasks-per-node 4 examples/slurm.sh CKPT OUT fp8-blockwise [OPTIONS OF mptq quantize]
 # Two minutes before the limit, or when preempted, every process finishes its current layer and exits with 75; the job is then requeued,
 # and --resume continues the run.
 #SBATCH --job-name=mptq
