@@ -50,7 +50,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="+", help="Hugging Face directories")
-    parser.add_argument("--tokens", type=int, default=16, help="tokens to generate")
+    parser.add_argument("--tokens", type=int, default=12, help="tokens to generate")
     options = parser.parse_args()
     disable_progress_bar()
     table = Table("", *(folder.name for folder in options.models))

@@ -14,18 +14,18 @@ quietly() {
 }
 
 # Few tokens, so that it takes minutes on two cores: the default is 64 sequences of 512.
-few=(--calib-size 16 --calib-seq-length 256 --eval-size 4)
-best=demo/ckpt-fp8-blockwise-gptq
-nearest=demo/ckpt-fp8-blockwise
+few=(--calib-size 8 --calib-seq-length 256 --eval-size 3 --unseen-size 2)
+best=demo/ckpt-fp8-per-channel-gptq
+nearest=demo/ckpt-fp8-per-channel
 
 rm -rf demo
 mkdir demo
-quietly python scripts/smollm2.py --out demo/smollm2 --hidden 768
+quietly python scripts/smollm2.py --out demo/smollm2 --hidden 576
 quietly python scripts/make_checkpoint.py --hf demo/smollm2 --out demo/ckpt
 step mptq inspect demo/ckpt
-step mptq quantize --recipe fp8-blockwise-gptq "${few[@]}" demo/ckpt
+step mptq quantize --recipe fp8-per-channel-gptq "${few[@]}" demo/ckpt
 step mptq verify $best --against demo/ckpt
-step mptq quantize --quiet --recipe fp8-blockwise "${few[@]}" --unseen-size 4 demo/ckpt
+step mptq quantize --quiet --recipe fp8-per-channel "${few[@]}" demo/ckpt
 step mptq report $nearest
 step python scripts/compare.py demo/smollm2 $nearest $best
 printf '\nThe whole report, with plots: open %s in a browser\n' "$PWD/$best/report.html"
