@@ -82,7 +82,7 @@ def check(plan: Plan, out: Path, options: Options, processes: int = 1) -> Prefli
     runs = plan.runs and has_data and (plan.recipe.needs_data or options.data.eval_size > 0)
     if runs and processes > 1 and plan.recipe.calibration.method != "max":
         raise DataError("percentile calibration needs all samples in one process: use method max, or start a single process")
-    notes += [*_without_effect(plan, options, runs), *html.unavailable()]
+    notes += [*_without_effect(plan, options, runs), *_without_page()]
     work = _work(plan, options, tokenizer) if runs else None
     checked = Preflight(tokenizer, work, notes, generation)
     if finished(plan, out, options, checked):
@@ -105,6 +105,12 @@ def _without_effect(plan: Plan, options: Options, runs: bool) -> list[str]:
     if options.max_shard_bytes != MAX_SHARD_BYTES and not any(FORMATS[form].is_sharded for form in plan.formats):
         notes.append(f"--max-shard-size has no effect: {' and '.join(plan.formats)} output has one file per layer")
     return notes
+
+
+def _without_page() -> list[str]:
+    """Returns a warning if the report's page cannot be drawn here."""
+    problem = html.unavailable()
+    return [f"no {html.NAME}: {problem}"] if problem else []
 
 
 def _has_tokenizer(plan: Plan) -> bool:

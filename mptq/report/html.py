@@ -83,10 +83,9 @@ def render(document: Mapping[str, Any]) -> str:
     )
 
 
-def unavailable() -> list[str]:
-    """Returns a line if the packages that draw the page are not installed, else none."""
-    problem = missing("jinja2", "matplotlib")
-    return [f"no {NAME}: {problem}"] if problem else []
+def unavailable() -> str | None:
+    """Returns what to install before a page can be drawn; None if nothing is missing."""
+    return missing("jinja2", "matplotlib")
 
 
 def load() -> None:
@@ -98,7 +97,7 @@ def load() -> None:
 
 def check(path: Path) -> None:
     """Raises OutputError if a page cannot be drawn here, or `path` is a directory or its parent does not exist."""
-    for problem in unavailable():
+    if problem := unavailable():
         raise OutputError(f"{path} cannot be written: {problem}")
     if path.is_dir():
         raise OutputError(f"{path} is a directory: pass a file name, such as {path / NAME}")
