@@ -36,9 +36,7 @@ def test_a_run_without_data_has_all_but_the_page(aligned, bare, options, tmp_pat
     assert read(tmp_path / "out")["fidelity"] is not None
     assert not (tmp_path / "out" / html.NAME).exists()
     assert verify(tmp_path / "out", aligned).failures == []
-    with pytest.raises(
-        OutputError, match=r"^.*page\.html cannot be written: the packages jinja2, matplotlib are not"
-    ):
+    with pytest.raises(OutputError, match=r"^.*page\.html cannot be written: the packages jinja2, matplotlib are not"):
         html.check(tmp_path / "page.html")
 
 
