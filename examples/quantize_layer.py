@@ -15,6 +15,7 @@ import torch
 
 from mptq import RealQuantTransformerLayer, make_plan
 from mptq.checkpoint.reader import Reader
+from mptq.errors import MptqError
 from mptq.formats.layout import canonical_weight
 from mptq.layers.forward import run_layer
 from mptq.layers.transformer_layer import build_layer
@@ -41,7 +42,12 @@ def main() -> None:
     parser.add_argument("--layer", type=int, default=0)
     parser.add_argument("--save", type=Path, help="file for the FP8 weights, by name")
     options = parser.parse_args()
-    plan = make_plan(options.checkpoint, "fp8-blockwise")
+    try:
+        plan = make_plan(options.checkpoint, "fp8-blockwise")
+    except MptqError as error:
+        raise SystemExit(f"{parser.prog}: {error}") from error
+    if not 0 <= options.layer < plan.model.num_layers:
+        parser.error(f"--layer {options.layer}: the model has layers 0 to {plan.model.num_layers - 1}")
     layer = load_layer(plan, options.layer)
     torch.manual_seed(0)
     hidden = torch.randn(1, 64, plan.model.hidden_size).to(getattr(torch, plan.model.dtype))
