@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,19 @@ def test_a_layer_by_hand_has_the_bytes_of_a_run(aligned, options, tmp_path):
         assert torch.equal(by_hand[linear.module], torch.cat([part.data.view(torch.uint8) for part in parts]))
 
 
-def test_the_notebook_reads_a_report(aligned, options, tmp_path):
+def test_a_layer_or_checkpoint_that_does_not_exist_is_one_line(aligned, tmp_path):
+    done = python(EXAMPLES / "quantize_layer.py", aligned, "--layer", 99)
+    assert done.returncode == 2
+    assert "--layer 99: the model has layers 0 to" in done.stderr
+    done = python(EXAMPLES / "quantize_layer.py", tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("quantize_layer.py: ")
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_the_notebook_reads_a_report(aligned, options, measured, tmp_path):
+    options = options if measured else replace(options, data=replace(options.data, eval_size=0))
     run(make_plan(aligned, "fp8-blockwise"), tmp_path / "out", options)
     notebook = json.loads((EXAMPLES / "read_report.ipynb").read_text())
     assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
@@ -91,5 +104,5 @@ def test_the_notebook_reads_a_report(aligned, options, tmp_path):
         subprocess.run([sys.executable, "-c", program], env=os.environ | place, capture_output=True, text=True, check=False)
     )
     assert "fp8-blockwise - E4M3 weights" in done.stdout
-    assert "KL 0." in done.stdout
+    assert ("KL 0." if measured else "not measured") in done.stdout
     assert "model.layers.0" in done.stdout
