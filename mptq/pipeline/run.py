@@ -45,7 +45,8 @@ def _run(plan: Plan, place: Place, checked: Preflight, options: Options, progres
     with prepared(plan, place, checked, options, progress) as setup:
         _quantize(plan, setup, options, progress)
         with ThreadPoolExecutor(1) as beside:
-            beside.submit(html.load)  # hashing the last file leaves Python's lock to it
+            if place.ranks.first:
+                beside.submit(html.load)  # hashing the last file leaves Python's lock to it
             files = setup.committer.finish()
         if not place.ranks.first:
             return {}
