@@ -25,6 +25,12 @@ def plan(recipe="fp8-blockwise", **features):
     return plan_source(source(256, 384, 4, 2, 64, **features), load_recipe(recipe), ("megatron" if features else "hf",))
 
 
+def test_the_forecast_has_the_outputs_that_the_sensitivity_compares(tokens, tmp_path):
+    options = Options(data=DataOptions((str(tokens),), eval_size=3, seq_length=32))
+    plain, measuring = (check(plan(), tmp_path / "out", replace(options, sensitivity=on)).work for on in (False, True))
+    assert measuring == replace(plain, measured_bytes=2 * 3 * 32 * 256 * 2)  # before and after, in BF16
+
+
 UNMEASURED = pytest.mark.parametrize(
     ("recipe", "features", "eval_size", "reason"),
     [

@@ -396,6 +396,15 @@ def test_predicted_memory_with_activations():
     assert found == imports + layer + 4 * fc1 + tokens * (6 * 2048 + 6 * 2048 + 4 * 16384)
 
 
+def test_outputs_kept_for_the_sensitivity_are_in_the_prediction():
+    plan = plan_source(source(2048, 8192, 16, 16, 128), BLOCK, ("hf",))
+    plain, measuring = (
+        estimates.peak_memory(plan, estimates.ActivationBudget(0, 0, 16 * 512, 512, compares=True, measured_bytes=more))
+        for more in (0, 10**9)
+    )
+    assert measuring == plain + 10**9
+
+
 def test_inputs_and_moments_of_rounding_are_in_the_prediction():
     """The inputs of down, which are the most, and its moments; and eight float32 copies of the matrix."""
     plan = plan_source(source(2048, 8192, 16, 16, 128), BLOCK, ("megatron",))
