@@ -23,8 +23,7 @@ def test_the_served_stream_has_the_weights_of_blackwells_loader(aligned, options
     report = run(plan, tmp_path / "out", options)
     # The first format is the one that is run.
     form, layout = formats[0], plan.layouts[formats[0]]
-    folder = tmp_path / "out" if len(formats) == 1 else tmp_path / "out" / form
-    stored = FORMATS[form].open(folder if folder.is_dir() else tmp_path / "out")
+    stored = FORMATS[form].open(tmp_path / "out" if len(formats) == 1 else tmp_path / "out" / form)
     assert len(live) == plan.model.num_layers
     for layer, weights in enumerate(live):
         for linear in plan.linears(layer):
