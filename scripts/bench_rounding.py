@@ -92,9 +92,9 @@ def table(checkpoint: Path, given: argparse.Namespace) -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     first: dict[str, Any] = {}
-    for recipe, method in ROWS:
-        if recipe not in (given.only or (recipe,)) or method not in (given.method or (method,)):
-            continue
+    wanted = [row for row in ROWS if row[0] in (given.only or row[:1]) and row[1] in (given.method or row[1:])]
+    needed = {(BASES.get(recipe, recipe), "nearest") for recipe, _ in wanted}
+    for recipe, method in (row for row in ROWS if row in wanted or row in needed):
         report = quantized(checkpoint, given.work / "out", recipe, method, given.options)
         found = report["fidelity"]
         base = first.setdefault(BASES.get(recipe, recipe), found)
@@ -116,8 +116,8 @@ def main() -> None:
     for name, value in (("rows", 4096), ("columns", 4096), ("tokens", 28672)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--work", type=Path, help="directory for outputs, which are removed again")
-    parser.add_argument("--only", action="append", help="a recipe; repeatable")
-    parser.add_argument("--method", action="append", choices=METHODS, help="a method; repeatable, `nearest` first")
+    parser.add_argument("--only", action="append", help="a recipe; repeatable. What its ratios are to is measured too")
+    parser.add_argument("--method", action="append", choices=METHODS, help="a method; repeatable")
     parser.add_argument(
         "--options",
         type=str.split,
