@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config
 from transformers.utils.logging import disable_progress_bar
 
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=12, help="tokens to generate")
     options = parser.parse_args()
     disable_progress_bar()
-    table = Table("", *(folder.name for folder in options.models))
+    table = Table("", *(Column(folder.name, overflow="fold") for folder in options.models))
     columns = [continuations(folder, options.tokens) for folder in options.models]
     for row in zip(PROMPTS, *columns, strict=True):
         table.add_row(*(repr(cell)[1:-1] for cell in row))
