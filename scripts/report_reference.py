@@ -21,7 +21,8 @@ INTRODUCTION = """\
 
 `report.json` records what a run did and what it cost, as one JSON document; `mptq report OUT --json` prints it. Every
 value in it was measured in that run, or is null. `mptq report OUT --html FILE` renders it as an HTML page with plots and
-sortable tables: a single self-contained file. The same document gives the same bytes.
+sortable tables: a single self-contained file, which every run also writes if matplotlib and jinja2 are installed (the
+extra `report`). The same document gives the same bytes.
 
     from mptq.report import read
     from mptq.report.html import render
