@@ -2,9 +2,10 @@
 
     python scripts/bench_forward.py CKPT [--sequences 8] [--length 512] [--recipe fp8-blockwise]
 
-The FLOP count covers the products of the linears and of the output layer, for both streams (2 * parameters * tokens
-each). The time also includes attention, norms and the comparison of logits. The plain products are those of one layer's
-linears, multiplied by the number of layers, and of the output layer. Runs on a CPU.
+The FLOP count covers the products of the linears and of the output layer, for each stream (2 * parameters * tokens):
+reference, quantized, and as Blackwell serves it if the recipe has float32 block scales. The time also includes attention,
+norms and the comparison of logits. The plain products are those of one layer's linears, multiplied by the number of
+layers, and of the output layer. Runs on a CPU.
 """
 
 from __future__ import annotations
@@ -48,14 +49,15 @@ def main() -> None:
     plan = make_plan(options.checkpoint, options.recipe)
     tokens = options.sequences * options.length
     with tempfile.TemporaryDirectory() as folder:
-        data = DataOptions(eval_size=options.sequences, seq_length=options.length)
-        seconds = run(plan, Path(folder) / "out", Options(device="cpu", data=data))["seconds"]["forward"]
+        data = DataOptions(eval_size=options.sequences, unseen_size=0, seq_length=options.length)
+        report = run(plan, Path(folder) / "out", Options(device="cpu", data=data))
+    seconds, streams = report["seconds"]["forward"], 3 if report["fidelity"]["served"] else 2
     layers = [[linear.shape for linear in plan.linears(layer)] for layer in range(plan.model.num_layers)]
     head = (plan.model.vocab_size, plan.model.hidden_size)
-    flop = 2 * 2 * tokens * sum(math.prod(shape) for shapes in [*layers, [head]] for shape in shapes)
+    flop = streams * 2 * tokens * sum(math.prod(shape) for shapes in [*layers, [head]] for shape in shapes)
     some = min(tokens, 1024)
-    wanted = 2 * (plain(layers[0], tokens) * len(layers) + plain([head], some) * tokens / some)
-    print(f"{os.cpu_count()} cores; mptq {version('mptq')}, torch {version('torch')}; {tokens} tokens, both streams\n")
+    wanted = streams * (plain(layers[0], tokens) * len(layers) + plain([head], some) * tokens / some)
+    print(f"{os.cpu_count()} cores; mptq {version('mptq')}, torch {version('torch')}; {tokens} tokens, {streams} streams\n")
     print("| | seconds | GFLOP/s |\n|---|---|---|")
     print(f"| forward passes and comparison | {seconds:.1f} | {flop / seconds / 1e9:.0f} |")
     print(f"| plain float32 products of the same shapes | {wanted:.1f} | {flop / wanted / 1e9:.0f} |")
