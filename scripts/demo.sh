@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh
 source .venv/bin/activate
-export HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore TQDM_DISABLE=1
+export HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
 
 step() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }
 quietly() {
